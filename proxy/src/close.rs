@@ -1,0 +1,109 @@
+//! Why a backend connection was closed (I3): one closed enum for logs, metrics and alarms.
+
+macro_rules! reasons {
+    ($(#[$meta:meta])* $vis:vis enum $name:ident { $($(#[$doc:meta])* $variant:ident = $label:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        $vis enum $name { $($(#[$doc])* $variant,)+ }
+
+        impl $name {
+            /// Every reason, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The label in metrics and logs.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$variant => $label,)+ }
+            }
+
+            /// The reason with this number.
+            pub fn from_u8(number: u8) -> Option<Self> {
+                Self::ALL.get(usize::from(number)).copied()
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Why a backend connection was closed. Every close has exactly one reason.
+    pub enum CloseReason {
+        /// Nothing in flight for `[connections] idle_timeout`.
+        IdleTimeout = "idle_timeout",
+        /// Older than `[connections] max_age` and idle.
+        MaxAge = "max_age",
+        /// The peer sent FIN.
+        PeerClosed = "peer_closed",
+        /// The peer reset the connection, or reading or writing failed.
+        PeerReset = "peer_reset",
+        /// A connection for one query whose answer is complete.
+        OneShotDone = "one_shot_done",
+        /// The client connection that owned it ended.
+        OwnerGone = "owner_gone",
+        /// Idle, and its place was needed for another header.
+        Evicted = "evicted",
+        /// Idle, and more idle connections than `max_idle_per_backend`.
+        ExcessIdle = "excess_idle",
+        /// `connect(2)` failed.
+        ConnectFailed = "connect_failed",
+        /// Not connected within `connect_timeout`.
+        ConnectTimeout = "connect_timeout",
+        /// The peer did not read for `write_timeout`.
+        WriteTimeout = "write_timeout",
+        /// An answer that matches no query, or the wrong question, or broken framing.
+        ProtocolViolation = "protocol_violation",
+        /// Every query on it timed out, and the peer gave no sign of life since.
+        Unresponsive = "unresponsive",
+        /// The process drains.
+        Drained = "drained",
+        /// The watchdog asked for it.
+        Reaped = "reaped",
+        /// Dropped without a reason: a bug, counted so that it is seen.
+        Dropped = "dropped",
+    }
+}
+
+reasons! {
+    /// Why a client connection was closed.
+    pub enum ClientCloseReason {
+        /// The client closed it.
+        ClientClosed = "client_closed",
+        /// The client reset it, or reading or writing failed.
+        ClientReset = "client_reset",
+        /// No whole message for the listener's `idle_timeout`.
+        IdleTimeout = "idle_timeout",
+        /// A message took longer than `message_timeout` from its first byte to its last.
+        MessageTimeout = "message_timeout",
+        /// The client did not read for `write_timeout`.
+        WriteTimeout = "write_timeout",
+        /// Broken framing: a length too short for a DNS header.
+        Malformed = "malformed",
+        /// The process drains.
+        Drained = "drained",
+        /// Dropped without a reason: a bug, counted so that it is seen.
+        Dropped = "dropped",
+    }
+}
+
+reasons! {
+    /// Why a query got SERVFAIL, or another answer of our own, instead of a backend's.
+    pub enum FailReason {
+        /// No answer within `query_timeout`.
+        Timeout = "timeout",
+        /// The backend connection died, and no retry was left or allowed.
+        BackendClosed = "backend_closed",
+        /// No connection could be opened.
+        ConnectFailed = "connect_failed",
+        /// It waited `max_wait` at a cap, or `max_waiting` queries waited already.
+        NoCapacity = "no_capacity",
+        /// No backend of the pool is up.
+        NoBackend = "no_backend",
+        /// The PROXY header would be longer than `max_header`.
+        HeaderTooLong = "header_too_long",
+        /// The backend answered with the wrong question.
+        BadAnswer = "bad_answer",
+        /// No question, or one that cannot be read (FORMERR).
+        Malformed = "malformed",
+        /// An opcode or a type that is not supported (NOTIMP).
+        NotSupported = "not_supported",
+    }
+}

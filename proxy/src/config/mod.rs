@@ -1,0 +1,253 @@
+//! The configuration as the program uses it: parsed, checked, with every default filled in.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::template::TlvSet;
+
+/// The whole configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `[server]`
+    pub server: Server,
+    /// `[[listener]]`, at least one.
+    pub listeners: Vec<Listener>,
+    /// `[[pool]]`, at least one.
+    pub pools: Vec<Pool>,
+    /// `[connections]`
+    pub connections: Connections,
+    /// `[kernel]`
+    pub kernel: Kernel,
+    /// `[watchdog]`
+    pub watchdog: Watchdog,
+    /// `[admin]`
+    pub admin: Admin,
+}
+
+/// `[server]`
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Worker threads; 0 in the file means one per core and is resolved here.
+    pub workers: usize,
+    /// How long SIGTERM waits for what is in flight.
+    pub drain_timeout: Duration,
+    /// Client connections in total.
+    pub max_connections: usize,
+    /// Log filter, such as `info,counterfoil::watchdog=debug`.
+    pub log: String,
+}
+
+/// `[[listener]]`
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Unique name: label in metrics and `{listener}` in TLVs.
+    pub name: String,
+    /// Where it listens; port 0 lets the kernel choose.
+    pub address: SocketAddr,
+    /// Index into [`Config::pools`].
+    pub pool: usize,
+    /// Connections per client address.
+    pub max_connections_per_client: usize,
+    /// Queries in flight on one client connection; more are not read yet.
+    pub max_in_flight: usize,
+    /// Between queries; reset by whole messages only (RFC 7766 section 6.2.3).
+    pub idle_timeout: Duration,
+    /// From the first byte of a message to its last.
+    pub message_timeout: Duration,
+    /// For a client that does not read.
+    pub write_timeout: Duration,
+}
+
+/// `[[pool]]`
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// Unique name.
+    pub name: String,
+    /// From the arrival of a query to its SERVFAIL; covers waiting, connecting and the retry.
+    pub query_timeout: Duration,
+    /// On a fresh connection, before any byte of an answer.
+    pub retries: u8,
+    /// `[pool.proxy_protocol]`; none: no header, connections are shared.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// `[[pool.backend]]`, at least one.
+    pub backends: Vec<Backend>,
+}
+
+/// `[pool.proxy_protocol]`
+#[derive(Clone, Debug)]
+pub struct ProxyProtocol {
+    /// Whose address the header carries.
+    pub identity: Identity,
+    /// A longer header is an error, bytes.
+    pub max_header: usize,
+    /// `[[pool.proxy_protocol.tlv]]`, in the order of the file.
+    pub tlvs: TlvSet,
+}
+
+/// `[[pool.backend]]`
+#[derive(Clone, Debug)]
+pub struct Backend {
+    /// Unique name over all pools: label in metrics.
+    pub name: String,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Queries in flight on one connection.
+    pub max_in_flight: usize,
+    /// Connections of all kinds together.
+    pub max_connections: usize,
+    /// For `connect(2)`.
+    pub connect_timeout: Duration,
+    /// Local addresses, used in turn.
+    pub source: Vec<IpAddr>,
+    /// How a one-shot connection is closed.
+    pub one_shot_close: OneShotClose,
+    /// `[pool.backend.health] mode`
+    pub health: Health,
+}
+
+/// `one_shot_close`: who keeps TIME_WAIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OneShotClose {
+    /// `SO_LINGER` 0: no TIME_WAIT on either side.
+    #[default]
+    Reset,
+    /// An orderly close: TIME_WAIT on our side.
+    Fin,
+}
+
+/// `[pool.backend.health] mode`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Health {
+    /// Always used.
+    #[default]
+    Up,
+    /// Never used.
+    Down,
+}
+
+/// `[connections]`: towards backends, all kinds.
+#[derive(Clone, Debug)]
+pub struct Connections {
+    /// Closed after this long with nothing in flight.
+    pub idle_timeout: Duration,
+    /// Closed when next idle, spread by 10 %.
+    pub max_age: Duration,
+    /// Shared and keyed connections kept idle per backend.
+    pub max_idle_per_backend: usize,
+    /// Per client connection.
+    pub max_owned_per_client: usize,
+    /// All backends together.
+    pub max_total: usize,
+    /// New backend connections per second for one client address, 0: no limit.
+    pub max_opens_per_client: u32,
+    /// Queries that wait at a backend's or the total cap.
+    pub max_waiting: usize,
+    /// At such a cap.
+    pub max_wait: Duration,
+    /// How often the clean-up walks all connections.
+    pub cleanup_interval: Duration,
+}
+
+/// `[kernel]`
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Which view.
+    pub view: View,
+    /// Size of the kernel map, sockets.
+    pub max_sockets: u32,
+}
+
+/// `[kernel] view`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum View {
+    /// eBPF if it can be had, else `sock_diag`.
+    #[default]
+    Auto,
+    /// eBPF or an error.
+    Ebpf,
+    /// `sock_diag` with `/proc/self/fd`.
+    SockDiag,
+    /// No view: the watchdog reports that it is blind.
+    None,
+}
+
+/// `[watchdog]`
+#[derive(Clone, Debug)]
+pub struct Watchdog {
+    /// Between sweeps.
+    pub interval: Duration,
+    /// How long a condition must hold before it is a finding.
+    pub grace: Duration,
+    /// In how many consecutive sweeps.
+    pub sweeps: u32,
+    /// eBPF against `sock_diag`.
+    pub crosscheck_interval: Duration,
+    /// What is done about findings.
+    pub reap: ReapMode,
+    /// Rate cap of the reaper.
+    pub max_reaps_per_minute: u32,
+    /// Classes that are acted on; all are reported.
+    pub classes: Vec<Class>,
+}
+
+/// `[watchdog] reap`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ReapMode {
+    /// Findings are reported only.
+    Off,
+    /// What would be done is logged and counted.
+    #[default]
+    DryRun,
+    /// Findings are acted on.
+    On,
+}
+
+/// The classes of findings, section 5 of the design.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Class {
+    /// The kernel holds it for this process, the ledger never heard of it.
+    Orphan,
+    /// A ledger entry without a kernel socket.
+    Ghost,
+    /// The peer has closed, we still hold it.
+    Zombie,
+    /// Established, and no byte for longer than the idle timeout allows.
+    Hoard,
+    /// Queries in flight, no byte for longer than every timeout.
+    Stuck,
+    /// SYN_SENT longer than the connect timeout.
+    Embryo,
+    /// Held in FIN_WAIT2 or CLOSING.
+    Lingering,
+}
+
+impl Class {
+    /// All classes.
+    pub const ALL: [Self; 7] =
+        [Self::Orphan, Self::Ghost, Self::Zombie, Self::Hoard, Self::Stuck, Self::Embryo, Self::Lingering];
+
+    /// The name in configuration, logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Orphan => "orphan",
+            Self::Ghost => "ghost",
+            Self::Zombie => "zombie",
+            Self::Hoard => "hoard",
+            Self::Stuck => "stuck",
+            Self::Embryo => "embryo",
+            Self::Lingering => "lingering",
+        }
+    }
+}
+
+/// `[admin]`
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// `/metrics`, `/healthz`, `/readyz`; none: off.
+    pub http: Option<SocketAddr>,
+    /// Unix socket of `ctl` and `drill`; none: off.
+    pub socket: Option<PathBuf>,
+}

@@ -1,0 +1,65 @@
+//! What other threads may ask of the owner of a shard: a worker, or the drill's holder.
+//!
+//! Requests are rare (never per query) and one-way; whether one was carried out shows in the ledger and in the kernel.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::close::CloseReason;
+use crate::ledger::{BackendIndex, RowId};
+
+/// A request to the owner of a shard.
+#[derive(Debug)]
+pub enum Control {
+    /// Close this connection if it is still the one that is meant (the first rung of the reaper's ladder).
+    Close {
+        /// Which one.
+        row: RowId,
+        /// Why.
+        reason: CloseReason,
+    },
+    /// Another worker waits at this backend's cap (or at the total cap, if none): close an idle connection of yours.
+    EvictIdle {
+        /// Which backend; none: any.
+        backend: Option<BackendIndex>,
+    },
+    /// A place under a cap became free: serve who waits.
+    CapacityFreed,
+    /// Stop accepting, answer what is in flight, close what is idle, end.
+    Drain {
+        /// The time over which idle client connections are closed.
+        over: Duration,
+    },
+    /// Block the thread, as a bug would.
+    #[cfg(feature = "test-hooks")]
+    Hang(Duration),
+}
+
+/// The senders to all owners, by shard.
+#[derive(Clone, Debug)]
+pub struct Controls {
+    senders: Vec<mpsc::UnboundedSender<Control>>,
+}
+
+impl Controls {
+    /// One per shard, in order.
+    pub fn new(senders: Vec<mpsc::UnboundedSender<Control>>) -> Self {
+        Self { senders }
+    }
+
+    /// Sends to one owner. False if it has ended.
+    pub fn send(&self, shard: usize, control: Control) -> bool {
+        self.senders.get(shard).is_some_and(|sender| sender.send(control).is_ok())
+    }
+
+    /// How many owners there are.
+    pub fn len(&self) -> usize {
+        self.senders.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.senders.is_empty()
+    }
+}

@@ -1,0 +1,323 @@
+//! A shard's slots: what is written by one worker and read by anybody.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use socket2::Socket;
+
+use super::{BackendIndex, BackendTotals, LedgerRow, LedgerSnapshot, OpenInfo, RowId, Tombstone};
+use crate::clock::Mono;
+use crate::close::CloseReason;
+
+/// Who may share a connection (section 2 of the design).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum ConnKind {
+    /// No header: multiplexed between all clients.
+    Shared,
+    /// A header without the client's port: shared by all clients that map to it.
+    Keyed,
+    /// A header with the client's address and port: ends with that client connection.
+    Owned,
+    /// A header that cannot be used again: one query, then closed.
+    OneShot,
+}
+
+impl ConnKind {
+    /// How many kinds there are.
+    pub const COUNT: usize = 4;
+    /// All kinds.
+    pub const ALL: [Self; Self::COUNT] = [Self::Shared, Self::Keyed, Self::Owned, Self::OneShot];
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Shared => "shared",
+            Self::Keyed => "keyed",
+            Self::Owned => "owned",
+            Self::OneShot => "one_shot",
+        }
+    }
+}
+
+/// What the owner believes the connection does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum RowState {
+    /// `connect(2)` has not finished.
+    Connecting,
+    /// Queries in flight.
+    Busy,
+    /// Nothing in flight.
+    Idle,
+    /// No new query is given to it.
+    Draining,
+}
+
+impl RowState {
+    /// All states.
+    pub const ALL: [Self; 4] = [Self::Connecting, Self::Busy, Self::Idle, Self::Draining];
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Busy => "busy",
+            Self::Idle => "idle",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// Closed connections remembered per shard. The oldest is overwritten: then a socket that outlives its row shows as an
+/// orphan without its history, which is reported all the same.
+const TOMBSTONES: usize = 16_384;
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// Odd while the slot changes hands. Half of it is the generation.
+    sequence: AtomicU64,
+    /// Zero: free.
+    cookie: AtomicU64,
+    /// backend << 16 | kind << 8
+    what: AtomicU32,
+    state: AtomicU32,
+    opened: AtomicU64,
+    last_byte: AtomicU64,
+    in_flight: AtomicU32,
+    queries: AtomicU64,
+    owner: AtomicU64,
+    header: AtomicU64,
+    socket: Mutex<Weak<Socket>>,
+}
+
+#[derive(Debug, Default)]
+struct Grave {
+    cookie: AtomicU64,
+    closed: AtomicU64,
+    /// backend << 8 | reason
+    what: AtomicU32,
+}
+
+#[derive(Debug)]
+struct Counters {
+    opened: [AtomicU64; ConnKind::COUNT],
+    closed: [AtomicU64; CloseReason::ALL.len()],
+}
+
+/// One worker's part of the ledger.
+#[derive(Debug)]
+pub(super) struct Shard {
+    index: usize,
+    slots: Box<[Slot]>,
+    graves: Box<[Grave]>,
+    next_grave: AtomicUsize,
+    counters: Box<[Counters]>,
+    heartbeat: AtomicU64,
+}
+
+/// Adds to a counter that only the calling thread writes.
+fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+}
+
+impl Shard {
+    pub(super) fn new(index: usize, slots: usize, backends: usize) -> Self {
+        Self {
+            index,
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+            graves: (0..TOMBSTONES).map(|_| Grave::default()).collect(),
+            next_grave: AtomicUsize::new(0),
+            counters: (0..backends)
+                .map(|_| Counters {
+                    opened: std::array::from_fn(|_| AtomicU64::new(0)),
+                    closed: std::array::from_fn(|_| AtomicU64::new(0)),
+                })
+                .collect(),
+            heartbeat: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn beat(&self, now: Mono) {
+        self.heartbeat.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Fills a free slot. Only the shard's writer calls this.
+    pub(super) fn fill(&self, slot: u32, cookie: u64, info: &OpenInfo, now: Mono, socket: &Arc<Socket>) -> u64 {
+        let Some(row) = self.slots.get(slot as usize) else { return 0 };
+        let sequence = row.sequence.load(Ordering::Relaxed);
+        row.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        row.cookie.store(cookie, Ordering::Relaxed);
+        row.what.store(u32::from(info.backend) << 16 | (info.kind as u32) << 8, Ordering::Relaxed);
+        row.state.store(RowState::Connecting as u32, Ordering::Relaxed);
+        row.opened.store(now.0, Ordering::Relaxed);
+        row.last_byte.store(now.0, Ordering::Relaxed);
+        row.in_flight.store(0, Ordering::Relaxed);
+        row.queries.store(0, Ordering::Relaxed);
+        row.owner.store(info.owner, Ordering::Relaxed);
+        row.header.store(info.header, Ordering::Relaxed);
+        *row.socket.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(socket);
+        row.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+        if let Some(counters) = self.counters.get(usize::from(info.backend)) {
+            bump(&counters.opened[info.kind as usize]);
+        }
+        sequence.wrapping_add(2)
+    }
+
+    /// Empties a slot after its descriptor was closed, and leaves a tombstone. Only the shard's writer calls this.
+    pub(super) fn retire(&self, id: RowId, reason: CloseReason, now: Mono) {
+        let Some(row) = self.slots.get(id.slot as usize) else { return };
+        let what = row.what.load(Ordering::Relaxed);
+        let backend = (what >> 16) as BackendIndex;
+        if let Some(counters) = self.counters.get(usize::from(backend)) {
+            bump(&counters.closed[reason as usize]);
+        }
+        let cookie = row.cookie.load(Ordering::Relaxed);
+        if cookie != 0 {
+            // The tombstone before the row: a reader may see both, never neither.
+            let grave = &self.graves[self.next_grave.fetch_add(1, Ordering::Relaxed) % TOMBSTONES];
+            grave.cookie.store(0, Ordering::Relaxed);
+            fence(Ordering::Release);
+            grave.closed.store(now.0, Ordering::Relaxed);
+            grave.what.store(u32::from(backend) << 8 | reason as u32, Ordering::Relaxed);
+            grave.cookie.store(cookie, Ordering::Release);
+        }
+        self.clear(row);
+    }
+
+    fn clear(&self, row: &Slot) {
+        let sequence = row.sequence.load(Ordering::Relaxed);
+        row.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        row.cookie.store(0, Ordering::Relaxed);
+        *row.socket.lock().unwrap_or_else(PoisonError::into_inner) = Weak::new();
+        row.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Hides a row that has no socket. The slot stays its owner's, who retires it when it lets the entry go.
+    pub(super) fn strike(&self, id: RowId) -> bool {
+        let Some(row) = self.slots.get(id.slot as usize) else { return false };
+        if row.sequence.load(Ordering::Acquire) != id.generation {
+            return false;
+        }
+        row.cookie.swap(0, Ordering::AcqRel) != 0
+    }
+
+    pub(super) fn socket(&self, id: RowId) -> Option<Arc<Socket>> {
+        let row = self.slots.get(id.slot as usize)?;
+        let handle = row.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: the owner replaces the handle under it when the slot changes hands.
+        (row.sequence.load(Ordering::Acquire) == id.generation).then(|| handle.upgrade()).flatten()
+    }
+
+    pub(super) fn set_state(&self, slot: u32, state: RowState) {
+        if let Some(row) = self.slots.get(slot as usize) {
+            row.state.store(state as u32, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn set_activity(&self, slot: u32, last_byte: Mono, in_flight: u32, queries: u64) {
+        if let Some(row) = self.slots.get(slot as usize) {
+            row.last_byte.store(last_byte.0, Ordering::Relaxed);
+            row.in_flight.store(in_flight, Ordering::Relaxed);
+            row.queries.store(queries, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn read(&self, snapshot: &mut LedgerSnapshot) {
+        snapshot.heartbeats.push(Mono(self.heartbeat.load(Ordering::Relaxed)));
+        for (index, row) in self.slots.iter().enumerate() {
+            if let Some(row) = self.read_slot(index, row) {
+                snapshot.rows.push(row);
+            }
+        }
+        // Rows first, tombstones second: a row that is retired in between is found as a tombstone.
+        for grave in &self.graves {
+            if let Some(tombstone) = read_grave(grave) {
+                snapshot.tombstones.push(tombstone);
+            }
+        }
+    }
+
+    fn read_slot(&self, index: usize, row: &Slot) -> Option<LedgerRow> {
+        // A writer needs nanoseconds. One that was stopped in the middle leaves its slot unread, which is one row
+        // that is missing until it goes on; its worker is then known to be stalled.
+        for _ in 0..64 {
+            let sequence = row.sequence.load(Ordering::Acquire);
+            if sequence % 2 == 1 {
+                std::hint::spin_loop();
+                continue;
+            }
+            let cookie = row.cookie.load(Ordering::Relaxed);
+            if cookie == 0 {
+                return None;
+            }
+            let what = row.what.load(Ordering::Relaxed);
+            let read = LedgerRow {
+                id: RowId { shard: self.index, slot: u32::try_from(index).unwrap_or(u32::MAX), generation: sequence },
+                cookie,
+                backend: (what >> 16) as BackendIndex,
+                kind: ConnKind::ALL[(what >> 8 & 3) as usize],
+                state: RowState::ALL[(row.state.load(Ordering::Relaxed) & 3) as usize],
+                opened: Mono(row.opened.load(Ordering::Relaxed)),
+                last_byte: Mono(row.last_byte.load(Ordering::Relaxed)),
+                in_flight: row.in_flight.load(Ordering::Relaxed),
+                queries: row.queries.load(Ordering::Relaxed),
+                owner: row.owner.load(Ordering::Relaxed),
+                header: row.header.load(Ordering::Relaxed),
+            };
+            fence(Ordering::Acquire);
+            if row.sequence.load(Ordering::Relaxed) == sequence {
+                return Some(read);
+            }
+        }
+        None
+    }
+
+    pub(super) fn retire_tombstones(&self, gone: &impl Fn(&Tombstone) -> bool) {
+        for grave in &self.graves {
+            if let Some(tombstone) = read_grave(grave)
+                && gone(&tombstone)
+            {
+                // Only if the owner has not dug it again meanwhile.
+                let _ = grave.cookie.compare_exchange(tombstone.cookie, 0, Ordering::AcqRel, Ordering::Relaxed);
+            }
+        }
+    }
+
+    pub(super) fn add_totals(&self, totals: &mut Vec<BackendTotals>) {
+        totals.resize_with(totals.len().max(self.counters.len()), BackendTotals::default);
+        for (total, counters) in totals.iter_mut().zip(&self.counters) {
+            for (sum, counter) in total.opened.iter_mut().zip(&counters.opened) {
+                *sum += counter.load(Ordering::Relaxed);
+            }
+            for (sum, counter) in total.closed.iter_mut().zip(&counters.closed) {
+                *sum += counter.load(Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+fn read_grave(grave: &Grave) -> Option<Tombstone> {
+    let cookie = grave.cookie.load(Ordering::Acquire);
+    if cookie == 0 {
+        return None;
+    }
+    let closed = Mono(grave.closed.load(Ordering::Relaxed));
+    let what = grave.what.load(Ordering::Relaxed);
+    fence(Ordering::Acquire);
+    if grave.cookie.load(Ordering::Relaxed) != cookie {
+        return None;
+    }
+    let reason = CloseReason::from_u8((what & 0xff) as u8)?;
+    Some(Tombstone { cookie, backend: (what >> 8) as BackendIndex, closed, reason })
+}

@@ -1,0 +1,202 @@
+//! Counters of the data path: one block per worker, written by that worker alone, summed when somebody scrapes.
+//!
+//! A counter is a load and a store, never a locked instruction: nobody else writes it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::close::{ClientCloseReason, FailReason};
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds; only the owning worker may.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Subtracts; for gauges of the owning worker.
+    pub fn sub(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(n), Ordering::Relaxed);
+    }
+
+    /// Reads; anybody may.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Why a client connection was not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Refusal {
+    /// `[server] max_connections`
+    MaxConnections,
+    /// `max_connections_per_client`
+    PerClient,
+    /// The process has no descriptor left.
+    Descriptors,
+}
+
+impl Refusal {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::MaxConnections, Self::PerClient, Self::Descriptors];
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::MaxConnections => "max_connections",
+            Self::PerClient => "per_client",
+            Self::Descriptors => "descriptors",
+        }
+    }
+}
+
+/// How a query came to a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Acquired {
+    /// An open connection was used again.
+    Hit,
+    /// A connection was opened.
+    New,
+    /// A connection was opened for this query alone.
+    OneShot,
+    /// It had to wait at a cap.
+    Wait,
+    /// It got none.
+    Refused,
+}
+
+impl Acquired {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Hit, Self::New, Self::OneShot, Self::Wait, Self::Refused];
+
+    /// The label in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::New => "new",
+            Self::OneShot => "one_shot",
+            Self::Wait => "wait",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// Counters of one listener.
+#[derive(Debug, Default)]
+pub struct ListenerStats {
+    /// Client connections open now.
+    pub connections: Counter,
+    /// Client connections accepted.
+    pub opened: Counter,
+    /// By [`ClientCloseReason`].
+    pub closed: [Counter; ClientCloseReason::ALL.len()],
+    /// By [`Refusal`].
+    pub refused: [Counter; Refusal::ALL.len()],
+    /// Queries accepted.
+    pub queries: Counter,
+    /// Queries that a backend answered and whose answer was queued for the client.
+    pub answers: Counter,
+    /// Queries that got an answer of our own, by [`FailReason`].
+    pub failed: [Counter; FailReason::ALL.len()],
+    /// Queries whose client left first.
+    pub abandoned: Counter,
+    /// Messages with QR set, which get no answer.
+    pub ignored: Counter,
+    /// Queries in flight now.
+    pub in_flight: Counter,
+}
+
+/// Upper bounds of the latency buckets, nanoseconds.
+pub const LATENCY_BOUNDS: [u64; 20] = [
+    50_000,
+    100_000,
+    200_000,
+    350_000,
+    500_000,
+    750_000,
+    1_000_000,
+    2_000_000,
+    5_000_000,
+    10_000_000,
+    20_000_000,
+    50_000_000,
+    100_000_000,
+    200_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_000_000_000,
+    5_000_000_000,
+    10_000_000_000,
+    30_000_000_000,
+];
+
+/// A histogram with one writer.
+#[derive(Debug, Default)]
+pub struct Latency {
+    /// By bucket of [`LATENCY_BOUNDS`]; the last is everything above.
+    pub buckets: [Counter; LATENCY_BOUNDS.len() + 1],
+    /// Nanoseconds in all.
+    pub sum: Counter,
+}
+
+impl Latency {
+    /// Counts one query.
+    pub fn record(&self, taken: Duration) {
+        let nanos = crate::clock::nanos(taken);
+        let bucket = LATENCY_BOUNDS.partition_point(|bound| *bound < nanos);
+        self.buckets[bucket].add(1);
+        self.sum.add(nanos);
+    }
+}
+
+/// Counters of one pool.
+#[derive(Debug, Default)]
+pub struct PoolStats {
+    /// From the arrival of a query to the backend's answer.
+    pub latency: Latency,
+    /// By [`Acquired`].
+    pub acquired: [Counter; Acquired::ALL.len()],
+    /// Queries sent again on a fresh connection.
+    pub retries: Counter,
+}
+
+/// Counters of one backend.
+#[derive(Debug, Default)]
+pub struct BackendStats {
+    /// Queries written to it.
+    pub queries: Counter,
+    /// Queries given to a connection that had carried one before.
+    pub reused: Counter,
+    /// Connections that could not be opened.
+    pub connect_failures: Counter,
+}
+
+/// The counters of one worker.
+#[derive(Debug)]
+pub struct WorkerStats {
+    /// In the order of the configuration.
+    pub listeners: Box<[ListenerStats]>,
+    /// In the order of the configuration.
+    pub pools: Box<[PoolStats]>,
+    /// By backend index.
+    pub backends: Box<[BackendStats]>,
+    /// Queries that wait for a connection now.
+    pub waiting: Counter,
+}
+
+impl WorkerStats {
+    /// All zero.
+    pub fn new(listeners: usize, pools: usize, backends: usize) -> Self {
+        Self {
+            listeners: (0..listeners).map(|_| ListenerStats::default()).collect(),
+            pools: (0..pools).map(|_| PoolStats::default()).collect(),
+            backends: (0..backends).map(|_| BackendStats::default()).collect(),
+            waiting: Counter::default(),
+        }
+    }
+}
