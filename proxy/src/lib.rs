@@ -4,5 +4,9 @@
 pub mod clock;
 pub mod close;
 pub mod control;
+pub mod dns;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod ledger;
+pub mod proxy_protocol;
 pub mod stats;

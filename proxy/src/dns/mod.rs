@@ -1,0 +1,10 @@
+//! DNS messages as the forwarder needs them: framing, a peek at header and question, and the program's own answers.
+//!
+//! [`frame`], [`message`] and [`rtype`] are the hot path: no allocation, no panic, no copy. They read only what the
+//! forwarder must know and leave the rest of a message unread, so that it passes unchanged.
+//! [`synth`] builds the answers that the program gives itself, with `hickory-proto`.
+
+pub mod frame;
+pub mod message;
+pub mod rtype;
+pub mod synth;

@@ -1,0 +1,238 @@
+//! What the fuzz targets assert of outside input. Built for tests and fuzzers only.
+//!
+//! Each function takes any bytes and panics if a promise is broken. The fuzz targets in `proxy/fuzz` call them with
+//! what the fuzzer invents, the property tests with what `proptest` invents, and the test at the end of this file with
+//! every file in `proxy/fuzz/corpus`, so that what was found once is tried again on every run of the tests.
+
+use std::net::SocketAddr;
+
+use hickory_proto::op::{Message, Query};
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
+
+use crate::dns::frame::{Frames, MIN_MESSAGE, PREFIX_LEN, needed};
+use crate::dns::message::{MAX_NAME, QuestionError, first_question, peek, question_matches};
+use crate::dns::synth;
+use crate::proxy_protocol::encode::{EncodeError, HeaderWriter};
+use crate::proxy_protocol::parse::{Command, ParseError, parse};
+use crate::proxy_protocol::template::{Context, Template};
+use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
+
+/// Frames stay in bounds, and a stream cut in two anywhere gives the frames of the whole.
+pub fn frame(bytes: &[u8]) {
+    let mut whole = Frames::new(bytes);
+    let expected: Vec<_> = whole.by_ref().collect();
+    let taken: usize = expected.iter().flatten().map(|message| message.len() + PREFIX_LEN).sum();
+    assert_eq!(whole.consumed(), taken);
+    assert_eq!(whole.rest(), &bytes[taken..]);
+    assert!(expected.iter().flatten().all(|message| message.len() >= MIN_MESSAGE));
+    if !matches!(expected.last(), Some(Err(_))) {
+        assert!(needed(whole.rest()).is_none_or(|needed| needed > whole.rest().len()));
+    }
+    // The first octet chooses where to cut.
+    let cut = bytes.first().map_or(0, |octet| usize::from(*octet) % (bytes.len() + 1));
+    let mut head = Frames::new(&bytes[..cut]);
+    let mut seen: Vec<_> = head.by_ref().collect();
+    if !matches!(seen.last(), Some(Err(_))) {
+        seen.extend(Frames::new(&bytes[head.consumed()..]));
+    }
+    assert_eq!(seen, expected);
+}
+
+/// Where hickory reads a first question, so do we, and the same; our own answers can be read and answer the query.
+pub fn question(bytes: &[u8]) {
+    let Some(header) = peek(bytes) else {
+        assert!(bytes.len() < MIN_MESSAGE && first_question(bytes).is_none());
+        return;
+    };
+    let ours = first_question(bytes);
+    assert_eq!(ours.is_some(), header.qdcount > 0);
+    let mut decoder = BinDecoder::new(bytes);
+    decoder.read_slice(MIN_MESSAGE).expect("a header is there");
+    let theirs = Query::read(&mut decoder);
+    match (ours, theirs) {
+        (Some(Ok(ours)), Ok(theirs)) => {
+            assert!(ours.name_wire.len() <= MAX_NAME);
+            assert_eq!(ours.qtype, u16::from(theirs.query_type()));
+            assert_eq!(ours.qclass, u16::from(theirs.query_class()));
+            assert_eq!(ours.end, decoder.index());
+            assert!(ours.labels().eq(theirs.name().iter()));
+        }
+        (Some(Ok(ours)), Err(theirs)) => panic!("we read {ours:?}, hickory says {theirs}"),
+        // Hickory follows a pointer into the header. We refuse it on purpose.
+        (Some(Err(QuestionError::Pointer)), Ok(_)) => {}
+        (Some(Err(ours)), Ok(theirs)) => panic!("hickory reads {theirs}, we say {ours}"),
+        (Some(Err(_)), Err(_)) | (None, _) => {}
+    }
+    let answer = synth::servfail(bytes);
+    assert!(Message::from_vec(&answer).is_ok());
+    assert!(question_matches(bytes, &answer));
+}
+
+/// A header for endpoints and TLVs taken from `bytes` is octet by octet what `ppp` builds.
+pub fn header_out(bytes: &[u8]) {
+    let Some((ends, mut rest)) = bytes.split_at_checked(37) else { return };
+    let address = |bytes: &[u8]| -> SocketAddr {
+        let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+        let octets: [u8; 16] = bytes[..16].try_into().expect("16 octets");
+        SocketAddr::from((octets, port))
+    };
+    let mut source = address(&ends[1..19]);
+    let mut destination = address(&ends[19..37]);
+    let to_v4 = |end: SocketAddr| match end.ip() {
+        std::net::IpAddr::V6(ip) => SocketAddr::from((
+            ip.to_bits().to_be_bytes()[..4].try_into().map(|octets: [u8; 4]| octets).expect("4 octets"),
+            end.port(),
+        )),
+        std::net::IpAddr::V4(_) => end,
+    };
+    if ends[0] & 1 == 1 {
+        source = to_v4(source);
+    }
+    if ends[0] & 2 == 2 {
+        destination = to_v4(destination);
+    }
+    let mut tlvs = Vec::new();
+    while let [kind, length, after @ ..] = rest {
+        let (value, after) = after.split_at(after.len().min(usize::from(*length)));
+        tlvs.push((*kind, value.to_vec()));
+        rest = after;
+    }
+    header_against_ppp(source, destination, &tlvs);
+}
+
+/// See [`header_out`].
+pub fn header_against_ppp(source: SocketAddr, destination: SocketAddr, tlvs: &[(u8, Vec<u8>)]) {
+    use ppp::v2::{Builder, Command as PppCommand, Protocol, Version};
+    let mut raw = Vec::new();
+    for (kind, value) in tlvs {
+        raw.push(*kind);
+        raw.extend_from_slice(&u16::try_from(value.len()).expect("at most 255 octets").to_be_bytes());
+        raw.extend_from_slice(value);
+    }
+    let mut ours = Vec::new();
+    let written = HeaderWriter::proxy(&mut ours, source, destination).raw_tlvs(&raw).finish(MAX_LEN);
+    // `ppp` turns mixed families into UNSPEC, so it gets them mapped.
+    let mapped = |end: SocketAddr| match end.ip() {
+        std::net::IpAddr::V4(ip) => SocketAddr::from((ip.to_ipv6_mapped(), end.port())),
+        std::net::IpAddr::V6(_) => end,
+    };
+    let ends = if source.is_ipv4() == destination.is_ipv4() {
+        (source, destination)
+    } else {
+        (mapped(source), mapped(destination))
+    };
+    let theirs = Builder::with_addresses(Version::Two | PppCommand::Proxy, Protocol::Stream, ends)
+        .write_payload(raw.as_slice())
+        .and_then(Builder::build);
+    match (written, theirs) {
+        (Ok(len), Ok(theirs)) => {
+            assert_eq!(len, ours.len());
+            assert_eq!(ours, theirs);
+        }
+        (Err(EncodeError::TooLong { len, .. }), _) => {
+            assert!(len > MAX_LEN && ours.is_empty());
+        }
+        (Ok(_), Err(theirs)) => panic!("ppp says {theirs}"),
+    }
+}
+
+/// A header is read at its end and not before, stays in bounds, and agrees with `ppp`.
+pub fn proxy_in(bytes: &[u8]) {
+    let result = parse(bytes, MAX_LEN);
+    match &result {
+        Ok(parsed) => {
+            assert!((FIXED_LEN..=bytes.len()).contains(&parsed.len));
+            assert_eq!(parsed.source.is_some(), parsed.destination.is_some());
+            assert!(parsed.command == Command::Proxy || parsed.source.is_none());
+            let values: usize = parsed.tlvs.iter().map(|(_, value)| value.len() + 3).sum();
+            assert!(values <= parsed.len - FIXED_LEN);
+            assert_eq!(parse(&bytes[..parsed.len], parsed.len), result);
+            assert_eq!(parse(&bytes[..parsed.len - 1], MAX_LEN), Err(ParseError::NeedMore));
+            assert!(matches!(parse(bytes, parsed.len - 1), Err(ParseError::Invalid(_))));
+        }
+        Err(ParseError::NeedMore) => assert!(bytes.len() < MAX_LEN),
+        Err(ParseError::Invalid(_)) => {
+            // More bytes never make it valid.
+            let mut longer = bytes.to_vec();
+            longer.push(0);
+            assert!(matches!(parse(&longer, MAX_LEN), Err(ParseError::Invalid(_))));
+        }
+    }
+}
+
+/// A template is refused at a place that is in it, or renders without panic, and of a class that tells the truth.
+pub fn template(text: &str) {
+    let template: Template = match text.parse() {
+        Ok(template) => template,
+        Err(error) => {
+            let error: crate::proxy_protocol::template::TemplateError = error;
+            assert!((1..=text.chars().count()).contains(&error.at), "{error} in {text:?}");
+            return;
+        }
+    };
+    let query = b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\x03www\x07example\0\0\x41\0\x01";
+    let context = |client: [u8; 4], question, random| Context {
+        client: SocketAddr::from((client, u16::from(client[3]))),
+        listener: "dns",
+        question,
+        random,
+    };
+    let render = |context| {
+        let mut out = Vec::new();
+        template.render(&context, &mut out);
+        out
+    };
+    use crate::proxy_protocol::template::Class;
+    let question = first_question(query).and_then(Result::ok);
+    let base = render(context([192, 0, 2, 1], question, 1));
+    if template.class() < Class::PerClient {
+        assert_eq!(render(context([198, 51, 100, 9], None, 2)), base);
+    } else if template.class() < Class::PerQuery {
+        assert_eq!(render(context([192, 0, 2, 1], None, 2)), base);
+    } else if template.class() == Class::Unique {
+        assert_ne!(render(context([192, 0, 2, 1], question, 2)), base);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    /// Every file of a target's corpus; a target without one fails, so that none is forgotten.
+    fn replay(target: &str, body: impl Fn(&[u8])) {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+        let mut files = 0;
+        for entry in std::fs::read_dir(&directory).expect("the corpus of the target") {
+            let path = entry.expect("a directory entry").path();
+            println!("{}", path.display());
+            body(&std::fs::read(&path).expect("a corpus file"));
+            files += 1;
+        }
+        assert!(files > 0, "{} is empty", directory.display());
+    }
+
+    #[test]
+    fn corpus_of_frame() {
+        replay("frame", super::frame);
+    }
+
+    #[test]
+    fn corpus_of_question() {
+        replay("question", super::question);
+    }
+
+    #[test]
+    fn corpus_of_header_out() {
+        replay("header_out", super::header_out);
+    }
+
+    #[test]
+    fn corpus_of_proxy_in() {
+        replay("proxy_in", super::proxy_in);
+    }
+
+    #[test]
+    fn corpus_of_template() {
+        replay("template", |bytes| super::template(&String::from_utf8_lossy(bytes)));
+    }
+}

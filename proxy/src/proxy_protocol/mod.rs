@@ -1,0 +1,38 @@
+//! PROXY protocol version 2, as HAProxy's `proxy-protocol.txt` defines it (sections 2 and 2.2).
+//!
+//! [`encode`] writes the header that opens a backend connection, with the endpoints that [`identity`] chooses and
+//! the TLVs that [`template`] renders: the hot path, without allocation once the caller's buffer is large enough.
+//! [`parse`] reads headers, with the `ppp` crate.
+
+pub mod encode;
+pub mod identity;
+pub mod parse;
+pub mod template;
+
+/// The 12 octets that every version 2 header starts with.
+pub const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
+
+/// Octets before the addresses: signature, version and command, family and transport, length.
+pub const FIXED_LEN: usize = 16;
+
+/// Octets of the longest header: the length field counts what follows the first 16.
+pub const MAX_LEN: usize = FIXED_LEN + u16::MAX as usize;
+
+/// Octets before the value of a TLV: type and length.
+pub const TLV_OVERHEAD: usize = 3;
+
+/// Types of TLVs (section 2.2).
+pub mod tlv_type {
+    /// CRC32C of the whole header.
+    pub const CRC32C: u8 = 0x03;
+    /// Padding, to be ignored.
+    pub const NOOP: u8 = 0x04;
+    /// Identifier of the connection, at most 128 octets.
+    pub const UNIQUE_ID: u8 = 0x05;
+    /// TLS parameters of the client's connection.
+    pub const SSL: u8 = 0x20;
+    /// First of the types for private use, up to 0xEF.
+    pub const CUSTOM_MIN: u8 = 0xe0;
+    /// First of the types reserved for later versions, up to 0xFF.
+    pub const FUTURE_MIN: u8 = 0xf8;
+}

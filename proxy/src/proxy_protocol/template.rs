@@ -1,0 +1,350 @@
+//! TLVs whose values are written per query, from templates that are parsed once.
+//!
+//! A template is text with fields in braces (`dns-{listener}/{qname_label:1}`), `{{` and `}}` standing for the braces
+//! themselves, or `hex:` and an even number of hexadecimal digits for bytes.
+
+use std::fmt;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use super::tlv_type;
+use crate::dns::message::Question;
+use crate::dns::rtype;
+
+/// Fields that the configuration format has and that a later version will fill in.
+const LATER: &[&str] = &["sni", "edns", "incoming", "unique_id"];
+
+/// What a value depends on, from what changes least to what changes most. A set is of its worst member's class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// The configuration and the listener only: the same for every query.
+    Static,
+    /// The client's address or port.
+    PerClient,
+    /// The question. The next query may have the same value or not; only experience can tell.
+    PerQuery,
+    /// Different for every query by construction: a connection opened with it can never be used again.
+    Unique,
+}
+
+/// What the fields of a template are taken from.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The name of the listener in the configuration.
+    pub listener: &'a str,
+    /// The first question of the query. Without one `{qname}`, `{qname_label:N}` and `{qtype}` are empty.
+    pub question: Option<Question<'a>>,
+    /// 128 random bits for `{uuid}`, new for each query. Read only by templates of [`Class::Unique`].
+    pub random: u128,
+}
+
+/// A value of a TLV, parsed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Bytes(Vec<u8>),
+    ClientIp,
+    ClientPort,
+    Listener,
+    Qname,
+    QnameLabel(usize),
+    Qtype,
+    Uuid,
+}
+
+/// A template that cannot be parsed.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{kind} (at character {at})")]
+pub struct TemplateError {
+    /// Where the error is, in characters of the template, counted from 1.
+    pub at: usize,
+    /// What is wrong there.
+    pub kind: TemplateErrorKind,
+}
+
+/// What is wrong with a template.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum TemplateErrorKind {
+    /// `{` without `}`.
+    #[error("this field has no closing brace; a brace itself is written {{{{")]
+    Unclosed,
+    /// `}` without `{`.
+    #[error("this brace closes nothing; a brace itself is written }}}}")]
+    LoneBrace,
+    /// A field that nobody knows.
+    #[error(
+        "there is no field {{{0}}}; the fields are client_ip, client_port, listener, qname, qname_label:N, qtype and uuid"
+    )]
+    Unknown(String),
+    /// A field of the configuration format that does not work yet.
+    #[error("the field {{{0}}} is not supported yet")]
+    NotSupportedYet(String),
+    /// `{qname_label:N}` without a number from 1 to 127, as many labels as a name can have.
+    #[error("{{qname_label:N}} needs a number from 1 (the leftmost label) to 127, not {0:?}")]
+    Label(String),
+    /// An argument for a field that takes none.
+    #[error("the field {{{0}}} takes no argument")]
+    Argument(String),
+    /// Something other than a hexadecimal digit after `hex:`.
+    #[error("not a hexadecimal digit")]
+    HexDigit,
+    /// Half a byte at the end.
+    #[error("an odd number of hexadecimal digits")]
+    HexOdd,
+}
+
+impl FromStr for Template {
+    type Err = TemplateError;
+
+    fn from_str(text: &str) -> Result<Self, TemplateError> {
+        match text.strip_prefix("hex:") {
+            Some(digits) => parse_hex(digits, "hex:".len()),
+            None => parse_text(text),
+        }
+    }
+}
+
+fn parse_hex(digits: &str, skipped: usize) -> Result<Template, TemplateError> {
+    let fail = |index: usize, kind| TemplateError { at: skipped + index + 1, kind };
+    let mut nibbles = Vec::with_capacity(digits.len());
+    for (index, character) in digits.chars().enumerate() {
+        let digit = character.to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        nibbles.push(digit.ok_or_else(|| fail(index, TemplateErrorKind::HexDigit))?);
+    }
+    let (pairs, odd) = nibbles.as_chunks::<2>();
+    if !odd.is_empty() {
+        return Err(fail(nibbles.len() - 1, TemplateErrorKind::HexOdd));
+    }
+    let bytes: Vec<u8> = pairs.iter().map(|[high, low]| high << 4 | low).collect();
+    Ok(Template { parts: if bytes.is_empty() { Vec::new() } else { vec![Part::Bytes(bytes)] } })
+}
+
+fn parse_text(text: &str) -> Result<Template, TemplateError> {
+    let mut parts = Vec::new();
+    let mut literal = Vec::new();
+    let mut rest = text;
+    // Characters before `rest`, for the position in errors.
+    let mut at = 0;
+    while let Some(brace) = rest.find(['{', '}']) {
+        let (before, from) = rest.split_at(brace);
+        literal.extend_from_slice(before.as_bytes());
+        at += before.chars().count();
+        let fail = |kind| TemplateError { at: at + 1, kind };
+        let (taken, after) = if let Some(after) = from.strip_prefix("{{") {
+            literal.push(b'{');
+            (2, after)
+        } else if let Some(after) = from.strip_prefix("}}") {
+            literal.push(b'}');
+            (2, after)
+        } else if let Some(field) = from.strip_prefix('{') {
+            let (field, after) = field.split_once('}').ok_or_else(|| fail(TemplateErrorKind::Unclosed))?;
+            if field.contains('{') {
+                return Err(fail(TemplateErrorKind::Unclosed));
+            }
+            let part = parse_field(field).map_err(fail)?;
+            if !literal.is_empty() {
+                parts.push(Part::Bytes(std::mem::take(&mut literal)));
+            }
+            parts.push(part);
+            (field.chars().count() + 2, after)
+        } else {
+            return Err(fail(TemplateErrorKind::LoneBrace));
+        };
+        at += taken;
+        rest = after;
+    }
+    literal.extend_from_slice(rest.as_bytes());
+    if !literal.is_empty() {
+        parts.push(Part::Bytes(literal));
+    }
+    Ok(Template { parts })
+}
+
+fn parse_field(field: &str) -> Result<Part, TemplateErrorKind> {
+    let (name, argument) = match field.split_once(':') {
+        Some((name, argument)) => (name, Some(argument)),
+        None => (field, None),
+    };
+    let part = match name {
+        "client_ip" => Part::ClientIp,
+        "client_port" => Part::ClientPort,
+        "listener" => Part::Listener,
+        "qname" => Part::Qname,
+        "qtype" => Part::Qtype,
+        "uuid" => Part::Uuid,
+        "qname_label" => {
+            let argument = argument.unwrap_or_default();
+            let plain = argument.bytes().all(|octet| octet.is_ascii_digit());
+            let number = argument.parse().ok().filter(|number| plain && (1..=127).contains(number));
+            return number.map(Part::QnameLabel).ok_or_else(|| TemplateErrorKind::Label(argument.to_owned()));
+        }
+        _ if LATER.contains(&name) => return Err(TemplateErrorKind::NotSupportedYet(field.to_owned())),
+        _ => return Err(TemplateErrorKind::Unknown(field.to_owned())),
+    };
+    if argument.is_some() { Err(TemplateErrorKind::Argument(name.to_owned())) } else { Ok(part) }
+}
+
+impl Template {
+    /// What the value depends on.
+    pub fn class(&self) -> Class {
+        self.parts.iter().map(Part::class).max().unwrap_or(Class::Static)
+    }
+
+    /// Whether the value names one client connection (`{client_port}`).
+    pub fn is_per_connection(&self) -> bool {
+        self.parts.contains(&Part::ClientPort)
+    }
+
+    /// Appends the value. Allocates only if `out` has no room.
+    pub fn render(&self, context: &Context<'_>, out: &mut Vec<u8>) {
+        for part in &self.parts {
+            part.render(context, out);
+        }
+    }
+}
+
+impl Part {
+    fn class(&self) -> Class {
+        match self {
+            Self::Bytes(_) | Self::Listener => Class::Static,
+            Self::ClientIp | Self::ClientPort => Class::PerClient,
+            Self::Qname | Self::QnameLabel(_) | Self::Qtype => Class::PerQuery,
+            Self::Uuid => Class::Unique,
+        }
+    }
+
+    fn render(&self, context: &Context<'_>, out: &mut Vec<u8>) {
+        match self {
+            Self::Bytes(bytes) => out.extend_from_slice(bytes),
+            // Writing to a Vec cannot fail.
+            Self::ClientIp => drop(write!(out, "{}", context.client.ip().to_canonical())),
+            Self::ClientPort => drop(write!(out, "{}", context.client.port())),
+            Self::Listener => out.extend_from_slice(context.listener.as_bytes()),
+            Self::Qname => {
+                if let Some(question) = &context.question {
+                    question.write_name(out);
+                }
+            }
+            Self::QnameLabel(n) => {
+                let label = context.question.as_ref().and_then(|question| question.label(*n));
+                out.extend_from_slice(label.unwrap_or_default());
+            }
+            Self::Qtype => {
+                if let Some(question) = &context.question {
+                    rtype::write(question.qtype, out);
+                }
+            }
+            Self::Uuid => {
+                let uuid = uuid::Builder::from_random_bytes(context.random.to_be_bytes()).into_uuid();
+                let mut text = uuid::Uuid::encode_buffer();
+                out.extend_from_slice(uuid.hyphenated().encode_lower(&mut text).as_bytes());
+            }
+        }
+    }
+}
+
+/// A type that a configured TLV may not have.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum TlvTypeError {
+    /// The program writes it itself, or the specification gives it a meaning that a text cannot have.
+    #[error("TLV type {0:#04x} ({1}) cannot be set here; types for private use are 0xE0 to 0xEF")]
+    Reserved(u8, &'static str),
+    /// Kept for later versions of the protocol.
+    #[error("TLV type {0:#04x} is reserved for later versions of the protocol; types for private use are 0xE0 to 0xEF")]
+    Future(u8),
+}
+
+/// Checks that a configured TLV may have this type.
+///
+/// # Errors
+///
+/// For CRC32C, NOOP, UNIQUE_ID, SSL, and 0xF8 and above (section 2.2).
+pub fn check_type(kind: u8) -> Result<(), TlvTypeError> {
+    match kind {
+        tlv_type::CRC32C => Err(TlvTypeError::Reserved(kind, "CRC32C")),
+        tlv_type::NOOP => Err(TlvTypeError::Reserved(kind, "NOOP")),
+        tlv_type::UNIQUE_ID => Err(TlvTypeError::Reserved(kind, "UNIQUE_ID")),
+        tlv_type::SSL => Err(TlvTypeError::Reserved(kind, "SSL")),
+        tlv_type::FUTURE_MIN.. => Err(TlvTypeError::Future(kind)),
+        _ => Ok(()),
+    }
+}
+
+/// The TLVs of a pool, in the order of the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlvSet {
+    tlvs: Vec<(u8, Template)>,
+}
+
+impl TlvSet {
+    /// Adds a TLV behind the others. Types may repeat.
+    ///
+    /// # Errors
+    ///
+    /// If `kind` is not free to use: see [`check_type`].
+    pub fn push(&mut self, kind: u8, template: Template) -> Result<(), TlvTypeError> {
+        check_type(kind)?;
+        self.tlvs.push((kind, template));
+        Ok(())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tlvs.is_empty()
+    }
+
+    /// Types and templates in order.
+    pub fn iter(&self) -> impl Iterator<Item = (u8, &Template)> {
+        self.tlvs.iter().map(|(kind, template)| (*kind, template))
+    }
+
+    /// The class of the member that changes most; [`Class::Static`] for an empty set.
+    pub fn class(&self) -> Class {
+        self.tlvs.iter().map(|(_, template)| template.class()).max().unwrap_or(Class::Static)
+    }
+
+    /// Whether a member names one client connection.
+    pub fn is_per_connection(&self) -> bool {
+        self.tlvs.iter().any(|(_, template)| template.is_per_connection())
+    }
+
+    /// Appends type, length and value of each TLV. Allocates only if `out` has no room.
+    ///
+    /// A value above 65,535 octets cannot be expressed. It makes the header longer than any header can be, so
+    /// [`HeaderWriter::finish`](super::encode::HeaderWriter::finish) refuses it, and no length is cut off here.
+    pub fn render(&self, context: &Context<'_>, out: &mut Vec<u8>) {
+        for (kind, template) in &self.tlvs {
+            out.extend_from_slice(&[*kind, 0, 0]);
+            let start = out.len();
+            template.render(context, out);
+            let length = u16::try_from(out.len() - start).unwrap_or(u16::MAX);
+            if let Some(field) = out.get_mut(start - 2..start) {
+                field.copy_from_slice(&length.to_be_bytes());
+            }
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Static => "the same for every query",
+            Self::PerClient => "differs per client",
+            Self::PerQuery => "may differ per query",
+            Self::Unique => "differs per query",
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod tests;
