@@ -1,0 +1,145 @@
+//! Configurations for scenarios, as TOML text.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+/// A configuration with one listener on a free port of 127.0.0.1 and one pool. Keys that are not set keep the program's
+/// defaults; values are TOML, so a string brings its quotes along.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    listen: Option<SocketAddr>,
+    sections: Vec<(&'static str, Vec<(String, String)>)>,
+    backends: Vec<(SocketAddr, Vec<(String, String)>)>,
+    tlvs: Vec<(u8, String)>,
+    proxy: bool,
+}
+
+impl Config {
+    /// A listener and one backend, named `dns` and `backend-0`, one worker, no PROXY header.
+    pub fn new(backend: SocketAddr) -> Self {
+        Self::default().set("server", "workers", "1").backend(backend, &[])
+    }
+
+    /// Sets a key of a section that exists once: `server`, `listener`, `pool`, `pool.proxy_protocol`, `connections`,
+    /// `kernel`, `watchdog`, `admin`.
+    #[must_use]
+    pub fn set(mut self, section: &'static str, key: &str, value: impl ToString) -> Self {
+        let at = self.sections.iter().position(|(name, _)| *name == section).unwrap_or_else(|| {
+            self.sections.push((section, Vec::new()));
+            self.sections.len() - 1
+        });
+        let keys = &mut self.sections[at].1;
+        keys.retain(|(have, _)| have != key);
+        keys.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Listens there instead of on a free port of 127.0.0.1.
+    #[must_use]
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        self.listen = Some(address);
+        self
+    }
+
+    /// One more backend, `backend-N`, with these keys. Its health is `up` (no probes).
+    #[must_use]
+    pub fn backend(mut self, address: SocketAddr, keys: &[(&str, &str)]) -> Self {
+        let keys = keys.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        self.backends.push((address, keys));
+        self
+    }
+
+    /// Sets a key of the first backend.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn backend_key(mut self, key: &str, value: impl ToString) -> Self {
+        self.backends[0].1.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// PROXY v2 towards the backends, with this `identity`.
+    #[must_use]
+    pub fn identity(mut self, identity: &str) -> Self {
+        self.proxy = true;
+        self.set("pool.proxy_protocol", "identity", format!("\"{identity}\""))
+    }
+
+    /// One more TLV, after those before.
+    #[must_use]
+    pub fn tlv(mut self, kind: u8, value: &str) -> Self {
+        self.tlvs.push((kind, value.to_owned()));
+        self
+    }
+
+    /// The text of the file. `socket` is the admin socket.
+    ///
+    /// # Panics
+    /// Never in practice: writing into a string does not fail.
+    pub fn text(&self, socket: &str) -> String {
+        let mut text = String::new();
+        let listen = self.listen.map_or_else(|| "127.0.0.1:0".to_owned(), |address| address.to_string());
+        self.section(&mut text, "[server]", "server", &[]);
+        let listener = [("name", "\"dns\""), ("address", &format!("\"{listen}\"")), ("pool", "\"resolvers\"")];
+        self.section(&mut text, "[[listener]]", "listener", &listener);
+        self.section(&mut text, "[[pool]]", "pool", &[("name", "\"resolvers\"")]);
+        if self.proxy {
+            self.section(&mut text, "[pool.proxy_protocol]", "pool.proxy_protocol", &[]);
+            for (kind, value) in &self.tlvs {
+                writeln!(text, "[[pool.proxy_protocol.tlv]]\ntype = {kind:#04x}\nvalue = \"{value}\"").unwrap();
+            }
+        }
+        for (number, (address, keys)) in self.backends.iter().enumerate() {
+            writeln!(text, "[[pool.backend]]\nname = \"backend-{number}\"\naddress = \"{address}\"").unwrap();
+            for (key, value) in keys {
+                writeln!(text, "{key} = {value}").unwrap();
+            }
+            writeln!(text, "[pool.backend.health]\nmode = \"up\"").unwrap();
+        }
+        for name in ["connections", "kernel", "watchdog"] {
+            self.section(&mut text, &format!("[{name}]"), name, &[]);
+        }
+        let admin = [("http", "\"127.0.0.1:0\""), ("socket", &format!("\"{socket}\""))];
+        self.section(&mut text, "[admin]", "admin", &admin);
+        text
+    }
+
+    fn section(&self, text: &mut String, head: &str, name: &str, fixed: &[(&str, &str)]) {
+        writeln!(text, "{head}").unwrap();
+        let set = self.sections.iter().find(|(have, _)| *have == name).map_or(&[][..], |(_, keys)| keys.as_slice());
+        for (key, value) in fixed {
+            if !set.iter().any(|(have, _)| have == key) {
+                writeln!(text, "{key} = {value}").unwrap();
+            }
+        }
+        for (key, value) in set {
+            writeln!(text, "{key} = {value}").unwrap();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_values_win_and_tables_are_in_order() {
+        let text = Config::new("127.0.0.1:53".parse().unwrap())
+            .set("server", "workers", "2")
+            .set("admin", "http", "\"\"")
+            .identity("connection")
+            .tlv(0xe0, "{qname_label:1}")
+            .backend_key("max_in_flight", "7")
+            .text("/s");
+        assert_eq!(
+            text,
+            "[server]\nworkers = 2\n[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:0\"\npool = \"resolvers\"\n\
+             [[pool]]\nname = \"resolvers\"\n[pool.proxy_protocol]\nidentity = \"connection\"\n\
+             [[pool.proxy_protocol.tlv]]\ntype = 0xe0\nvalue = \"{qname_label:1}\"\n\
+             [[pool.backend]]\nname = \"backend-0\"\naddress = \"127.0.0.1:53\"\nmax_in_flight = 7\n\
+             [pool.backend.health]\nmode = \"up\"\n[connections]\n[kernel]\n[watchdog]\n\
+             [admin]\nsocket = \"/s\"\nhttp = \"\"\n"
+        );
+    }
+}

@@ -1,0 +1,241 @@
+//! The program under test, as a process of its own.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::driver::Client;
+use crate::metrics::Metrics;
+use crate::netns::Namespace;
+use crate::process::Process;
+use crate::sockets::{self, Socket};
+use crate::tempdir::TempDir;
+use crate::wait;
+
+/// How long it may take from start to "ready" (it loads BPF programs) on a busy machine.
+const START: Duration = Duration::from_secs(30);
+
+/// How long it may take to come to rest once nothing is asked any more.
+const REST: Duration = Duration::from_secs(10);
+
+/// A running Counterfoil.
+#[derive(Debug)]
+pub struct Counterfoil {
+    /// The process.
+    pub process: Process,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    /// Where `/metrics` is; `None` if the configuration turns it off.
+    pub admin: Option<SocketAddr>,
+    socket: PathBuf,
+    _dir: TempDir,
+}
+
+/// How to start it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options<'a> {
+    /// In this network namespace.
+    pub namespace: Option<&'a Namespace>,
+    /// With this RLIMIT_NOFILE.
+    pub descriptors: Option<u32>,
+}
+
+impl Counterfoil {
+    /// Starts it with `config` and waits until it is ready.
+    ///
+    /// # Panics
+    /// With its log if it does not get ready.
+    #[track_caller]
+    pub fn start(config: &Config) -> Self {
+        Self::start_with(config, Options::default())
+    }
+
+    /// Like [`Self::start`].
+    ///
+    /// # Panics
+    /// With its log if it does not get ready.
+    #[track_caller]
+    pub fn start_with(config: &Config, options: Options<'_>) -> Self {
+        let dir = TempDir::new("counterfoil");
+        let socket = dir.path().join("admin.sock");
+        let file = dir.write("counterfoil.toml", &config.text(&socket.display().to_string())).display().to_string();
+        let program = program().display().to_string();
+        let mut command = Vec::new();
+        let limit = options.descriptors.map(|limit| format!("--nofile={limit}"));
+        if let Some(limit) = &limit {
+            command.extend(["prlimit", limit.as_str(), "--"]);
+        }
+        command.extend([program.as_str(), "run", "--config", &file, "--log-format", "json"]);
+        let mut process = match options.namespace {
+            Some(namespace) => namespace.start("counterfoil", &command),
+            None => Process::start("counterfoil", command[0], &command[1..]),
+        };
+        let address = process
+            .wait_for_line(START, "its listener", |line| field(&message(line, "listening")?, "address")?.parse().ok());
+        process.wait_for_line(START, "that it is ready", |line| message(line, "ready"));
+        let admin = process
+            .find_line(Duration::ZERO, |line| message(line, "admin"))
+            .and_then(|fields| field(&fields, "http")?.parse().ok());
+        Self { process, address, admin, socket, _dir: dir }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Connects a client.
+    ///
+    /// # Panics
+    /// If it does not accept.
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        Client::connect(self.address, None)
+    }
+
+    /// Connects a client from `source`, an address of 127.0.0.0/8.
+    ///
+    /// # Panics
+    /// If it does not accept or `source` is no address.
+    #[track_caller]
+    pub fn client_from(&self, source: &str) -> Client {
+        Client::connect(self.address, Some(source.parse().expect("an address")))
+    }
+
+    /// Scrapes its metrics.
+    ///
+    /// # Panics
+    /// If they cannot be had or read.
+    #[track_caller]
+    pub fn metrics(&self) -> Metrics {
+        let admin = self.admin.expect("the configuration has an admin address");
+        Metrics::fetch(admin).unwrap_or_else(|e| panic!("{e}\n{}", self.process.tail()))
+    }
+
+    /// Waits until its metrics satisfy `condition`.
+    ///
+    /// # Panics
+    /// If they do not by the deadline.
+    #[track_caller]
+    pub fn wait_metrics(&self, what: &str, deadline: Duration, mut condition: impl FnMut(&Metrics) -> bool) -> Metrics {
+        match wait::poll(deadline, || Some(self.metrics()).filter(|metrics| condition(metrics))) {
+            Some(metrics) => metrics,
+            None => panic!("not within {deadline:?}: {what}; its log:\n{}", self.process.tail()),
+        }
+    }
+
+    /// The sockets that it holds towards `backend`, by the kernel's own table.
+    pub fn backend_sockets(&self, backend: SocketAddr) -> Vec<Socket> {
+        sockets::towards(self.pid(), backend.port())
+    }
+
+    /// Sends a command to the admin socket and returns the events that come back.
+    ///
+    /// # Panics
+    /// If the socket does not answer, or an event is not JSON.
+    #[track_caller]
+    pub fn admin(&self, command: &Value, deadline: Duration) -> Vec<Value> {
+        let mut stream = UnixStream::connect(&self.socket).expect("the admin socket accepts");
+        stream.set_read_timeout(Some(deadline)).expect("a timeout that is not zero");
+        stream.write_all(format!("{command}\n").as_bytes()).expect("the admin socket reads");
+        let mut events = Vec::new();
+        for line in BufReader::new(stream).lines() {
+            let line = line.unwrap_or_else(|e| panic!("{command} after {events:?}: {e}\n{}", self.process.tail()));
+            events.push(serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}")));
+        }
+        events
+    }
+
+    /// Runs `counterfoil drill CLASS` as an operator would; `true` and its output if it succeeded.
+    ///
+    /// # Panics
+    /// If it does not end in time.
+    #[track_caller]
+    pub fn drill(&self, class: &str, deadline: Duration) -> (bool, String) {
+        let socket = self.socket.display().to_string();
+        let program = program().display().to_string();
+        crate::process::run(&program, &["drill", class, "--socket", &socket], deadline)
+    }
+
+    /// Waits until everything is at rest: no client, no backend connection, no query, no socket, and every query that
+    /// came in was answered, failed or abandoned. Backend connections must be on their way out (idle timeout, or their
+    /// client gone) before this is called.
+    ///
+    /// # Panics
+    /// If it is not by the deadline, with the metrics in question.
+    #[track_caller]
+    pub fn assert_quiescent(&self) {
+        let mut restless = Vec::new();
+        let rested = wait::poll(REST, || {
+            restless = unrest(&self.metrics());
+            restless.is_empty().then_some(())
+        });
+        assert!(rested.is_some(), "not at rest: {restless:?}; its log:\n{}", self.process.tail());
+    }
+
+    /// Ends it with SIGTERM and returns how it ended.
+    ///
+    /// # Panics
+    /// If it does not end by the deadline.
+    #[track_caller]
+    pub fn terminate(&mut self, deadline: Duration) -> ExitStatus {
+        self.process.signal(Signal::TERM);
+        self.process.wait_exit(deadline)
+    }
+}
+
+/// Gauges that are not zero, and sums that do not come out.
+fn unrest(metrics: &Metrics) -> Vec<String> {
+    let gauges =
+        ["client_connections", "backend_connections", "queries_in_flight", "queries_waiting", "kernel_backend_sockets"];
+    let mut found: Vec<String> = gauges
+        .iter()
+        .map(|name| (name, metrics.sum(name, &[])))
+        .filter(|(_, value)| *value != 0.0)
+        .map(|(name, value)| format!("{name} = {value}"))
+        .collect();
+    let sum = |name: &str| metrics.sum(name, &[]);
+    let (queries, answered) = (sum("queries_total"), sum("answers_total"));
+    let (failed, abandoned) = (sum("queries_failed_total"), sum("queries_abandoned_total"));
+    if queries != answered + failed + abandoned {
+        found.push(format!("{queries} queries, {answered} answered, {failed} failed, {abandoned} abandoned"));
+    }
+    let connections = |change: &str| {
+        (sum(&format!("client_connections_{change}_total")), sum(&format!("backend_connections_{change}_total")))
+    };
+    if connections("opened") != connections("closed") {
+        let (opened, closed) = (connections("opened"), connections("closed"));
+        found.push(format!("(client, backend) connections opened {opened:?}, closed {closed:?}"));
+    }
+    found
+}
+
+/// The fields of a JSON log line whose message is `wanted`.
+pub fn message(line: &str, wanted: &str) -> Option<Value> {
+    let mut event: Value = serde_json::from_str(line).ok()?;
+    let fields = event.get_mut("fields")?.take();
+    (fields.get("message")? == wanted).then_some(fields)
+}
+
+/// A field as text.
+pub fn field(fields: &Value, name: &str) -> Option<String> {
+    fields.get(name)?.as_str().map(str::to_owned)
+}
+
+/// The test binary: the program with feature `test-hooks`. Cargo builds it for the scenarios and puts it one directory
+/// above theirs.
+///
+/// # Panics
+/// If it is not there.
+pub fn program() -> PathBuf {
+    let own = std::env::current_exe().expect("a process has a program");
+    let built = own.ancestors().skip(1).map(|dir| dir.join("counterfoil-under-test")).find(|path| path.is_file());
+    built.unwrap_or_else(|| panic!("no counterfoil-under-test beside {}", Path::display(&own)))
+}

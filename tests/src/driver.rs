@@ -1,0 +1,313 @@
+//! A DNS-over-TCP client of raw frames that checks every answer: known ID, the question it asked, the response code.
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Socket, Type};
+
+use crate::message::{self, qtype, rcode};
+
+/// One client connection.
+#[derive(Debug)]
+pub struct Client {
+    stream: TcpStream,
+    received: Vec<u8>,
+}
+
+/// What [`Client::receive`] came back with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// One whole message, without its length prefix.
+    Message(Vec<u8>),
+    /// The server ended the connection in order (FIN).
+    Closed,
+    /// The server reset the connection.
+    Reset,
+    /// Nothing whole came in time.
+    Nothing,
+}
+
+impl Received {
+    /// The message.
+    ///
+    /// # Panics
+    /// If it is something else.
+    #[track_caller]
+    pub fn message(self) -> Vec<u8> {
+        match self {
+            Self::Message(message) => message,
+            other => panic!("a message was expected, not {other:?}"),
+        }
+    }
+}
+
+impl Client {
+    /// Connects to `server`; from address `source` where one is given (any of 127.0.0.0/8 works on loopback).
+    ///
+    /// # Panics
+    /// If the connection is refused or takes over 5 s.
+    #[track_caller]
+    pub fn connect(server: SocketAddr, source: Option<IpAddr>) -> Self {
+        Self::try_connect(server, source).unwrap_or_else(|e| panic!("cannot connect to {server}: {e}"))
+    }
+
+    /// Like [`Self::connect`], for servers that may refuse.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_connect(server: SocketAddr, source: Option<IpAddr>) -> std::io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(server), Type::STREAM, None)?;
+        if let Some(source) = source {
+            socket.bind(&SocketAddr::new(source, 0).into())?;
+        }
+        socket.connect_timeout(&server.into(), Duration::from_secs(5))?;
+        socket.set_tcp_nodelay(true)?;
+        Ok(Self { stream: socket.into(), received: Vec::new() })
+    }
+
+    /// Own address and port.
+    ///
+    /// # Panics
+    /// If the socket has none.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.stream.local_addr().expect("a connected socket has an address")
+    }
+
+    /// Sends octets as they are.
+    ///
+    /// # Errors
+    /// The kernel's, such as a reset by the server.
+    pub fn send_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Sends one query with its length prefix, in one write.
+    ///
+    /// # Panics
+    /// If the connection is broken.
+    #[track_caller]
+    pub fn ask(&mut self, id: u16, name: &str, qtype: u16) {
+        self.send_raw(&message::framed(&message::query(id, name, qtype))).expect("the server reads");
+    }
+
+    /// Asks one question and waits for its answer.
+    ///
+    /// # Panics
+    /// If no answer comes in 10 s, or it is the answer to something else.
+    #[track_caller]
+    pub fn exchange(&mut self, id: u16, name: &str, qtype: u16) -> Vec<u8> {
+        self.ask(id, name, qtype);
+        let answer = self.receive(Duration::from_secs(10)).message();
+        assert!(message::is_response(&answer) && message::id(&answer) == id, "not an answer to {id}: {answer:02x?}");
+        assert!(message::same_question(&message::query(id, name, qtype), &answer), "{name}: {answer:02x?}");
+        answer
+    }
+
+    /// Waits up to `timeout` for the next whole message.
+    ///
+    /// # Panics
+    /// On an error of the kernel that is none of [`Received`].
+    #[track_caller]
+    pub fn receive(&mut self, timeout: Duration) -> Received {
+        let end = Instant::now() + timeout;
+        loop {
+            if let Some(message) = self.take_frame() {
+                return Received::Message(message);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Received::Nothing;
+            }
+            self.stream.set_read_timeout(Some(left)).expect("a timeout that is not zero");
+            let mut buffer = [0; 65536];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Received::Closed,
+                Ok(n) => self.received.extend_from_slice(&buffer[..n]),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+                    return Received::Reset;
+                }
+                Err(e) => panic!("reading from the server: {e}"),
+            }
+        }
+    }
+
+    fn take_frame(&mut self) -> Option<Vec<u8>> {
+        let len = usize::from(u16::from_be_bytes(self.received.get(..2)?.try_into().ok()?));
+        let message = self.received.get(2..2 + len)?.to_vec();
+        self.received.drain(..2 + len);
+        Some(message)
+    }
+
+    /// Says that no more queries follow (FIN), and keeps reading.
+    ///
+    /// # Panics
+    /// If the connection is gone already.
+    pub fn finish_sending(&self) {
+        self.stream.shutdown(Shutdown::Write).expect("a connected socket");
+    }
+
+    /// Leaves with a reset.
+    ///
+    /// # Panics
+    /// Never in practice: setting the option does not fail on a socket.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER on a TCP socket");
+    }
+}
+
+/// A load of queries on one connection.
+pub struct Load<'a> {
+    /// How many queries in all.
+    pub count: usize,
+    /// How many may be unanswered at a time.
+    pub in_flight: usize,
+    /// Queries a second at most; `None`: as fast as answers come.
+    pub rate: Option<f64>,
+    /// The name asked by query number n.
+    pub name: &'a dyn Fn(usize) -> String,
+    /// Type of all queries.
+    pub qtype: u16,
+    /// Without any answer for this long, the connection counts as hung.
+    pub stall: Duration,
+}
+
+impl Default for Load<'_> {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            in_flight: 1,
+            rate: None,
+            name: &|n| format!("n{n}.example.test"),
+            qtype: qtype::A,
+            stall: Duration::from_secs(15),
+        }
+    }
+}
+
+/// What became of a [`Load`].
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Queries sent.
+    pub sent: usize,
+    /// Answers to what was asked, with NOERROR.
+    pub answered: usize,
+    /// Answers with another response code, by code.
+    pub failed: HashMap<u8, usize>,
+    /// Answers to nothing that was asked: unknown ID, or another question. Any is a defect of the worst sort.
+    pub foreign: Vec<String>,
+    /// Why it ended early, with the queries that were still open.
+    pub ended: Option<String>,
+    /// Numbers of the queries without an answer.
+    pub missing: Vec<usize>,
+    /// From the first query to the last answer.
+    pub elapsed: Duration,
+    /// The longest time that a query waited for its answer.
+    pub slowest: Duration,
+}
+
+impl Outcome {
+    /// # Panics
+    /// Unless every query had its own answer with NOERROR.
+    #[track_caller]
+    pub fn assert_all_answered(&self, count: usize) {
+        assert!(
+            self.answered == count && self.foreign.is_empty() && self.failed.is_empty(),
+            "{} of {count} answered: {self:?}",
+            self.answered
+        );
+    }
+}
+
+impl Load<'_> {
+    /// Sends the load over `client` and waits for the answers.
+    ///
+    /// # Panics
+    /// On errors of the kernel; what servers do wrong is in the [`Outcome`].
+    #[track_caller]
+    pub fn run(&self, client: &mut Client) -> Outcome {
+        assert!((1..=65536).contains(&self.in_flight), "in flight at once: as many as there are IDs");
+        let start = Instant::now();
+        let mut outcome = Outcome::default();
+        let mut open: HashMap<u16, (usize, Vec<u8>, Instant)> = HashMap::new();
+        let mut last_answer = Instant::now();
+        let mut batch = Vec::new();
+        while outcome.sent < self.count || !open.is_empty() {
+            batch.clear();
+            let due = self.rate.map_or(self.count, |rate| (start.elapsed().as_secs_f64() * rate) as usize + 1);
+            while outcome.sent < self.count.min(due) && open.len() < self.in_flight {
+                // Walks through all 65,536 IDs, so that one is reused only after all others.
+                let id = (outcome.sent % 65536) as u16;
+                if open.contains_key(&id) {
+                    break;
+                }
+                if open.is_empty() {
+                    last_answer = Instant::now();
+                }
+                let query = message::query(id, &(self.name)(outcome.sent), self.qtype);
+                batch.extend_from_slice(&message::framed(&query));
+                open.insert(id, (outcome.sent, query, Instant::now()));
+                outcome.sent += 1;
+            }
+            if !batch.is_empty()
+                && let Err(e) = client.send_raw(&batch)
+            {
+                outcome.ended = Some(format!("sending: {e}"));
+                break;
+            }
+            let wait = match self.rate {
+                Some(rate) if outcome.sent < self.count && open.len() < self.in_flight => {
+                    let next = Duration::from_secs_f64(outcome.sent as f64 / rate);
+                    next.saturating_sub(start.elapsed()).max(Duration::from_micros(100))
+                }
+                _ => self.stall,
+            };
+            match client.receive(wait) {
+                Received::Message(answer) => {
+                    last_answer = Instant::now();
+                    outcome.take(&mut open, &answer);
+                }
+                Received::Nothing if !open.is_empty() && last_answer.elapsed() >= self.stall => {
+                    outcome.ended = Some(format!("no answer for {:?}", self.stall));
+                    break;
+                }
+                Received::Nothing => {}
+                closed @ (Received::Closed | Received::Reset) => {
+                    outcome.ended = Some(format!("{closed:?}"));
+                    break;
+                }
+            }
+        }
+        outcome.elapsed = start.elapsed();
+        outcome.missing = open.values().map(|(number, ..)| *number).collect();
+        outcome.missing.sort_unstable();
+        outcome
+    }
+}
+
+impl Outcome {
+    fn take(&mut self, open: &mut HashMap<u16, (usize, Vec<u8>, Instant)>, answer: &[u8]) {
+        if answer.len() < message::HEADER_LEN || !message::is_response(answer) {
+            self.foreign.push(format!("not a response: {answer:02x?}"));
+            return;
+        }
+        let id = message::id(answer);
+        let Some((number, query, sent)) = open.get(&id) else {
+            self.foreign.push(format!("ID {id} was not open: {:?}", message::question_name(answer)));
+            return;
+        };
+        if !message::same_question(query, answer) {
+            let name = message::question_name(answer);
+            self.foreign.push(format!("query {number} got the answer to {name:?}"));
+            return;
+        }
+        self.slowest = self.slowest.max(sent.elapsed());
+        match message::response_code(answer) {
+            rcode::NOERROR => self.answered += 1,
+            other => *self.failed.entry(other).or_default() += 1,
+        }
+        open.remove(&id);
+    }
+}

@@ -1,0 +1,269 @@
+//! A backend that does what a scenario tells it: a script runs for each connection, on a thread of its own.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ppp::v2;
+
+use crate::message;
+
+/// How often a waiting script looks whether the backend is being stopped.
+const STOP_POLL: Duration = Duration::from_millis(20);
+
+/// A script that waits longer than this for its peer has met a hang: it gives up, as a closed connection would.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    accepted: AtomicUsize,
+    open: AtomicUsize,
+    most_open: AtomicUsize,
+    queries: AtomicUsize,
+    panics: Mutex<Vec<String>>,
+}
+
+/// A scripted backend on a port of 127.0.0.1.
+#[derive(Debug)]
+pub struct FakeBackend {
+    /// Where it listens.
+    pub address: SocketAddr,
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl FakeBackend {
+    /// Starts it; `script` runs for each accepted connection, which is closed (FIN) when the script returns.
+    ///
+    /// # Panics
+    /// If there is no free port.
+    pub fn start(script: impl Fn(&mut Connection) + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let shared = Arc::new(Shared::default());
+        let acceptor = {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || accept(&listener, &shared, &Arc::new(script)))
+        };
+        Self { address, shared, acceptor: Some(acceptor) }
+    }
+
+    /// One that answers every query with an A record, in order, with or without a PROXY header in front.
+    pub fn answering(proxy_header: bool) -> Self {
+        Self::start(move |connection| {
+            if proxy_header && connection.header().is_none() {
+                return;
+            }
+            while let Some(query) = connection.query() {
+                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+            }
+        })
+    }
+
+    /// Connections accepted so far.
+    pub fn accepted(&self) -> usize {
+        self.shared.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Connections whose script runs.
+    pub fn open(&self) -> usize {
+        self.shared.open.load(Ordering::SeqCst)
+    }
+
+    /// Most connections open at once.
+    pub fn most_open(&self) -> usize {
+        self.shared.most_open.load(Ordering::SeqCst)
+    }
+
+    /// Whole queries read so far.
+    pub fn queries(&self) -> usize {
+        self.shared.queries.load(Ordering::SeqCst)
+    }
+}
+
+fn accept(
+    listener: &TcpListener,
+    shared: &Arc<Shared>,
+    script: &Arc<impl Fn(&mut Connection) + Send + Sync + 'static>,
+) {
+    let mut scripts = Vec::new();
+    while let Ok((stream, peer)) = listener.accept() {
+        if shared.stop.load(Ordering::SeqCst) {
+            break;
+        }
+        let number = shared.accepted.fetch_add(1, Ordering::SeqCst);
+        let open = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
+        shared.most_open.fetch_max(open, Ordering::SeqCst);
+        let (shared, script) = (Arc::clone(shared), Arc::clone(script));
+        scripts.retain(|thread: &JoinHandle<()>| !thread.is_finished());
+        scripts.push(std::thread::spawn(move || {
+            let mut connection =
+                Connection { number, peer, stream: Some(stream), received: Vec::new(), shared: Arc::clone(&shared) };
+            let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| script(&mut connection)));
+            if run.is_err() {
+                shared.panics.lock().unwrap().push(format!("the script of connection {number} panicked"));
+            }
+            drop(connection);
+            shared.open.fetch_sub(1, Ordering::SeqCst);
+        }));
+    }
+    for thread in scripts {
+        // A panic was caught and recorded inside.
+        let _ = thread.join();
+    }
+}
+
+impl Drop for FakeBackend {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        // Wakes the accepting thread.
+        let _ = TcpStream::connect(self.address);
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+        if !std::thread::panicking() {
+            let panics = self.shared.panics.lock().unwrap();
+            assert!(panics.is_empty(), "{panics:?}");
+        }
+    }
+}
+
+/// One accepted connection, as a script sees it.
+#[derive(Debug)]
+pub struct Connection {
+    /// 0 for the first connection that was accepted, and so on.
+    pub number: usize,
+    /// The other end.
+    pub peer: SocketAddr,
+    stream: Option<TcpStream>,
+    received: Vec<u8>,
+    shared: Arc<Shared>,
+}
+
+/// A PROXY v2 header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// All octets as received.
+    pub bytes: Vec<u8>,
+    /// Source address and port; `None` for LOCAL.
+    pub source: Option<SocketAddr>,
+    /// Destination address and port; `None` for LOCAL.
+    pub destination: Option<SocketAddr>,
+    /// Type and value of each TLV, in order.
+    pub tlvs: Vec<(u8, Vec<u8>)>,
+}
+
+impl Connection {
+    /// Waits for more octets. `false` when the peer has closed or the backend is being stopped.
+    fn fill(&mut self) -> bool {
+        let end = Instant::now() + PATIENCE;
+        let Some(stream) = &mut self.stream else { return false };
+        stream.set_read_timeout(Some(STOP_POLL)).expect("a timeout that is not zero");
+        let mut buffer = [0; 65536];
+        while !self.shared.stop.load(Ordering::SeqCst) && Instant::now() < end {
+            match stream.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(n) => {
+                    self.received.extend_from_slice(&buffer[..n]);
+                    return true;
+                }
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                Err(_) => return false,
+            }
+        }
+        false
+    }
+
+    /// Reads the PROXY v2 header that opens the connection. `None` when the peer closes before it is whole.
+    ///
+    /// # Panics
+    /// If what comes is no PROXY v2 header: that fails the scenario.
+    pub fn header(&mut self) -> Option<Header> {
+        loop {
+            if let Ok(header) = v2::Header::try_from(self.received.as_slice()) {
+                let tlvs = header.tlvs().map(|tlv| tlv.expect("a well-formed TLV"));
+                let (source, destination) = match header.addresses {
+                    v2::Addresses::IPv4(a) => (
+                        Some(SocketAddr::from((a.source_address, a.source_port))),
+                        Some(SocketAddr::from((a.destination_address, a.destination_port))),
+                    ),
+                    v2::Addresses::IPv6(a) => (
+                        Some(SocketAddr::from((a.source_address, a.source_port))),
+                        Some(SocketAddr::from((a.destination_address, a.destination_port))),
+                    ),
+                    _ => (None, None),
+                };
+                let whole = Header {
+                    bytes: header.as_bytes().to_vec(),
+                    source,
+                    destination,
+                    tlvs: tlvs.map(|tlv| (tlv.kind, tlv.value.to_vec())).collect(),
+                };
+                self.received.drain(..whole.bytes.len());
+                return Some(whole);
+            }
+            let prefix = v2::PROTOCOL_PREFIX;
+            let common = self.received.len().min(prefix.len());
+            assert_eq!(self.received[..common], prefix[..common], "a PROXY v2 header comes first");
+            if !self.fill() {
+                return None;
+            }
+        }
+    }
+
+    /// Reads the next query. `None` when the peer closes or the backend is being stopped.
+    pub fn query(&mut self) -> Option<Vec<u8>> {
+        loop {
+            if let Some(length) = self.received.get(..2) {
+                let len = usize::from(u16::from_be_bytes([length[0], length[1]]));
+                if self.received.len() >= 2 + len {
+                    let message = self.received[2..2 + len].to_vec();
+                    self.received.drain(..2 + len);
+                    self.shared.queries.fetch_add(1, Ordering::SeqCst);
+                    return Some(message);
+                }
+            }
+            if !self.fill() {
+                return None;
+            }
+        }
+    }
+
+    /// Sends a message with its length prefix.
+    pub fn send(&mut self, message: &[u8]) {
+        self.send_raw(&message::framed(message));
+    }
+
+    /// Sends octets as they are. A peer that is gone is no error of the script.
+    pub fn send_raw(&mut self, bytes: &[u8]) {
+        if let Some(stream) = &mut self.stream {
+            let _ = stream.write_all(bytes);
+        }
+    }
+
+    /// Waits until the peer closes or the backend is stopped, and throws away what comes until then.
+    pub fn wait_closed(&mut self) {
+        while self.fill() {
+            self.received.clear();
+        }
+    }
+
+    /// Closes with FIN.
+    pub fn close(&mut self) {
+        self.stream = None;
+    }
+
+    /// Closes with a reset.
+    ///
+    /// # Panics
+    /// Never in practice: setting the option does not fail on a socket.
+    pub fn reset(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER on a TCP socket");
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Child processes: output captured from the first byte, stopped by their own process id.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::sockets;
+use crate::wait;
+
+/// How long a child may take to end after SIGTERM before it gets SIGKILL.
+const TERM_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Lines of a log shown when something fails.
+const TAIL: usize = 60;
+
+/// Everything a child wrote, line by line, both streams in the order of arrival.
+#[derive(Debug, Default)]
+struct Log {
+    lines: Mutex<Vec<String>>,
+    grown: Condvar,
+}
+
+impl Log {
+    fn read_from(self: &Arc<Self>, stream: impl Read + Send + 'static) -> JoinHandle<()> {
+        let log = Arc::clone(self);
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(stream);
+            let mut line = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+                log.lines.lock().unwrap().push(text);
+                log.grown.notify_all();
+                line.clear();
+            }
+            log.grown.notify_all();
+        })
+    }
+
+    fn tail(&self) -> String {
+        let lines = self.lines.lock().unwrap();
+        lines[lines.len().saturating_sub(TAIL)..].join("\n")
+    }
+}
+
+/// A running child.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    status: Option<ExitStatus>,
+    log: Arc<Log>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Process {
+    /// Starts `program` with `args`; `name` is what failures call it.
+    ///
+    /// The child gets SIGKILL when the thread that started it dies, so that an interrupted test leaves nothing behind:
+    /// start a child from the test's own thread.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start<S: AsRef<std::ffi::OsStr>>(name: &str, program: impl AsRef<std::ffi::OsStr>, args: &[S]) -> Self {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
+        let log = Arc::new(Log::default());
+        let readers = vec![
+            log.read_from(child.stdout.take().expect("stdout is piped")),
+            log.read_from(child.stderr.take().expect("stderr is piped")),
+        ];
+        Self { name: name.to_owned(), child, status: None, log, readers }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The exit status if it has ended.
+    ///
+    /// # Panics
+    /// If the kernel does not know the child.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().expect("our own child can be waited for");
+        }
+        self.status
+    }
+
+    /// Waits for the child to end.
+    ///
+    /// # Panics
+    /// With the log if it is alive at the deadline.
+    #[track_caller]
+    pub fn wait_exit(&mut self, deadline: Duration) -> ExitStatus {
+        match wait::poll(deadline, || self.exited()) {
+            Some(status) => status,
+            None => panic!("{} still runs after {deadline:?}; its log:\n{}", self.name, self.log.tail()),
+        }
+    }
+
+    /// Sends a signal to the child, if it is still there.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.exited().is_none() {
+            // The child is not reaped yet, so the id is still its own. It may end at any moment: an error is no news.
+            let _ = kill_process(Pid::from_child(&self.child), signal);
+        }
+    }
+
+    /// Waits for a line of output that `wanted` accepts, and returns what `wanted` made of it; lines that came before
+    /// the call count.
+    ///
+    /// # Panics
+    /// With the log if there is none by the deadline or the child ends.
+    #[track_caller]
+    pub fn wait_for_line<T>(&mut self, deadline: Duration, what: &str, wanted: impl Fn(&str) -> Option<T>) -> T {
+        match self.find_line(deadline, wanted) {
+            Some(found) => found,
+            None => {
+                let status = self.exited();
+                panic!("{} did not log {what} within {deadline:?} ({status:?}):\n{}", self.name, self.log.tail())
+            }
+        }
+    }
+
+    /// Like [`Self::wait_for_line`], but `None` instead of a panic.
+    pub fn find_line<T>(&mut self, deadline: Duration, wanted: impl Fn(&str) -> Option<T>) -> Option<T> {
+        let end = Instant::now() + deadline;
+        let log = Arc::clone(&self.log);
+        let mut lines = log.lines.lock().unwrap();
+        let mut seen = 0;
+        loop {
+            if let Some(found) = lines[seen..].iter().find_map(|line| wanted(line)) {
+                return Some(found);
+            }
+            seen = lines.len();
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || (self.exited().is_some() && self.readers.iter().all(JoinHandle::is_finished)) {
+                return None;
+            }
+            lines = log.grown.wait_timeout(lines, left.min(Duration::from_millis(50))).unwrap().0;
+        }
+    }
+
+    /// Waits until the child listens on TCP port `port`, as the kernel sees it (so no connection is spent on it).
+    /// `false` if the child ends or the deadline passes first.
+    pub fn listens(&mut self, port: u16, deadline: Duration) -> bool {
+        wait::poll(deadline, || {
+            if self.exited().is_some() {
+                return Some(false);
+            }
+            sockets::listens(self.pid(), port).then_some(true)
+        })
+        .unwrap_or(false)
+    }
+
+    /// Everything logged so far.
+    ///
+    /// # Panics
+    /// Never in practice: only if a reader thread panicked.
+    pub fn lines(&self) -> Vec<String> {
+        self.log.lines.lock().unwrap().clone()
+    }
+
+    /// The end of the log, for messages.
+    pub fn tail(&self) -> String {
+        self.log.tail()
+    }
+
+    /// Ends the child: SIGTERM, then SIGKILL.
+    pub fn stop(&mut self) -> Option<ExitStatus> {
+        self.signal(Signal::TERM);
+        if wait::poll(TERM_TIMEOUT, || self.exited()).is_none() {
+            self.signal(Signal::KILL);
+            self.status = self.child.wait().ok();
+        }
+        for reader in self.readers.drain(..) {
+            // Ends with the pipe; a grandchild that kept it would show as a hang here, and nothing we start forks one.
+            let _ = reader.join();
+        }
+        self.status
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let early = self.exited();
+        self.stop();
+        if std::thread::panicking() {
+            eprintln!("--- {} (pid {}, {early:?} before it was stopped):\n{}", self.name, self.pid(), self.log.tail());
+        }
+    }
+}
+
+/// Runs a command to its end and returns its output (both streams) and whether it succeeded.
+///
+/// # Panics
+/// If it cannot be started, or does not end by the deadline.
+#[track_caller]
+pub fn run(program: &str, args: &[&str], deadline: Duration) -> (bool, String) {
+    let mut process = Process::start(program, program, args);
+    let status = process.wait_exit(deadline);
+    for reader in process.readers.drain(..) {
+        let _ = reader.join();
+    }
+    (status.success() && status.signal().is_none(), process.lines().join("\n"))
+}
+
+/// A TCP port of 127.0.0.1 that was free a moment ago. Another process may take it: starters try again.
+///
+/// # Panics
+/// If the kernel has none.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound socket has an address").port()
+}
+
+/// Starts a server on a free port, again on another one if the port was taken in between.
+///
+/// # Panics
+/// If it does not listen after four attempts.
+#[track_caller]
+pub fn start_on_free_port<T>(name: &str, mut start: impl FnMut(u16) -> (Process, T)) -> (Process, u16, T) {
+    let mut logs = String::new();
+    for _ in 0..4 {
+        let port = free_port();
+        let (mut process, rest) = start(port);
+        if process.listens(port, Duration::from_secs(20)) {
+            return (process, port, rest);
+        }
+        process.stop();
+        logs.push_str(&process.tail());
+    }
+    panic!("{name} does not start:\n{logs}");
+}

@@ -1,0 +1,122 @@
+//! dnsdist 1.7.3 in two roles: as a backend that tells what was in the PROXY header, and as the forwarder whose leak
+//! the scenarios must be able to see.
+
+use std::net::SocketAddr;
+
+use super::ADDRESS;
+use crate::process::{self, Process};
+use crate::tempdir::TempDir;
+
+/// dnsdist as a backend: the answer to a TXT query holds the source and the TLVs of the PROXY header as it received them.
+#[derive(Debug)]
+pub struct TlvOracle {
+    /// The process.
+    pub process: Process,
+    /// Where it listens; it wants a PROXY header there.
+    pub address: SocketAddr,
+    _dir: TempDir,
+}
+
+/// What the oracle's TXT answer tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Source address and port of the header.
+    pub source: String,
+    /// Destination address and port of the header.
+    pub destination: String,
+    /// `type=value` of each TLV, type in lower-case hexadecimal, sorted by type.
+    pub tlvs: Vec<String>,
+}
+
+impl TlvOracle {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start() -> Self {
+        let dir = TempDir::new("oracle");
+        let (process, address) = start("dnsdist (oracle)", &dir, |port| {
+            format!(
+                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}setProxyProtocolACL({{\"127.0.0.0/8\"}})\n{ORACLE}\
+                 addAction(AllRule(), SpoofAction(\"{ADDRESS}\"))\n"
+            )
+        });
+        Self { process, address, _dir: dir }
+    }
+}
+
+impl Told {
+    /// Reads the oracle's TXT answer.
+    ///
+    /// # Panics
+    /// If it is no such answer.
+    #[track_caller]
+    pub fn read(answer: &[u8]) -> Self {
+        let texts = crate::message::texts(answer);
+        let [text] = texts.as_slice() else { panic!("one TXT record was expected: {texts:?}") };
+        let mut parts = text.split(';').map(str::to_owned);
+        let (Some(source), Some(destination)) = (parts.next(), parts.next()) else {
+            panic!("no addresses in {text:?}")
+        };
+        let mut tlvs: Vec<String> = parts.filter(|part| !part.is_empty()).collect();
+        tlvs.sort();
+        Self { source, destination, tlvs }
+    }
+}
+
+/// dnsdist as the forwarder, with a TLV that differs per query: the failure this project is about (issue 15218 of
+/// PowerDNS/pdns).
+#[derive(Debug)]
+pub struct LeakyFront {
+    /// The process.
+    pub process: Process,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    _dir: TempDir,
+}
+
+impl LeakyFront {
+    /// Starts it in front of `backend`; TLV 0xE0 is the first label of the name asked.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start(backend: SocketAddr) -> Self {
+        let dir = TempDir::new("dnsdist");
+        let (process, address) = start("dnsdist (front)", &dir, |port| {
+            format!(
+                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}\
+                 newServer({{address=\"{backend}\", useProxyProtocol=true}})\ngetServer(0):setUp()\n\
+                 addAction(AllRule(), LuaAction(function(dq)\n\
+                 dq:setProxyProtocolValues({{[0xE0] = dq.qname:toString():match(\"^[^.]+\")}})\n\
+                 return DNSAction.None, \"\"\nend))\n"
+            )
+        });
+        Self { process, address, _dir: dir }
+    }
+}
+
+fn start(name: &str, dir: &TempDir, config: impl Fn(u16) -> String) -> (Process, SocketAddr) {
+    let (process, port, ()) = process::start_on_free_port(name, |port| {
+        let file = dir.write("dnsdist.conf", &config(port)).display().to_string();
+        (Process::start(name, "dnsdist", &["--supervised", "--disable-syslog", "-C", &file]), ())
+    });
+    (process, super::loopback(port))
+}
+
+/// `setSecurityPollSuffix("")`: without it dnsdist asks the internet for its own security status.
+const COMMON: &str = "setSecurityPollSuffix(\"\")\nsetACL({\"0.0.0.0/0\"})\nsetVerboseHealthChecks(false)\n";
+
+/// The answer is made from what the header said; dnsdist 1.7.3 adds a value of type 0 with no content by itself.
+const ORACLE: &str = r#"
+addAction(QTypeRule(DNSQType.TXT), LuaAction(function(dq)
+  local text = dq.remoteaddr:toStringWithPort() .. ";" .. dq.localaddr:toStringWithPort()
+  for kind, value in pairs(dq:getProxyProtocolValues()) do
+    if kind ~= 0 or #value > 0 then
+      text = text .. ";" .. string.format("%02x", kind) .. "=" .. value
+    end
+  end
+  return DNSAction.SpoofRaw, string.char(#text) .. text
+end))
+"#;

@@ -1,0 +1,24 @@
+//! Real servers from Debian's packages, each with the smallest configuration that shows what a scenario needs.
+//!
+//! All of them are authoritative for `example.test` (any name below it has an address), listen on a port of 127.0.0.1
+//! that the kernel chose, and demand PROXY v2 where they are backends.
+
+mod dnsdist;
+mod recursor;
+mod unbound;
+
+pub use dnsdist::{LeakyFront, TlvOracle, Told};
+pub use recursor::{Recursor, Seen};
+pub use unbound::Unbound;
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// The zone that all servers know.
+pub const ZONE: &str = "example.test";
+
+/// The address of every name in [`ZONE`].
+pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
