@@ -1,2 +1,67 @@
-//! Developer tasks.
-fn main() {}
+//! The project's own commands: `cargo xtask COMMAND`. One file per command.
+
+mod audit;
+mod bench;
+mod build_and_run;
+mod command;
+mod debian;
+mod doctor;
+mod ebpf;
+mod lint;
+mod privilege;
+mod test;
+mod tidy;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own commands", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the eBPF object and the program in release mode, getting the tools that are missing, and run it
+    BuildAndRun(build_and_run::Arguments),
+    /// Say what is here, what is missing and what the kernel allows; exit code 1 if something needed is missing
+    Doctor,
+    /// Check format, conventions and lints: user space and the eBPF program, each with its own compiler
+    Lint,
+    /// Run all tests, unit and end-to-end, with real BPF; gets the servers they run against
+    Test(test::Arguments),
+    /// Run the tests that take too long for CI: those named `soak_...`, marked `#[ignore = "soak"]`
+    Soak(test::Arguments),
+    /// Check licences, sources and duplicates of all dependencies with cargo-deny
+    Audit(audit::Arguments),
+    /// Measure throughput, latency and cost beside other programs
+    Bench {
+        /// Passed on to the benchmark; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::BuildAndRun(arguments) => build_and_run::run(&arguments),
+        Command::Doctor => return doctor::run(),
+        Command::Lint => lint::run(),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Soak(arguments) => test::soak(&arguments),
+        Command::Audit(arguments) => audit::run(&arguments),
+        Command::Bench { args } => bench::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! `cargo xtask test` and `cargo xtask soak`.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::command::{self, EBPF_OBJECT, say};
+use crate::{ebpf, privilege, tools, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Run only the tests whose name contains this
+    filter: Option<String>,
+    /// Leave the eBPF program out; tests that need it fail
+    #[arg(long)]
+    no_ebpf: bool,
+    /// Test only this package
+    #[arg(long, short)]
+    package: Option<String>,
+    /// For the test programs, such as `--test-threads=1` or `--nocapture`
+    #[arg(last = true)]
+    args: Vec<String>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let cargo = Cargo::prepare(arguments)?;
+    let filter = arguments.filter.as_deref();
+    if let Some(filter) = filter {
+        cargo.require_a_test(filter, &[])?;
+    }
+    command::run(cargo.test().args(["--no-fail-fast", "--"]).args(filter).args(&arguments.args))
+}
+
+/// Tests named `soak_...` are `#[ignore]`d for `cargo test`.
+pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
+    let cargo = Cargo::prepare(arguments)?;
+    let filter = arguments.filter.as_deref().unwrap_or("soak_");
+    cargo.require_a_test(filter, &["--ignored"])?;
+    // One at a time: they load the machine, and some measure.
+    let mut test = cargo.test();
+    test.args(["--no-fail-fast", "--", "--ignored", "--nocapture", "--test-threads=1", filter]);
+    command::run(test.args(&arguments.args))
+}
+
+/// How to call cargo once everything that the tests need is here.
+struct Cargo {
+    environment: Vec<(String, std::ffi::OsString)>,
+    package: Option<String>,
+}
+
+impl Cargo {
+    fn prepare(arguments: &Arguments) -> Result<Self> {
+        let target = workspace::target()?;
+        let mut environment = vec![("PATH".to_owned(), tools::search_path(&target)?)];
+        if arguments.no_ebpf {
+            say("eBPF object: left out (--no-ebpf)");
+        } else {
+            environment.push((EBPF_OBJECT.to_owned(), ebpf::object()?.into()));
+        }
+        privilege::raise_descriptor_limit()?;
+        if !privilege::is_root() {
+            if !privilege::has_sudo() {
+                bail!("the tests load eBPF programs and make network namespaces: run them as root, or install sudo");
+            }
+            say("not root: the test programs are started by `sudo -E`");
+            let host = format!("CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_RUNNER", std::env::consts::ARCH.to_uppercase());
+            environment.push((host, "sudo -E".into()));
+        }
+        Ok(Self { environment, package: arguments.package.clone() })
+    }
+
+    fn test(&self) -> Command {
+        let mut command = command::cargo();
+        command.args(["test", "--locked"]).current_dir(workspace::root()).envs(self.environment.iter().cloned());
+        match &self.package {
+            Some(package) => command.args(["--package", package]),
+            None => command.arg("--workspace"),
+        };
+        command
+    }
+
+    /// A run of no test passes, says cargo. Not here.
+    fn require_a_test(&self, filter: &str, options: &[&str]) -> Result<()> {
+        let listed = command::output(self.test().args(["--quiet", "--", "--list", filter]).args(options))?;
+        if !listed.lines().any(|line| line.ends_with(": test")) {
+            bail!("no test has `{filter}` in its name");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,139 @@
+//! Conventions that no lint of the compiler checks.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::workspace;
+
+/// Longer files hold more than one idea.
+const MAX_LINES: usize = 600;
+
+/// The only files that may hold `unsafe`; a folder ends in `/`.
+const UNSAFE_ALLOWED: &[&str] = &["proxy/src/kernel/sys.rs", "proxy-common/src/pod.rs", "proxy-ebpf/src/"];
+
+const SOURCES: &[&str] = &["proxy", "proxy-common", "proxy-ebpf", "tests", "xtask"];
+
+pub(crate) fn run() -> Result<()> {
+    let mut findings = Vec::new();
+    for path in sources()? {
+        let source = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let name = path.strip_prefix(workspace::root()).unwrap_or(&path).to_string_lossy().into_owned();
+        check(&name, &source, &mut findings);
+    }
+    if findings.is_empty() {
+        return Ok(());
+    }
+    for finding in &findings {
+        eprintln!("{finding}");
+    }
+    bail!("{} findings against the conventions", findings.len())
+}
+
+fn check(name: &str, source: &str, findings: &mut Vec<String>) {
+    let lines = source.lines().count();
+    if lines > MAX_LINES {
+        findings.push(format!("{name}: {lines} lines, more than {MAX_LINES}: split it by idea"));
+    }
+    if !source.is_empty() && !source.ends_with('\n') {
+        findings.push(format!("{name}:{lines}: no newline at the end"));
+    }
+    if UNSAFE_ALLOWED.iter().any(|allowed| name == *allowed || (allowed.ends_with('/') && name.starts_with(allowed))) {
+        return;
+    }
+    for (index, line) in source.lines().enumerate() {
+        if has_word(&code_of(line), "unsafe") {
+            let allowed = UNSAFE_ALLOWED.join(", ");
+            findings.push(format!("{name}:{}: unsafe code is only in {allowed}", index + 1));
+        }
+    }
+}
+
+/// `line` without the contents of its strings and its comment. Good enough for code that rustfmt wrote.
+fn code_of(line: &str) -> String {
+    let mut code = String::new();
+    let mut characters = line.chars().peekable();
+    let mut in_string = false;
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' if in_string => drop(characters.next()),
+            '"' => in_string = !in_string,
+            '/' if !in_string && characters.peek() == Some(&'/') => break,
+            _ if in_string => {}
+            _ => code.push(character),
+        }
+    }
+    code
+}
+
+fn has_word(code: &str, word: &str) -> bool {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|it| it == word)
+}
+
+/// All of our Rust files.
+fn sources() -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for directory in SOURCES {
+        let directory = workspace::root().join(directory);
+        if directory.exists() {
+            walk(&directory, &mut found)?;
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn walk(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(directory).with_context(|| directory.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            if !path.ends_with("target") {
+                walk(&path, found)?;
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(name: &str, source: &str) -> Vec<String> {
+        let mut findings = Vec::new();
+        check(name, source, &mut findings);
+        findings
+    }
+
+    #[test]
+    fn unsafe_is_found_where_it_may_not_be() {
+        let source = "fn f() {\n    unsafe { g() }\n}\n";
+        assert_eq!(findings("proxy/src/pool.rs", source).len(), 1);
+        assert!(findings("proxy/src/pool.rs", source)[0].starts_with("proxy/src/pool.rs:2:"));
+        assert!(findings("proxy/src/kernel/sys.rs", source).is_empty());
+        assert!(findings("proxy-ebpf/src/maps.rs", source).is_empty());
+        assert_eq!(findings("proxy-ebpf/build.rs", source).len(), 1);
+    }
+
+    #[test]
+    fn words_about_unsafe_are_not_unsafe() {
+        for line in ["// unsafe", "#![forbid(unsafe_code)]", "let a = \"say \\\"unsafe\\\"\";", "f(); // unsafe {"] {
+            assert!(findings("a.rs", &format!("{line}\n")).is_empty(), "{line}");
+        }
+        assert_eq!(findings("a.rs", "f(\"\"); unsafe { g() } // why\n").len(), 1);
+    }
+
+    #[test]
+    fn long_files_are_found() {
+        assert!(findings("a.rs", &"\n".repeat(MAX_LINES)).is_empty());
+        assert_eq!(findings("a.rs", &"\n".repeat(MAX_LINES + 1)).len(), 1);
+    }
+
+    #[test]
+    fn a_file_ends_with_a_newline() {
+        assert_eq!(findings("a.rs", "fn f() {}").len(), 1);
+    }
+}
