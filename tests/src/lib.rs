@@ -15,6 +15,7 @@ pub mod config;
 pub mod counterfoil;
 pub mod driver;
 pub mod fake_backend;
+pub mod load;
 pub mod message;
 pub mod metrics;
 pub mod netns;
