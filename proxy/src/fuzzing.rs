@@ -4,7 +4,9 @@
 //! what the fuzzer invents, the property tests with what `proptest` invents, and the test at the end of this file with
 //! every file in `proxy/fuzz/corpus`, so that what was found once is tried again on every run of the tests.
 
-use std::net::SocketAddr;
+#![expect(clippy::expect_used, clippy::panic, reason = "a broken promise is to stop the fuzzer")]
+
+use std::net::{IpAddr, SocketAddr};
 
 use hickory_proto::op::{Message, Query};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
@@ -14,7 +16,7 @@ use crate::dns::message::{MAX_NAME, QuestionError, first_question, peek, questio
 use crate::dns::synth;
 use crate::proxy_protocol::encode::{EncodeError, HeaderWriter};
 use crate::proxy_protocol::parse::{Command, ParseError, parse};
-use crate::proxy_protocol::template::{Context, Template};
+use crate::proxy_protocol::template::{Class, Context, Template, TemplateError};
 use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
 
 /// Frames stay in bounds, and a stream cut in two anywhere gives the frames of the whole.
@@ -71,26 +73,15 @@ pub fn question(bytes: &[u8]) {
 /// A header for endpoints and TLVs taken from `bytes` is octet by octet what `ppp` builds.
 pub fn header_out(bytes: &[u8]) {
     let Some((ends, mut rest)) = bytes.split_at_checked(37) else { return };
-    let address = |bytes: &[u8]| -> SocketAddr {
-        let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+    let address = |bytes: &[u8], short: bool| -> SocketAddr {
         let octets: [u8; 16] = bytes[..16].try_into().expect("16 octets");
-        SocketAddr::from((octets, port))
+        let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+        let [a, b, c, d, ..] = octets;
+        if short { SocketAddr::from(([a, b, c, d], port)) } else { SocketAddr::from((octets, port)) }
     };
-    let mut source = address(&ends[1..19]);
-    let mut destination = address(&ends[19..37]);
-    let to_v4 = |end: SocketAddr| match end.ip() {
-        std::net::IpAddr::V6(ip) => SocketAddr::from((
-            ip.to_bits().to_be_bytes()[..4].try_into().map(|octets: [u8; 4]| octets).expect("4 octets"),
-            end.port(),
-        )),
-        std::net::IpAddr::V4(_) => end,
-    };
-    if ends[0] & 1 == 1 {
-        source = to_v4(source);
-    }
-    if ends[0] & 2 == 2 {
-        destination = to_v4(destination);
-    }
+    let [flags, ends @ ..] = ends else { return };
+    let source = address(&ends[..18], flags & 1 == 1);
+    let destination = address(&ends[18..], flags & 2 == 2);
     let mut tlvs = Vec::new();
     while let [kind, length, after @ ..] = rest {
         let (value, after) = after.split_at(after.len().min(usize::from(*length)));
@@ -113,8 +104,8 @@ pub fn header_against_ppp(source: SocketAddr, destination: SocketAddr, tlvs: &[(
     let written = HeaderWriter::proxy(&mut ours, source, destination).raw_tlvs(&raw).finish(MAX_LEN);
     // `ppp` turns mixed families into UNSPEC, so it gets them mapped.
     let mapped = |end: SocketAddr| match end.ip() {
-        std::net::IpAddr::V4(ip) => SocketAddr::from((ip.to_ipv6_mapped(), end.port())),
-        std::net::IpAddr::V6(_) => end,
+        IpAddr::V4(ip) => SocketAddr::from((ip.to_ipv6_mapped(), end.port())),
+        IpAddr::V6(_) => end,
     };
     let ends = if source.is_ipv4() == destination.is_ipv4() {
         (source, destination)
@@ -162,10 +153,9 @@ pub fn proxy_in(bytes: &[u8]) {
 
 /// A template is refused at a place that is in it, or renders without panic, and of a class that tells the truth.
 pub fn template(text: &str) {
-    let template: Template = match text.parse() {
+    let template = match text.parse::<Template>() {
         Ok(template) => template,
-        Err(error) => {
-            let error: crate::proxy_protocol::template::TemplateError = error;
+        Err(error @ TemplateError { .. }) => {
             assert!((1..=text.chars().count()).contains(&error.at), "{error} in {text:?}");
             return;
         }
@@ -182,7 +172,6 @@ pub fn template(text: &str) {
         template.render(&context, &mut out);
         out
     };
-    use crate::proxy_protocol::template::Class;
     let question = first_question(query).and_then(Result::ok);
     let base = render(context([192, 0, 2, 1], question, 1));
     if template.class() < Class::PerClient {

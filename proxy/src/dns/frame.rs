@@ -111,6 +111,8 @@ pub fn append(out: &mut Vec<u8>, message: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "tests panic")]
+
     use super::*;
     use proptest::collection::vec;
     use proptest::prelude::*;

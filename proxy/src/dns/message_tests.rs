@@ -1,3 +1,5 @@
+#![expect(clippy::expect_used, reason = "tests panic")]
+
 use super::*;
 use hickory_proto::op::{Message, MessageType, OpCode, Query};
 use hickory_proto::rr::{DNSClass, Name, RecordType};

@@ -89,6 +89,8 @@ pub fn write(rtype: u16, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "tests panic")]
+
     use super::*;
     use hickory_proto::rr::RecordType;
 

@@ -51,7 +51,7 @@ pub fn error_response(query: &[u8], rcode: ResponseCode) -> Vec<u8> {
     if let Some(question) = only_question(query) {
         answer.add_query(question);
     }
-    if let Ok(Message { edns: Some(theirs), .. }) = Message::from_vec(query) {
+    if let Some(theirs) = edns(query) {
         let mut ours = Edns::new();
         ours.set_max_payload(UDP_PAYLOAD);
         // RFC 3225, section 3: the DO bit is copied.
@@ -61,6 +61,15 @@ pub fn error_response(query: &[u8], rcode: ResponseCode) -> Vec<u8> {
     // A header, a question that was just decoded and an empty OPT record have no reason to fail to encode; should
     // they, a bare header still answers.
     answer.to_vec().unwrap_or_else(|_| bare(header, rcode))
+}
+
+/// The OPT record of `query`, if all of it can be read. A message that claims many questions is not even tried: hickory
+/// would reserve memory for all of them.
+fn edns(query: &[u8]) -> Option<Edns> {
+    if peek(query)?.qdcount > 1 {
+        return None;
+    }
+    Message::from_vec(query).ok()?.edns
 }
 
 fn only_question(query: &[u8]) -> Option<Query> {
@@ -83,6 +92,8 @@ fn bare(header: [u8; MIN_MESSAGE], rcode: ResponseCode) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "tests panic")]
+
     use super::*;
     use crate::dns::message::question_matches;
     use hickory_proto::rr::{Name, RecordType};

@@ -116,6 +116,8 @@ fn mapped(ip: IpAddr) -> Ipv6Addr {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "tests panic")]
+
     use super::*;
     use proptest::collection::vec;
     use proptest::prelude::*;

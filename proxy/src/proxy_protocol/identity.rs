@@ -78,6 +78,8 @@ fn network(ip: IpAddr, v4: u8, v6: u8) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "tests panic")]
+
     use super::*;
     use proptest::prelude::*;
 

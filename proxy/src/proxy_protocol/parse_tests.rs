@@ -1,3 +1,5 @@
+#![expect(clippy::expect_used, reason = "tests panic")]
+
 use super::*;
 use crate::proxy_protocol::SIGNATURE;
 use crate::proxy_protocol::encode::HeaderWriter;

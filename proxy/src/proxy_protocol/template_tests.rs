@@ -1,3 +1,5 @@
+#![expect(clippy::expect_used, reason = "tests panic")]
+
 use super::*;
 use crate::dns::message::first_question;
 use proptest::prelude::*;
