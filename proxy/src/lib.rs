@@ -9,4 +9,5 @@ pub mod dns;
 pub mod fuzzing;
 pub mod ledger;
 pub mod proxy_protocol;
+pub mod responder;
 pub mod stats;
