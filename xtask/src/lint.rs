@@ -1,6 +1,6 @@
 //! `cargo xtask lint`: what a change must pass before its tests are run.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::command::{self, say};
 use crate::{ebpf, tidy, workspace};
@@ -9,22 +9,67 @@ use crate::{ebpf, tidy, workspace};
 /// program itself.
 const PACKAGES: &[&str] = &["counterfoil-common", "counterfoil", "counterfoil-tests", "xtask"];
 
-pub(crate) fn run() -> Result<()> {
-    say("lint: format");
-    for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
-        let mut fmt = command::cargo();
-        fmt.args(["fmt", "--all", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
-        command::run(&mut fmt)?;
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Only this part
+    part: Option<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// rustfmt, all packages
+    Format,
+    /// What no lint of the compiler checks: where `unsafe` and exceptions may be, length of files
+    Conventions,
+    /// Clippy for all user-space packages, with all targets; every warning is an error
+    UserSpace,
+    /// Clippy for the eBPF program, of the compiler that builds it; every warning is an error
+    Ebpf,
+}
+
+/// All parts are run, whatever becomes of those before.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let wanted = |part| arguments.part.is_none_or(|it| it == part);
+    let mut results: Vec<(String, Result<()>)> = Vec::new();
+    if wanted(Part::Format) {
+        say("lint: format");
+        results.extend(["Cargo.toml", "proxy-ebpf/Cargo.toml"].map(|it| (format!("format of {it}"), format(it))));
     }
-    say("lint: conventions");
-    tidy::run()?;
-    for package in PACKAGES {
-        say(format_args!("lint: {package}"));
-        let mut clippy = command::cargo();
-        clippy
-            .args(["clippy", "--quiet", "--locked", "--all-targets", "--package", package, "--", "--deny", "warnings"])
-            .current_dir(workspace::root());
-        command::run(&mut clippy)?;
+    if wanted(Part::Conventions) {
+        say("lint: conventions");
+        results.push(("conventions".to_owned(), tidy::run()));
     }
-    ebpf::lint()
+    if wanted(Part::UserSpace) {
+        results.extend(PACKAGES.iter().map(|it| (format!("clippy of {it}"), clippy(it))));
+    }
+    if wanted(Part::Ebpf) {
+        results.push(("clippy of the eBPF program".to_owned(), ebpf::lint()));
+    }
+    let mut failed = Vec::new();
+    for (name, result) in results {
+        if let Err(error) = result {
+            say(format_args!("lint: {name}: {error:#}"));
+            failed.push(name);
+        }
+    }
+    if failed.is_empty() {
+        say("lint: all good");
+        return Ok(());
+    }
+    bail!("lint failed: {}", failed.join(", "))
+}
+
+fn format(manifest: &str) -> Result<()> {
+    let mut fmt = command::cargo();
+    fmt.args(["fmt", "--all", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
+    command::run(&mut fmt)
+}
+
+fn clippy(package: &str) -> Result<()> {
+    say(format_args!("lint: {package}"));
+    let mut clippy = command::cargo();
+    clippy
+        .args(["clippy", "--quiet", "--locked", "--all-targets", "--package", package, "--", "--deny", "warnings"])
+        .current_dir(workspace::root());
+    command::run(&mut clippy)
 }

@@ -32,7 +32,7 @@ enum Command {
     /// Say what is here, what is missing and what the kernel allows; exit code 1 if something needed is missing
     Doctor,
     /// Check format, conventions and lints: user space and the eBPF program, each with its own compiler
-    Lint,
+    Lint(lint::Arguments),
     /// Run all tests, unit and end-to-end, with real BPF; gets the servers they run against
     Test(test::Arguments),
     /// Run the tests that take too long for CI: those named `soak_...`, marked `#[ignore = "soak"]`
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::BuildAndRun(arguments) => build_and_run::run(&arguments),
         Command::Doctor => return doctor::run(),
-        Command::Lint => lint::run(),
+        Command::Lint(arguments) => lint::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Soak(arguments) => test::soak(&arguments),
         Command::Audit(arguments) => audit::run(&arguments),

@@ -13,7 +13,7 @@ pub(crate) fn lint() -> Result<()> {
     let linker = Linker::get(&target, &compiler)?;
     let driver = compiler.clippy_driver()?;
     say(format_args!("lint: eBPF program, clippy of {compiler}"));
-    let mut check = cargo(&compiler, &linker, &target.join("ebpf-lint"), "check");
+    let mut check = cargo(&compiler, &linker, &target.join("ebpf"), "check");
     check.env("RUSTC_WORKSPACE_WRAPPER", driver);
     check.env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
     command::run(&mut check)
