@@ -9,5 +9,6 @@ pub mod dns;
 pub mod fuzzing;
 pub mod ledger;
 pub mod proxy_protocol;
+pub mod query;
 pub mod responder;
 pub mod stats;
