@@ -3,6 +3,7 @@
 
 pub mod clock;
 pub mod close;
+pub mod config;
 pub mod control;
 pub mod dns;
 #[cfg(any(test, fuzzing))]

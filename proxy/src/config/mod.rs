@@ -1,4 +1,25 @@
 //! The configuration as the program uses it: parsed, checked, with every default filled in.
+//!
+//! [`load`] and [`from_str`] read it. The text is walked twice: [`schema`] knows every key of the format and refuses
+//! what is unknown or not supported yet; then the sections are read, each key with its range and its default from
+//! [`defaults`]. Every problem is collected with its place and key, so that one run reports all of them.
+
+pub mod check;
+pub mod choices;
+pub mod defaults;
+pub mod error;
+mod parse;
+mod pools;
+pub mod print;
+pub mod schema;
+mod section;
+mod source;
+pub mod units;
+
+#[cfg(test)]
+mod contract_tests;
+#[cfg(test)]
+mod error_tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -7,8 +28,11 @@ use std::time::Duration;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
 
+pub use error::{ConfigError, ConfigErrors};
+pub use parse::{from_str, load};
+
 /// The whole configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// `[server]`
     pub server: Server,
@@ -27,7 +51,7 @@ pub struct Config {
 }
 
 /// `[server]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// Worker threads; 0 in the file means one per core and is resolved here.
     pub workers: usize,
@@ -40,7 +64,7 @@ pub struct Server {
 }
 
 /// `[[listener]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Unique name: label in metrics and `{listener}` in TLVs.
     pub name: String,
@@ -61,7 +85,7 @@ pub struct Listener {
 }
 
 /// `[[pool]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pool {
     /// Unique name.
     pub name: String,
@@ -76,7 +100,7 @@ pub struct Pool {
 }
 
 /// `[pool.proxy_protocol]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyProtocol {
     /// Whose address the header carries.
     pub identity: Identity,
@@ -87,7 +111,7 @@ pub struct ProxyProtocol {
 }
 
 /// `[[pool.backend]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     /// Unique name over all pools: label in metrics.
     pub name: String,
@@ -128,7 +152,7 @@ pub enum Health {
 }
 
 /// `[connections]`: towards backends, all kinds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connections {
     /// Closed after this long with nothing in flight.
     pub idle_timeout: Duration,
@@ -151,7 +175,7 @@ pub struct Connections {
 }
 
 /// `[kernel]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// Which view.
     pub view: View,
@@ -174,7 +198,7 @@ pub enum View {
 }
 
 /// `[watchdog]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Watchdog {
     /// Between sweeps.
     pub interval: Duration,
@@ -244,7 +268,7 @@ impl Class {
 }
 
 /// `[admin]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
     /// `/metrics`, `/healthz`, `/readyz`; none: off.
     pub http: Option<SocketAddr>,

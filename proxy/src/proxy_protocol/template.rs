@@ -334,6 +334,36 @@ impl TlvSet {
     }
 }
 
+/// The template as a configuration writes it: parsed again, it is equal.
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let [Part::Bytes(bytes)] = self.parts.as_slice() {
+            let text = std::str::from_utf8(bytes).ok();
+            if text.is_none_or(|text| text.starts_with("hex:") || text.contains(char::is_control)) {
+                f.write_str("hex:")?;
+                return bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"));
+            }
+        }
+        self.parts.iter().try_for_each(|part| write!(f, "{part}"))
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // Beside fields these come from text, so nothing is lost.
+            Self::Bytes(bytes) => f.write_str(&String::from_utf8_lossy(bytes).replace('{', "{{").replace('}', "}}")),
+            Self::ClientIp => f.write_str("{client_ip}"),
+            Self::ClientPort => f.write_str("{client_port}"),
+            Self::Listener => f.write_str("{listener}"),
+            Self::Qname => f.write_str("{qname}"),
+            Self::QnameLabel(n) => write!(f, "{{qname_label:{n}}}"),
+            Self::Qtype => f.write_str("{qtype}"),
+            Self::Uuid => f.write_str("{uuid}"),
+        }
+    }
+}
+
 impl fmt::Display for Class {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,0 +1,134 @@
+//! The defaults of every key, in one place. A key that is not in the file has the value that it has here.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{
+    Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Pool, ProxyProtocol, ReapMode, Server,
+    View, Watchdog,
+};
+use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::template::TlvSet;
+
+/// Prefix length of a client network under `identity = "subnet"`, IPv4.
+pub const SUBNET_V4: u8 = 24;
+
+/// Prefix length of a client network under `identity = "subnet"`, IPv6.
+pub const SUBNET_V6: u8 = 56;
+
+/// The longest PROXY header that PowerDNS Recursor and dnsdist take by their own defaults, bytes.
+pub const MAX_HEADER: usize = 512;
+
+/// One worker per core, as many as the process may use.
+pub(super) fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            workers: workers(),
+            drain_timeout: Duration::from_secs(30),
+            max_connections: 10_000,
+            log: "info".to_owned(),
+        }
+    }
+}
+
+impl Listener {
+    /// A listener with defaults, which sends its queries to the pool of this index.
+    pub fn new(name: &str, address: SocketAddr, pool: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            address,
+            pool,
+            max_connections_per_client: 100,
+            max_in_flight: 100,
+            idle_timeout: Duration::from_secs(10),
+            message_timeout: Duration::from_secs(2),
+            write_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Pool {
+    /// A pool with defaults, without PROXY header.
+    pub fn new(name: &str, backends: Vec<Backend>) -> Self {
+        Self {
+            name: name.to_owned(),
+            query_timeout: Duration::from_secs(5),
+            retries: 1,
+            proxy_protocol: None,
+            backends,
+        }
+    }
+}
+
+impl Default for ProxyProtocol {
+    fn default() -> Self {
+        Self { identity: Identity::Connection, max_header: MAX_HEADER, tlvs: TlvSet::default() }
+    }
+}
+
+impl Backend {
+    /// A backend with defaults.
+    pub fn new(name: &str, address: SocketAddr) -> Self {
+        Self {
+            name: name.to_owned(),
+            address,
+            max_in_flight: 32,
+            max_connections: 512,
+            connect_timeout: Duration::from_secs(2),
+            source: Vec::new(),
+            one_shot_close: OneShotClose::Reset,
+            // The format's own default, "auto", is not supported yet.
+            health: Health::Up,
+        }
+    }
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            idle_timeout: Duration::from_secs(30),
+            max_age: Duration::from_secs(10 * 60),
+            max_idle_per_backend: 64,
+            max_owned_per_client: 8,
+            max_total: 8192,
+            max_opens_per_client: 0,
+            max_waiting: 1000,
+            max_wait: Duration::from_secs(1),
+            cleanup_interval: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self { view: View::Auto, max_sockets: 65_536 }
+    }
+}
+
+impl Default for Watchdog {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(1),
+            grace: Duration::from_secs(3),
+            sweeps: 3,
+            crosscheck_interval: Duration::from_secs(60),
+            reap: ReapMode::DryRun,
+            max_reaps_per_minute: 600,
+            classes: Class::ALL.to_vec(),
+        }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            http: Some(SocketAddr::from(([127, 0, 0, 1], 9120))),
+            socket: Some(PathBuf::from("/run/counterfoil/counterfoil.sock")),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! What can be wrong with a configuration, and how it is said: `FILE:LINE:COLUMN: key `pool.retries`: ...`.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use thiserror::Error;
+
+use super::units::UnitError;
+use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
+
+/// Everything that is wrong with a configuration, in the order of the file; at least one error.
+///
+/// Its text has one line per error. The caller puts `error: ` before each: see [`ConfigErrors::iter`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors {
+    errors: Vec<ConfigError>,
+}
+
+impl ConfigErrors {
+    /// Sorts by position. Two problems of one key stay in the order in which they were found.
+    pub(super) fn new(mut errors: Vec<ConfigError>) -> Self {
+        errors.sort_by_key(|error| error.position);
+        Self { errors }
+    }
+
+    /// The errors in the order of the file.
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
+        self.errors.iter()
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, error) in self.errors.iter().enumerate() {
+            let newline = if index == 0 { "" } else { "\n" };
+            write!(f, "{newline}{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// One thing that is wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file as the caller named it.
+    pub file: String,
+    /// Where in the file; none if it could not be read.
+    pub position: Option<Position>,
+    /// The full path of the key, such as `pool[1].backend[0].address`; an index is given only where a list has more
+    /// than one element. None where the error belongs to no key.
+    pub key: Option<String>,
+    /// What is wrong.
+    pub problem: Problem,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.file)?;
+        if let Some(Position { line, column }) = self.position {
+            write!(f, "{line}:{column}:")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, " key `{key}`:")?;
+        }
+        write!(f, " {}", self.problem)
+    }
+}
+
+/// A place in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// Counted from 1.
+    pub line: usize,
+    /// In characters, counted from 1.
+    pub column: usize,
+}
+
+/// The kinds of errors.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Problem {
+    /// The file cannot be opened or read.
+    #[error("cannot be read: {0}")]
+    Unreadable(String),
+    /// More bytes than a configuration can sensibly have.
+    #[error("is longer than {0} bytes")]
+    TooLong(u64),
+    /// TOML is UTF-8.
+    #[error("is not UTF-8 from here on")]
+    NotUtf8,
+    /// Not TOML; the words are those of the TOML parser.
+    #[error("{0}")]
+    Syntax(String),
+    /// A key twice in one table.
+    #[error("is given twice")]
+    GivenTwice,
+    /// A key that the format does not have.
+    #[error("unknown key{}", hint(suggestion.as_deref()))]
+    UnknownKey {
+        /// What might have been meant.
+        suggestion: Option<String>,
+    },
+    /// A key that the format has and this version does not.
+    #[error("not supported yet")]
+    NotSupportedYet,
+    /// A value of a choice that the format has and this version does not.
+    #[error("{value:?} is not supported yet; what works is {choices}")]
+    ValueNotSupportedYet {
+        /// What was given.
+        value: &'static str,
+        /// What works.
+        choices: String,
+    },
+    /// A string where a number must be, and the like.
+    #[error("expected {expected}, found {found}")]
+    WrongType {
+        /// What must be there.
+        expected: &'static str,
+        /// The TOML type that is there.
+        found: &'static str,
+    },
+    /// A key or table without a default is not there.
+    #[error("is missing")]
+    Missing,
+    /// A duration or size.
+    #[error(transparent)]
+    Unit(#[from] UnitError),
+    /// A number, duration or size outside its range.
+    #[error("must be from {min} to {max}")]
+    OutOfRange {
+        /// The least.
+        min: String,
+        /// The most.
+        max: String,
+    },
+    /// None of the words that the key knows.
+    #[error("expected {choices}, found {value:?}")]
+    NotAChoice {
+        /// What was given.
+        value: String,
+        /// What works.
+        choices: String,
+    },
+    /// Not an IP address with a port.
+    #[error("{0:?} is not an address with a port, such as \"127.0.0.1:53\" or \"[::1]:53\"")]
+    NotASocketAddress(String),
+    /// Not an IP address.
+    #[error("{0:?} is not an IP address, such as \"192.0.2.1\" or \"2001:db8::1\"")]
+    NotAnIpAddress(String),
+    /// An address that nothing can be sent to, or from.
+    #[error("{0} is not the address of one host")]
+    NotUnicast(IpAddr),
+    /// Port 0 where the kernel cannot choose.
+    #[error("port 0 cannot be connected to")]
+    PortZero,
+    /// A source address of the other family.
+    #[error("{source_ip} and the backend's address {address} are of different families")]
+    FamilyMismatch {
+        /// The source.
+        source_ip: IpAddr,
+        /// The backend.
+        address: SocketAddr,
+    },
+    /// A backend that is one of the listeners: its queries would come back for ever.
+    #[error("{0} is where listener {1:?} listens: every query would come back")]
+    Loop(SocketAddr, String),
+    /// A name that cannot be a label.
+    #[error("{0:?} is no name: 1 to 64 letters, digits, '.', '_', '-' are")]
+    BadName(String),
+    /// A name that metrics use for something else.
+    #[error("the name {0:?} is taken: metrics use it")]
+    ReservedName(&'static str),
+    /// Two of the same, where there must be one.
+    #[error("{value} is already at line {line}")]
+    Duplicate {
+        /// Which.
+        value: String,
+        /// Where the first is.
+        line: usize,
+    },
+    /// A listener's pool.
+    #[error("there is no pool {name:?}; the pools are {pools}")]
+    UnknownPool {
+        /// What was given.
+        name: String,
+        /// What there is.
+        pools: String,
+    },
+    /// A list that must not be.
+    #[error("must not be empty{0}")]
+    Empty(&'static str),
+    /// A log filter.
+    #[error("{value:?} is no log filter: {reason}")]
+    LogFilter {
+        /// What was given.
+        value: String,
+        /// The words of the parser of filters.
+        reason: String,
+    },
+    /// The path of a Unix socket.
+    #[error("the path has {length} bytes; the kernel takes at most {max}")]
+    SocketPath {
+        /// Bytes given.
+        length: usize,
+        /// Bytes that fit `sun_path`.
+        max: usize,
+    },
+    /// The type of a TLV.
+    #[error(transparent)]
+    TlvType(#[from] TlvTypeError),
+    /// The value of a TLV.
+    #[error("{0}")]
+    Template(TemplateError),
+    /// `max_header` refuses each and every header.
+    #[error("the shortest header of this pool has {shortest} bytes, more than {max}: every query would fail")]
+    HeaderTooLong {
+        /// Bytes of the shortest header there can be.
+        shortest: usize,
+        /// The limit as written.
+        max: String,
+    },
+}
+
+/// The end of a sentence that guesses what was meant.
+fn hint(suggestion: Option<&str>) -> String {
+    suggestion.map(|suggestion| format!("; did you mean {suggestion}?")).unwrap_or_default()
+}

@@ -1,0 +1,280 @@
+//! From the text of a configuration to a [`Config`], or to everything that is wrong with it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path as FilePath, PathBuf};
+use std::time::Duration;
+
+use toml::de::DeTable;
+use tracing_subscriber::EnvFilter;
+
+use super::error::{ConfigErrors, Problem};
+use super::pools::{self, Pools};
+use super::section::{Section, Value};
+use super::source::{Path, Source};
+use super::{Admin, Class, Config, Connections, Kernel, Listener, Server, Watchdog, defaults, schema};
+
+/// The longest file that is read, bytes: a hundred times what a large one has.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Most worker threads; more than any machine has cores.
+const MAX_WORKERS: usize = 1024;
+
+/// Most of what is counted one by one (connections, sockets, queries): what one process could hold at all.
+pub(super) const MAX_COUNT: usize = 1 << 24;
+
+/// The shortest of the timeouts that must not be zero, and of the intervals.
+pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// The shortest interval of sweeps and clean-ups: they walk every connection.
+const SHORTEST_SWEEP: Duration = Duration::from_millis(10);
+
+/// `sun_path` of `sockaddr_un` without its closing zero byte (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Reads and checks a file.
+///
+/// # Errors
+///
+/// All that is wrong with it.
+pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
+    let name = path.display().to_string();
+    let unreadable = |problem| {
+        let source = Source::new(&name, "");
+        source.push(None, None, problem);
+        source.result()
+    };
+    let mut bytes = Vec::new();
+    if let Err(error) = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)) {
+        unreadable(Problem::Unreadable(error.to_string()))?;
+    }
+    if bytes.len() as u64 > MAX_FILE {
+        unreadable(Problem::TooLong(MAX_FILE))?;
+    }
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => from_str(&name, text),
+        Err(error) => {
+            let valid = String::from_utf8_lossy(bytes.get(..error.valid_up_to()).unwrap_or_default());
+            let source = Source::new(&name, &valid);
+            source.push(Some(valid.len()), None, Problem::NotUtf8);
+            source.result().and_then(|()| from_str(&name, &valid))
+        }
+    }
+}
+
+/// Reads and checks a text. `name` is what errors call it.
+///
+/// # Errors
+///
+/// All that is wrong with it. A text that is not TOML is not checked further.
+pub fn from_str(name: &str, text: &str) -> Result<Config, ConfigErrors> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let source = Source::new(name, text);
+    let (root, errors) = DeTable::parse_recoverable(text);
+    for error in errors {
+        let span = error.span().unwrap_or(text.len()..text.len());
+        match text.get(span.clone()) {
+            Some(key) if error.message() == "duplicate key" => {
+                source.fail(span.start, &Path::root().key(key), Problem::GivenTwice);
+            }
+            _ => source.push(Some(span.start), None, Problem::Syntax(error.message().to_owned())),
+        }
+    }
+    source.result()?;
+    schema::check(&source, root.get_ref());
+    let config = read(&Section::root(&source, root.get_ref()));
+    source.result()?;
+    Ok(config)
+}
+
+fn read(root: &Section<'_, '_>) -> Config {
+    let server = read_server(&root.table("server"));
+    let pools = Pools::read(root);
+    let listeners = read_listeners(root, &pools);
+    pools.check_loops(&listeners);
+    pools.check_headers(&listeners);
+    Config {
+        server,
+        listeners,
+        pools: pools.into_pools(),
+        connections: read_connections(&root.table("connections")),
+        kernel: read_kernel(&root.table("kernel")),
+        watchdog: read_watchdog(&root.table("watchdog")),
+        admin: read_admin(&root.table("admin")),
+    }
+}
+
+fn read_server(section: &Section<'_, '_>) -> Server {
+    let default = Server::default();
+    let workers = match section.integer("workers", 0, 0..=MAX_WORKERS) {
+        0 => defaults::workers(),
+        workers => workers,
+    };
+    Server {
+        workers,
+        drain_timeout: section.duration("drain_timeout", default.drain_timeout, Duration::ZERO),
+        max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
+        log: section.value("log").and_then(|value| log_filter(&value)).unwrap_or(default.log),
+    }
+}
+
+fn log_filter(value: &Value<'_, '_>) -> Option<String> {
+    let text = value.string()?;
+    match EnvFilter::builder().parse(text) {
+        Ok(_) => Some(text.to_owned()),
+        Err(error) => {
+            value.fail(Problem::LogFilter { value: text.to_owned(), reason: error.to_string() });
+            None
+        }
+    }
+}
+
+fn read_listeners(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listener> {
+    let mut names = Unique::default();
+    let mut addresses = Unique::default();
+    let sections = root.tables("listener");
+    if sections.is_empty() {
+        root.fail_empty("listener");
+    }
+    let mut listeners = Vec::new();
+    for section in sections {
+        let name = section.required("name").and_then(|value| names.name(&value));
+        let pool = section.required("pool").and_then(|value| pools.find(&value));
+        let address = section.required("address").and_then(|value| {
+            let address = value.socket_address()?;
+            if address.ip().is_multicast() {
+                value.fail(Problem::NotUnicast(address.ip()));
+            } else if address.port() != 0 {
+                addresses.add(&value, &address.to_string());
+            }
+            Some(address)
+        });
+        // What is missing here has been reported; the placeholders are never used.
+        let default = Listener::new(
+            name.unwrap_or_default(),
+            address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0))),
+            pool.unwrap_or_default(),
+        );
+        listeners.push(Listener {
+            max_connections_per_client: section.integer(
+                "max_connections_per_client",
+                default.max_connections_per_client,
+                1..=MAX_COUNT,
+            ),
+            max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=pools::MAX_IN_FLIGHT),
+            idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
+            message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
+            write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
+            ..default
+        });
+    }
+    listeners
+}
+
+fn read_connections(section: &Section<'_, '_>) -> Connections {
+    let default = Connections::default();
+    let count = |key, default, min| section.integer(key, default, min..=MAX_COUNT);
+    Connections {
+        idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
+        max_age: section.duration("max_age", default.max_age, MILLISECOND),
+        max_idle_per_backend: count("max_idle_per_backend", default.max_idle_per_backend, 0),
+        max_owned_per_client: count("max_owned_per_client", default.max_owned_per_client, 1),
+        max_total: count("max_total", default.max_total, 1),
+        max_opens_per_client: section.integer("max_opens_per_client", default.max_opens_per_client, 0..=1_000_000),
+        max_waiting: count("max_waiting", default.max_waiting, 0),
+        max_wait: section.duration("max_wait", default.max_wait, Duration::ZERO),
+        cleanup_interval: section.duration("cleanup_interval", default.cleanup_interval, SHORTEST_SWEEP),
+    }
+}
+
+fn read_kernel(section: &Section<'_, '_>) -> Kernel {
+    let default = Kernel::default();
+    Kernel {
+        view: section.choice("view", default.view),
+        max_sockets: section.integer("max_sockets", default.max_sockets, 1..=1 << 24),
+    }
+}
+
+fn read_watchdog(section: &Section<'_, '_>) -> Watchdog {
+    let default = Watchdog::default();
+    Watchdog {
+        interval: section.duration("interval", default.interval, SHORTEST_SWEEP),
+        grace: section.duration("grace", default.grace, Duration::ZERO),
+        sweeps: section.integer("sweeps", default.sweeps, 1..=1000),
+        crosscheck_interval: section.duration("crosscheck_interval", default.crosscheck_interval, SHORTEST_SWEEP),
+        reap: section.choice("reap", default.reap),
+        max_reaps_per_minute: section.integer("max_reaps_per_minute", default.max_reaps_per_minute, 1..=1_000_000),
+        classes: section.value("classes").and_then(|value| read_classes(&value)).unwrap_or(default.classes),
+    }
+}
+
+fn read_classes(value: &Value<'_, '_>) -> Option<Vec<Class>> {
+    let mut seen = Unique::default();
+    let elements = value.list()?;
+    if elements.is_empty() {
+        value.fail(Problem::Empty("; `reap = \"off\"` is the way to act on none"));
+    }
+    let mut class = |element: Value<'_, '_>| {
+        let class: Class = element.choice()?;
+        seen.add(&element, &format!("{:?}", class.name()));
+        Some(class)
+    };
+    Some(elements.into_iter().filter_map(&mut class).collect())
+}
+
+fn read_admin(section: &Section<'_, '_>) -> Admin {
+    let default = Admin::default();
+    let mut admin = default;
+    if let Some(value) = section.value("http") {
+        admin.http = match value.string() {
+            None | Some("") => None,
+            Some(_) => value.socket_address(),
+        };
+    }
+    if let Some(value) = section.value("socket") {
+        let path = value.string().unwrap_or_default();
+        let length = path.len();
+        if length > MAX_SOCKET_PATH {
+            value.fail(Problem::SocketPath { length, max: MAX_SOCKET_PATH });
+        }
+        admin.socket = (length > 0).then(|| PathBuf::from(path));
+    }
+    admin
+}
+
+/// Values that may be given once only, with the line of the first.
+#[derive(Default)]
+pub(super) struct Unique {
+    lines: HashMap<String, usize>,
+}
+
+impl Unique {
+    /// Reports a value that was there before.
+    pub(super) fn add(&mut self, value: &Value<'_, '_>, what: &str) {
+        if let Some(line) = self.lines.get(what) {
+            value.fail(Problem::Duplicate { value: what.to_owned(), line: *line });
+        } else {
+            self.lines.insert(what.to_owned(), value.line());
+        }
+    }
+
+    /// A name: a label in metrics, hence short and of harmless characters, and unique.
+    pub(super) fn name<'a>(&mut self, value: &Value<'a, '_>) -> Option<&'a str> {
+        let name = value.string()?;
+        let harmless = |octet: u8| octet.is_ascii_alphanumeric() || b"._-".contains(&octet);
+        if !(1..=64).contains(&name.len()) || !name.bytes().all(harmless) {
+            value.fail(Problem::BadName(name.to_owned()));
+            return None;
+        }
+        self.add(value, &format!("{name:?}"));
+        Some(name)
+    }
+}
+
+/// Whether one host can have this address.
+pub(super) fn is_host(ip: IpAddr) -> bool {
+    let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
+    !(ip.is_unspecified() || ip.is_multicast() || broadcast)
+}

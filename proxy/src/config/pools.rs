@@ -1,0 +1,228 @@
+//! `[[pool]]` and all that is in it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use super::choices::IdentityWord;
+use super::error::Problem;
+use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
+use super::section::{Section, Value};
+use super::{Backend, Listener, Pool, ProxyProtocol, defaults, units};
+use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::template::{Context, Template, TlvSet, check_type};
+use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
+
+/// Most queries in flight on one connection: as many as a message ID can tell apart (RFC 1035 section 4.1.1).
+pub(super) const MAX_IN_FLIGHT: usize = 1 << 16;
+
+/// Most retries: each repeats the query while its client waits.
+const MAX_RETRIES: u8 = 10;
+
+/// Names of backends that metrics use as labels for something else.
+const RESERVED_NAMES: [&str; 2] = ["drill", "unknown"];
+
+/// Source and destination of an IPv4 header, address and port each.
+const IPV4_ADDRESSES: usize = 12;
+
+/// Source and destination of an IPv6 header, address and port each.
+const IPV6_ADDRESSES: usize = 36;
+
+/// The pools as read, with their places in the file for the checks that need more than one table.
+pub(super) struct Pools<'a, 'i> {
+    sections: Vec<Section<'a, 'i>>,
+    pools: Vec<Pool>,
+    /// Addresses of all backends.
+    addresses: Vec<(Value<'a, 'i>, SocketAddr)>,
+}
+
+impl<'a, 'i> Pools<'a, 'i> {
+    /// Reads all pools.
+    pub(super) fn read(root: &Section<'a, 'i>) -> Self {
+        let mut pools = Self { sections: root.tables("pool"), pools: Vec::new(), addresses: Vec::new() };
+        if pools.sections.is_empty() {
+            root.fail_empty("pool");
+        }
+        let mut names = Unique::default();
+        let mut backend_names = Unique::default();
+        for section in &pools.sections {
+            let name = section.required("name").and_then(|value| names.name(&value)).unwrap_or_default();
+            let backends = read_backends(section, &mut backend_names, &mut pools.addresses);
+            let default = Pool::new(name, backends);
+            pools.pools.push(Pool {
+                query_timeout: section.duration("query_timeout", default.query_timeout, MILLISECOND),
+                retries: section.integer("retries", default.retries, 0..=MAX_RETRIES),
+                proxy_protocol: read_proxy_protocol(&section.table("proxy_protocol")),
+                ..default
+            });
+        }
+        pools
+    }
+
+    /// The index of the pool that a listener names.
+    pub(super) fn find(&self, value: &Value<'_, '_>) -> Option<usize> {
+        let name = value.string()?;
+        let found = self.pools.iter().position(|pool| pool.name == name);
+        // Pools whose own names are wrong have none here. Without any there is nothing that could be named.
+        let named = self.pools.iter().filter(|pool| !pool.name.is_empty());
+        let names: Vec<String> = named.map(|pool| format!("{:?}", pool.name)).collect();
+        if found.is_none() && !names.is_empty() {
+            value.fail(Problem::UnknownPool { name: name.to_owned(), pools: names.join(", ") });
+        }
+        found
+    }
+
+    /// Reports backends that are listeners of this very configuration.
+    pub(super) fn check_loops(&self, listeners: &[Listener]) {
+        for (value, backend) in &self.addresses {
+            let is_backend = |listener: &&Listener| {
+                let everywhere = listener.address.ip().is_unspecified() && backend.ip().is_loopback();
+                let same_host = everywhere || listener.address.ip() == backend.ip();
+                same_host && listener.address.port() == backend.port()
+            };
+            if let Some(listener) = listeners.iter().find(is_backend) {
+                value.fail(Problem::Loop(*backend, listener.name.clone()));
+            }
+        }
+    }
+
+    /// Reports a `max_header` that no header can meet.
+    pub(super) fn check_headers(&self, listeners: &[Listener]) {
+        for (index, (section, pool)) in self.sections.iter().zip(&self.pools).enumerate() {
+            let Some(proxy) = &pool.proxy_protocol else { continue };
+            let of_pool = listeners.iter().filter(|listener| listener.pool == index);
+            let Some(shortest) = of_pool.map(|listener| shortest_header(proxy, pool, listener)).min() else { continue };
+            if shortest > proxy.max_header {
+                let max = units::format_size(proxy.max_header);
+                section.table("proxy_protocol").fail("max_header", Problem::HeaderTooLong { shortest, max });
+            }
+        }
+    }
+
+    /// The pools in the order of the file.
+    pub(super) fn into_pools(self) -> Vec<Pool> {
+        self.pools
+    }
+}
+
+/// The length of the shortest header that a query through this listener can have, bytes.
+fn shortest_header(proxy: &ProxyProtocol, pool: &Pool, listener: &Listener) -> usize {
+    let only_ipv6 = proxy.identity == Identity::Forwarder && pool.backends.iter().all(|b| b.address.is_ipv6());
+    let mut header = vec![0; FIXED_LEN + if only_ipv6 { IPV6_ADDRESSES } else { IPV4_ADDRESSES }];
+    let client = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    proxy.tlvs.render(&Context { client, listener: &listener.name, question: None, random: 0 }, &mut header);
+    header.len()
+}
+
+fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
+    if !section.is_present() {
+        return None;
+    }
+    let default = ProxyProtocol::default();
+    let v4 = section.integer("subnet_v4", defaults::SUBNET_V4, 1..=32);
+    let v6 = section.integer("subnet_v6", defaults::SUBNET_V6, 1..=128);
+    let shortest = FIXED_LEN + IPV6_ADDRESSES;
+    let max_header = section.value("max_header").and_then(|value| value.size(shortest..=MAX_LEN));
+    Some(ProxyProtocol {
+        identity: match section.choice("identity", IdentityWord::Connection) {
+            IdentityWord::Connection => Identity::Connection,
+            IdentityWord::Address => Identity::Address,
+            IdentityWord::Subnet => Identity::Subnet { v4, v6 },
+            IdentityWord::Forwarder => Identity::Forwarder,
+        },
+        max_header: max_header.unwrap_or(default.max_header),
+        tlvs: read_tlvs(section),
+    })
+}
+
+fn read_tlvs(section: &Section<'_, '_>) -> TlvSet {
+    let mut tlvs = TlvSet::default();
+    for section in section.tables("tlv") {
+        let kind = section.required("type").and_then(|value| {
+            let kind = value.integer(0..=u8::MAX)?;
+            check_type(kind).map_err(|error| value.fail(Problem::TlvType(error))).ok()?;
+            Some(kind)
+        });
+        let template = section.required("value").and_then(|value| {
+            let template = value.string()?.parse::<Template>();
+            template.map_err(|error| value.fail(Problem::Template(error))).ok()
+        });
+        if let (Some(kind), Some(template)) = (kind, template)
+            && let Err(error) = tlvs.push(kind, template)
+        {
+            section.fail("type", Problem::TlvType(error));
+        }
+    }
+    tlvs
+}
+
+fn read_backends<'a, 'i>(
+    pool: &Section<'a, 'i>,
+    names: &mut Unique,
+    addresses: &mut Vec<(Value<'a, 'i>, SocketAddr)>,
+) -> Vec<Backend> {
+    let sections = pool.tables("backend");
+    if sections.is_empty() {
+        pool.fail_empty("backend");
+    }
+    let mut seen = Unique::default();
+    let mut backends = Vec::new();
+    for section in sections {
+        let name = section.required("name").and_then(|value| backend_name(&value, names)).unwrap_or_default();
+        let address = section.required("address").and_then(|value| {
+            let address = backend_address(&value)?;
+            seen.add(&value, &address.to_string());
+            addresses.push((value, address));
+            Some(address)
+        });
+        let default = Backend::new(name, address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))));
+        backends.push(Backend {
+            max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=MAX_IN_FLIGHT),
+            max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
+            connect_timeout: section.duration("connect_timeout", default.connect_timeout, MILLISECOND),
+            source: section.value("source").and_then(|value| read_sources(&value, address)).unwrap_or_default(),
+            one_shot_close: section.choice("one_shot_close", default.one_shot_close),
+            health: section.table("health").choice("mode", default.health),
+            ..default
+        });
+    }
+    backends
+}
+
+fn backend_name<'a>(value: &Value<'a, '_>, names: &mut Unique) -> Option<&'a str> {
+    let name = names.name(value)?;
+    if let Some(reserved) = RESERVED_NAMES.into_iter().find(|reserved| *reserved == name) {
+        value.fail(Problem::ReservedName(reserved));
+    }
+    Some(name)
+}
+
+fn backend_address(value: &Value<'_, '_>) -> Option<SocketAddr> {
+    let address = value.socket_address()?;
+    if !is_host(address.ip()) {
+        value.fail(Problem::NotUnicast(address.ip()));
+        return None;
+    }
+    if address.port() == 0 {
+        value.fail(Problem::PortZero);
+        return None;
+    }
+    Some(address)
+}
+
+fn read_sources(value: &Value<'_, '_>, backend: Option<SocketAddr>) -> Option<Vec<IpAddr>> {
+    let mut seen = Unique::default();
+    let mut sources = Vec::new();
+    for element in value.list()? {
+        let Some(source_ip) = element.ip_address() else { continue };
+        if !is_host(source_ip) {
+            element.fail(Problem::NotUnicast(source_ip));
+        }
+        if let Some(address) = backend
+            && address.is_ipv4() != source_ip.is_ipv4()
+        {
+            element.fail(Problem::FamilyMismatch { source_ip, address });
+        }
+        seen.add(&element, &source_ip.to_string());
+        sources.push(source_ip);
+    }
+    Some(sources)
+}

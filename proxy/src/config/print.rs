@@ -1,0 +1,166 @@
+//! A configuration as TOML, every key that works with the value in effect. Read again, it is the same configuration.
+
+use std::fmt::{Display, Write as _};
+use std::time::Duration;
+
+use super::choices::Choice;
+use super::{Admin, Backend, Config, Connections, Kernel, Listener, Pool, ProxyProtocol, Server, Watchdog, units};
+use crate::proxy_protocol::identity::Identity;
+
+/// The whole configuration. `workers` is the number of workers in effect, never 0.
+pub fn to_toml(config: &Config) -> String {
+    let mut out = Writer::default();
+    server(&mut out, &config.server);
+    for listener in &config.listeners {
+        self::listener(&mut out, listener, &config.pools);
+    }
+    for pool in &config.pools {
+        self::pool(&mut out, pool);
+    }
+    connections(&mut out, &config.connections);
+    kernel(&mut out, &config.kernel);
+    watchdog(&mut out, &config.watchdog);
+    admin(&mut out, &config.admin);
+    out.text
+}
+
+/// Writes headings and `key = value` lines. Writing to a `String` cannot fail.
+#[derive(Default)]
+struct Writer {
+    text: String,
+}
+
+impl Writer {
+    fn heading(&mut self, heading: &str) {
+        let gap = if self.text.is_empty() { "" } else { "\n" };
+        let _ = writeln!(self.text, "{gap}{heading}");
+    }
+
+    fn bare(&mut self, key: &str, value: impl Display) {
+        let _ = writeln!(self.text, "{key} = {value}");
+    }
+
+    fn text(&mut self, key: &str, value: impl Display) {
+        self.bare(key, quoted(value));
+    }
+
+    fn list(&mut self, key: &str, values: impl Iterator<Item = String>) {
+        let values: Vec<String> = values.map(quoted).collect();
+        self.bare(key, format!("[{}]", values.join(", ")));
+    }
+
+    fn duration(&mut self, key: &str, value: Duration) {
+        self.text(key, units::format_duration(value));
+    }
+}
+
+/// A TOML string, with whatever quotes and escapes it needs.
+fn quoted(value: impl Display) -> String {
+    toml::Value::String(value.to_string()).to_string()
+}
+
+fn server(out: &mut Writer, server: &Server) {
+    out.heading("[server]");
+    out.bare("workers", server.workers);
+    out.duration("drain_timeout", server.drain_timeout);
+    out.bare("max_connections", server.max_connections);
+    out.text("log", &server.log);
+}
+
+fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
+    out.heading("[[listener]]");
+    out.text("name", &listener.name);
+    out.text("address", listener.address);
+    out.text("pool", pools.get(listener.pool).map_or("", |pool| &pool.name));
+    out.bare("max_connections_per_client", listener.max_connections_per_client);
+    out.bare("max_in_flight", listener.max_in_flight);
+    out.duration("idle_timeout", listener.idle_timeout);
+    out.duration("message_timeout", listener.message_timeout);
+    out.duration("write_timeout", listener.write_timeout);
+}
+
+fn pool(out: &mut Writer, pool: &Pool) {
+    out.heading("[[pool]]");
+    out.text("name", &pool.name);
+    out.duration("query_timeout", pool.query_timeout);
+    out.bare("retries", pool.retries);
+    if let Some(proxy) = &pool.proxy_protocol {
+        proxy_protocol(out, proxy);
+    }
+    for backend in &pool.backends {
+        self::backend(out, backend);
+    }
+}
+
+fn proxy_protocol(out: &mut Writer, proxy: &ProxyProtocol) {
+    out.heading("[pool.proxy_protocol]");
+    out.text(
+        "identity",
+        match proxy.identity {
+            Identity::Connection => "connection",
+            Identity::Address => "address",
+            Identity::Subnet { .. } => "subnet",
+            Identity::Forwarder => "forwarder",
+        },
+    );
+    if let Identity::Subnet { v4, v6 } = proxy.identity {
+        out.bare("subnet_v4", v4);
+        out.bare("subnet_v6", v6);
+    }
+    out.text("max_header", units::format_size(proxy.max_header));
+    for (kind, template) in proxy.tlvs.iter() {
+        out.heading("[[pool.proxy_protocol.tlv]]");
+        out.bare("type", format!("{kind:#04X}").replace("0X", "0x"));
+        out.text("value", template);
+    }
+}
+
+fn backend(out: &mut Writer, backend: &Backend) {
+    out.heading("[[pool.backend]]");
+    out.text("name", &backend.name);
+    out.text("address", backend.address);
+    out.bare("max_in_flight", backend.max_in_flight);
+    out.bare("max_connections", backend.max_connections);
+    out.duration("connect_timeout", backend.connect_timeout);
+    out.list("source", backend.source.iter().map(ToString::to_string));
+    out.text("one_shot_close", backend.one_shot_close.word());
+    out.heading("[pool.backend.health]");
+    out.text("mode", backend.health.word());
+}
+
+fn connections(out: &mut Writer, connections: &Connections) {
+    out.heading("[connections]");
+    out.duration("idle_timeout", connections.idle_timeout);
+    out.duration("max_age", connections.max_age);
+    out.bare("max_idle_per_backend", connections.max_idle_per_backend);
+    out.bare("max_owned_per_client", connections.max_owned_per_client);
+    out.bare("max_total", connections.max_total);
+    out.bare("max_opens_per_client", connections.max_opens_per_client);
+    out.bare("max_waiting", connections.max_waiting);
+    out.duration("max_wait", connections.max_wait);
+    out.duration("cleanup_interval", connections.cleanup_interval);
+}
+
+fn kernel(out: &mut Writer, kernel: &Kernel) {
+    out.heading("[kernel]");
+    out.text("view", kernel.view.word());
+    out.bare("max_sockets", kernel.max_sockets);
+}
+
+fn watchdog(out: &mut Writer, watchdog: &Watchdog) {
+    out.heading("[watchdog]");
+    out.duration("interval", watchdog.interval);
+    out.duration("grace", watchdog.grace);
+    out.bare("sweeps", watchdog.sweeps);
+    out.duration("crosscheck_interval", watchdog.crosscheck_interval);
+    out.text("reap", watchdog.reap.word());
+    out.bare("max_reaps_per_minute", watchdog.max_reaps_per_minute);
+    out.list("classes", watchdog.classes.iter().map(|class| class.name().to_owned()));
+}
+
+fn admin(out: &mut Writer, admin: &Admin) {
+    out.heading("[admin]");
+    out.text("http", admin.http.map(|address| address.to_string()).unwrap_or_default());
+    // A path comes from a configuration, which is UTF-8.
+    out.text("socket", admin.socket.as_deref().map(|path| path.display().to_string()).unwrap_or_default());
+}
