@@ -149,6 +149,14 @@ impl Client {
         self.stream.shutdown(Shutdown::Write).expect("a connected socket");
     }
 
+    /// A second handle on the connection, to send from another thread while this one receives.
+    ///
+    /// # Panics
+    /// If the process has no descriptor left.
+    pub fn clone_for_writing(&self) -> Self {
+        Self { stream: self.stream.try_clone().expect("a descriptor"), received: Vec::new() }
+    }
+
     /// Leaves with a reset.
     ///
     /// # Panics

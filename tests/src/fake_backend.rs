@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ppp::v2;
 
 use crate::message;
+use crate::wait;
 
 /// How often a waiting script looks whether the backend is being stopped.
 const STOP_POLL: Duration = Duration::from_millis(20);
@@ -157,25 +158,32 @@ pub struct Header {
     pub tlvs: Vec<(u8, Vec<u8>)>,
 }
 
+/// Nothing whole came in time; the connection is as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NothingYet;
+
 impl Connection {
-    /// Waits for more octets. `false` when the peer has closed or the backend is being stopped.
-    fn fill(&mut self) -> bool {
-        let end = Instant::now() + PATIENCE;
-        let Some(stream) = &mut self.stream else { return false };
-        stream.set_read_timeout(Some(STOP_POLL)).expect("a timeout that is not zero");
+    /// Waits for more octets until `end`. `Ok(false)` when the peer has closed or the backend is being stopped.
+    fn fill(&mut self, end: Instant) -> Result<bool, NothingYet> {
+        let Some(stream) = &mut self.stream else { return Ok(false) };
         let mut buffer = [0; 65536];
-        while !self.shared.stop.load(Ordering::SeqCst) && Instant::now() < end {
+        while !self.shared.stop.load(Ordering::SeqCst) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NothingYet);
+            }
+            stream.set_read_timeout(Some(left.min(STOP_POLL))).expect("a timeout that is not zero");
             match stream.read(&mut buffer) {
-                Ok(0) => return false,
+                Ok(0) => return Ok(false),
                 Ok(n) => {
                     self.received.extend_from_slice(&buffer[..n]);
-                    return true;
+                    return Ok(true);
                 }
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
-                Err(_) => return false,
+                Err(_) => return Ok(false),
             }
         }
-        false
+        Ok(false)
     }
 
     /// Reads the PROXY v2 header that opens the connection. `None` when the peer closes before it is whole.
@@ -183,6 +191,7 @@ impl Connection {
     /// # Panics
     /// If what comes is no PROXY v2 header: that fails the scenario.
     pub fn header(&mut self) -> Option<Header> {
+        let end = Instant::now() + PATIENCE;
         loop {
             if let Ok(header) = v2::Header::try_from(self.received.as_slice()) {
                 let tlvs = header.tlvs().map(|tlv| tlv.expect("a well-formed TLV"));
@@ -209,7 +218,7 @@ impl Connection {
             let prefix = v2::PROTOCOL_PREFIX;
             let common = self.received.len().min(prefix.len());
             assert_eq!(self.received[..common], prefix[..common], "a PROXY v2 header comes first");
-            if !self.fill() {
+            if self.fill(end) != Ok(true) {
                 return None;
             }
         }
@@ -217,20 +226,31 @@ impl Connection {
 
     /// Reads the next query. `None` when the peer closes or the backend is being stopped.
     pub fn query(&mut self) -> Option<Vec<u8>> {
+        self.query_within(PATIENCE).unwrap_or(None)
+    }
+
+    /// Like [`Self::query`].
+    ///
+    /// # Errors
+    /// [`NothingYet`] if no whole query came within `timeout`.
+    pub fn query_within(&mut self, timeout: Duration) -> Result<Option<Vec<u8>>, NothingYet> {
+        let end = Instant::now() + timeout;
         loop {
-            if let Some(length) = self.received.get(..2) {
-                let len = usize::from(u16::from_be_bytes([length[0], length[1]]));
-                if self.received.len() >= 2 + len {
-                    let message = self.received[2..2 + len].to_vec();
-                    self.received.drain(..2 + len);
-                    self.shared.queries.fetch_add(1, Ordering::SeqCst);
-                    return Some(message);
-                }
+            if let Some(message) = self.take_frame() {
+                self.shared.queries.fetch_add(1, Ordering::SeqCst);
+                return Ok(Some(message));
             }
-            if !self.fill() {
-                return None;
+            if !self.fill(end)? {
+                return Ok(None);
             }
         }
+    }
+
+    fn take_frame(&mut self) -> Option<Vec<u8>> {
+        let len = usize::from(u16::from_be_bytes(self.received.get(..2)?.try_into().ok()?));
+        let message = self.received.get(2..2 + len)?.to_vec();
+        self.received.drain(..2 + len);
+        Some(message)
     }
 
     /// Sends a message with its length prefix.
@@ -247,9 +267,15 @@ impl Connection {
 
     /// Waits until the peer closes or the backend is stopped, and throws away what comes until then.
     pub fn wait_closed(&mut self) {
-        while self.fill() {
+        let end = Instant::now() + PATIENCE;
+        while self.fill(end) == Ok(true) {
             self.received.clear();
         }
+    }
+
+    /// Waits until the backend is stopped and never reads, so that the window closes.
+    pub fn wait_without_reading(&self) {
+        wait::poll(PATIENCE, || self.shared.stop.load(Ordering::SeqCst).then_some(()));
     }
 
     /// Closes with FIN.

@@ -161,6 +161,30 @@ impl Process {
         .unwrap_or(false)
     }
 
+    /// CPU time it has used so far, user and system.
+    ///
+    /// # Panics
+    /// If it has ended.
+    #[track_caller]
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("a running process");
+        // Fields 14 and 15 of proc(5), counted after the command's closing bracket, which is the second.
+        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
+    /// Its resident memory, octets.
+    ///
+    /// # Panics
+    /// If it has ended.
+    #[track_caller]
+    pub fn resident_bytes(&self) -> usize {
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.pid())).expect("a running process");
+        let pages: usize = statm.split(' ').nth(1).and_then(|field| field.parse().ok()).unwrap_or(0);
+        pages * rustix::param::page_size()
+    }
+
     /// Everything logged so far.
     ///
     /// # Panics

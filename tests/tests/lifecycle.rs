@@ -1,0 +1,181 @@
+//! Start, end, and what an operator sees of it.
+
+use std::net::SocketAddr;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::{self, Counterfoil};
+use counterfoil_tests::driver::{Client, Load, Received};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::metrics;
+use counterfoil_tests::process::{self, Process};
+use counterfoil_tests::tempdir::TempDir;
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(5);
+
+#[test]
+fn sigterm_drains_loses_nothing_and_exits_0() {
+    const IN_FLIGHT: usize = 20;
+    let (release, released) = mpsc::channel::<()>();
+    let released = Mutex::new(released);
+    let backend = FakeBackend::start(move |connection| {
+        let queries: Vec<_> = (0..IN_FLIGHT).map_while(|_| connection.query()).collect();
+        let _ = released.lock().unwrap().recv_timeout(Duration::from_secs(20));
+        for query in &queries {
+            connection.send(&message::answer_to(query, [192, 0, 2, 53]));
+        }
+        connection.wait_closed();
+    });
+    let config = Config::new(backend.address).set("server", "drain_timeout", "\"5s\"");
+    let mut counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    let mut idle = counterfoil.client();
+    for id in 0..IN_FLIGHT {
+        client.ask(id as u16, &format!("n{id}.example.test"), qtype::A);
+    }
+    wait::until("all queries are at the backend", SOON, || backend.queries() == IN_FLIGHT);
+    counterfoil.process.signal(rustix::process::Signal::TERM);
+    wait::until("nobody is accepted any more", SOON, || match Client::try_connect(counterfoil.address, None) {
+        Err(_) => true,
+        Ok(mut late) => late.receive(Duration::from_millis(10)) != Received::Nothing,
+    });
+    assert!(counterfoil.process.exited().is_none(), "it waits for what is in flight");
+    release.send(()).unwrap();
+    for _ in 0..IN_FLIGHT {
+        client.receive(SOON).message();
+    }
+    assert_eq!(client.receive(Duration::from_secs(10)), Received::Closed);
+    assert_eq!(idle.receive(Duration::from_secs(10)), Received::Closed);
+    let status = counterfoil.process.wait_exit(Duration::from_secs(10));
+    assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
+}
+
+/// Clients that keep asking while it drains: each query is answered or was never taken.
+#[test]
+fn sigterm_under_load_loses_nothing() {
+    let backend = FakeBackend::answering(true);
+    let config = Config::new(backend.address).identity("address").set("server", "workers", "2").set(
+        "server",
+        "drain_timeout",
+        "\"2s\"",
+    );
+    let mut counterfoil = Counterfoil::start(&config);
+    let address = counterfoil.address;
+    let clients: Vec<_> = (0..8)
+        .map(|number| {
+            std::thread::spawn(move || {
+                let mut client = Client::connect(address, None);
+                let name = |n: usize| format!("c{number}-{n}.example.test");
+                Load { count: 1_000_000, in_flight: 5, name: &name, ..Load::default() }.run(&mut client)
+            })
+        })
+        .collect();
+    wait::until("load runs", SOON, || backend.queries() > 1000);
+    let status = counterfoil.terminate(Duration::from_secs(15));
+    assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
+    for client in clients {
+        let outcome = client.join().unwrap();
+        assert!(outcome.foreign.is_empty() && outcome.failed.is_empty(), "{outcome:?}");
+        assert_eq!(outcome.ended.as_deref(), Some("Closed"), "in order, not by a reset");
+        // What the client had sent when the FIN was on its way may be unread; what was read was answered, so the
+        // missing ones are the last.
+        let answered: Vec<usize> = (0..outcome.sent).filter(|n| !outcome.missing.contains(n)).collect();
+        let last_answered = answered.last().copied().unwrap_or(0);
+        assert!(outcome.missing.iter().all(|n| *n + 5 > last_answered), "{outcome:?}");
+    }
+}
+
+#[test]
+fn idle_and_drained_it_ends_at_once() {
+    let backend = FakeBackend::answering(false);
+    let mut counterfoil = Counterfoil::start(&Config::new(backend.address));
+    Load::default().run(&mut counterfoil.client()).assert_all_answered(1);
+    let start = Instant::now();
+    assert_eq!(counterfoil.terminate(SOON).code(), Some(0), "{}", counterfoil.process.tail());
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    wait::until("its backend connection is closed", SOON, || backend.open() == 0);
+}
+
+#[test]
+fn health_pages_and_metrics_answer() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let admin = counterfoil.admin.expect("an admin address");
+    for page in ["/healthz", "/readyz"] {
+        let (head, _) = metrics::get(admin, page).unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 "), "{page}: {head}");
+    }
+    let (head, _) = metrics::get(admin, "/nothing-here").unwrap();
+    assert!(head.starts_with("HTTP/1.1 404 "), "{head}");
+    Load { count: 5, ..Load::default() }.run(&mut counterfoil.client()).assert_all_answered(5);
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.value("queries_total", &[("listener", "dns")]), 5.0);
+    assert_eq!(metrics.value("answers_total", &[("listener", "dns")]), 5.0);
+    assert_eq!(metrics.value("query_duration_seconds_count", &[("pool", "resolvers")]), 5.0);
+    assert_eq!(metrics.sum("backend_connections", &[("backend", "backend-0"), ("kind", "shared")]), 1.0);
+    assert_eq!(metrics.sum("backend_queries_total", &[("backend", "backend-0")]), 5.0);
+    for name in
+        ["build_info", "kernel_view_info", "watchdog_last_success_timestamp_seconds", "backend_connections_limit"]
+    {
+        assert!(metrics.has(name), "{name}");
+    }
+    counterfoil.wait_metrics("the kernel shows the connection, too", SOON, |metrics| {
+        metrics.sum("kernel_backend_sockets", &[("backend", "backend-0")]) == 1.0
+    });
+}
+
+#[test]
+fn a_bad_configuration_is_refused_with_file_line_and_key() {
+    let dir = TempDir::new("config");
+    let program = counterfoil::program().display().to_string();
+    let good = Config::new(SocketAddr::from(([127, 0, 0, 1], 53))).text("");
+    let checks = [
+        (good.replace("workers", "werkers"), "werkers", 2),
+        (good.replace("workers = 1", "workers = \"one\""), "workers", 2),
+        (format!("{good}max_wurst = 1\n"), "max_wurst", good.lines().count() + 1),
+        (good.replace("[connections]", "[connections]\nspares_per_backend = 3"), "spares_per_backend", {
+            good.lines().position(|line| line == "[connections]").unwrap() + 2
+        }),
+    ];
+    for (number, (text, key, line)) in checks.into_iter().enumerate() {
+        let file = dir.write(&format!("bad-{number}.toml"), &text).display().to_string();
+        for command in [vec!["check-config", &file], vec!["run", "--config", &file]] {
+            let mut process = Process::start("counterfoil", &program, &command);
+            let status = process.wait_exit(Duration::from_secs(10));
+            process.stop();
+            let output = process.lines().join("\n");
+            assert_eq!(status.code(), Some(64), "{command:?}: {output}");
+            assert!(output.contains(&format!("{file}:{line}: ")) && output.contains(key), "{command:?}: {output}");
+        }
+    }
+    let file = dir.write("good.toml", &good).display().to_string();
+    let (ok, output) = process::run(&program, &["check-config", &file], Duration::from_secs(10));
+    assert!(ok, "{output}");
+}
+
+/// Without a configuration: the demo, and the three commands that it prints work as printed.
+#[test]
+fn the_demo_prints_commands_that_work() {
+    let dir = TempDir::new("demo");
+    // The commands are for a shell that finds `counterfoil`.
+    std::os::unix::fs::symlink(counterfoil::program(), dir.path().join("counterfoil")).unwrap();
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let mut demo = Process::start("demo", counterfoil::program(), &["run", "--log-format", "json", "--log", "info"]);
+    demo.wait_for_line(Duration::from_secs(30), "that it is ready", |line| counterfoil::message(line, "ready"));
+    let is_command = |line: &str| {
+        let line = line.trim_start().trim_start_matches("$ ");
+        ["counterfoil ", "curl ", "kdig ", "cargo "].iter().any(|tool| line.starts_with(tool)).then(|| line.to_owned())
+    };
+    wait::until("three commands", SOON, || demo.lines().iter().filter_map(|line| is_command(line)).count() >= 3);
+    let commands: Vec<String> = demo.lines().iter().filter_map(|line| is_command(line)).collect();
+    assert_eq!(commands.len(), 3, "{commands:?}");
+    for command in commands {
+        let path = format!("PATH={path}");
+        let (ok, output) = process::run("env", &[&path, "sh", "-c", &command], Duration::from_secs(30));
+        println!("$ {command}\n{output}");
+        assert!(ok, "{command}: {output}");
+    }
+}

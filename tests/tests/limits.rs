@@ -1,0 +1,226 @@
+//! Limits and timeouts towards clients.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::{Counterfoil, Options};
+use counterfoil_tests::driver::{Client, Load, Received};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn config(backend: SocketAddr) -> Config {
+    Config::new(backend).set("connections", "idle_timeout", "\"1s\"")
+}
+
+/// The server turns this client away: it closes without an answer.
+#[track_caller]
+fn expect_refused(counterfoil: &Counterfoil, source: &str) {
+    let mut client = counterfoil.client_from(source);
+    let received = client.receive(SOON);
+    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
+}
+
+#[track_caller]
+fn expect_served(client: &mut Client) {
+    Load::default().run(client).assert_all_answered(1);
+}
+
+#[test]
+fn max_connections_holds() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("server", "max_connections", "3"));
+    let mut clients: Vec<Client> = (0..3).map(|_| counterfoil.client()).collect();
+    clients.iter_mut().for_each(expect_served);
+    expect_refused(&counterfoil, "127.0.0.1");
+    let refused = [("reason", "max_connections")];
+    assert!(counterfoil.metrics().sum("client_connections_refused_total", &refused) >= 1.0);
+    clients.iter_mut().for_each(expect_served);
+    clients.pop();
+    counterfoil.wait_metrics("a place is free", SOON, |metrics| metrics.sum("client_connections", &[]) == 2.0);
+    expect_served(&mut counterfoil.client());
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn max_connections_per_client_holds_over_all_workers() {
+    let backend = FakeBackend::answering(false);
+    let config =
+        config(backend.address).set("server", "workers", "2").set("listener", "max_connections_per_client", "2");
+    let counterfoil = Counterfoil::start(&config);
+    let mut clients: Vec<Client> = (0..2).map(|_| counterfoil.client_from("127.0.0.2")).collect();
+    clients.iter_mut().for_each(expect_served);
+    for _ in 0..4 {
+        expect_refused(&counterfoil, "127.0.0.2");
+    }
+    let mut other = counterfoil.client_from("127.0.0.3");
+    expect_served(&mut other);
+    assert_eq!(counterfoil.metrics().sum("client_connections_refused_total", &[("reason", "per_client")]), 4.0);
+    clients.iter_mut().for_each(expect_served);
+    drop((clients, other));
+    counterfoil.assert_quiescent();
+    expect_served(&mut counterfoil.client_from("127.0.0.2"));
+}
+
+#[test]
+fn max_in_flight_holds_and_loses_nothing() {
+    const LIMIT: usize = 4;
+    // Answers only when no further query came for a while: the most that were open at once is what it holds then.
+    let backend = FakeBackend::start(|connection| {
+        let mut held = Vec::new();
+        loop {
+            match connection.query_within(Duration::from_millis(50)) {
+                Ok(Some(query)) => held.push(query),
+                Ok(None) => return,
+                Err(_) => {
+                    assert!(held.len() <= LIMIT, "{} queries at once", held.len());
+                    for query in held.drain(..) {
+                        connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+                    }
+                }
+            }
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_in_flight", LIMIT));
+    let mut client = counterfoil.client();
+    Load { count: 40, in_flight: 40, ..Load::default() }.run(&mut client).assert_all_answered(40);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// From the first octet of a message to its last: more octets are no excuse.
+#[test]
+fn message_timeout_ends_slow_senders() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "message_timeout", "\"500ms\""));
+    let mut client = counterfoil.client();
+    expect_served(&mut client);
+    let start = Instant::now();
+    let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
+    let mut octets = query.iter();
+    let ended = wait::poll(SOON, || {
+        // One octet every 50 ms would take 4 s.
+        octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_err()).then_some(Received::Reset).or_else(|| {
+            Some(client.receive(Duration::from_millis(50))).filter(|received| *received != Received::Nothing)
+        })
+    });
+    let taken = start.elapsed();
+    assert!(matches!(ended, Some(Received::Closed | Received::Reset)), "{ended:?}");
+    assert!(taken >= Duration::from_millis(400) && taken < Duration::from_millis(2500), "{taken:?}");
+    drop(client);
+    counterfoil.assert_quiescent();
+    let reason = [("reason", "message_timeout")];
+    assert_eq!(counterfoil.metrics().sum("client_connections_closed_total", &reason), 1.0);
+}
+
+#[test]
+fn idle_timeout_ends_idle_clients_and_no_others() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "idle_timeout", "\"600ms\""));
+    let mut busy = counterfoil.client();
+    let mut silent = counterfoil.client();
+    let start = Instant::now();
+    let mut ended = None;
+    // A client that asks stays; one that never said a word goes.
+    while start.elapsed() < Duration::from_millis(2000) {
+        expect_served(&mut busy);
+        if ended.is_none() && silent.receive(Duration::from_millis(20)) == Received::Closed {
+            ended = Some(start.elapsed());
+        }
+    }
+    let ended = ended.expect("the silent one is gone");
+    assert!(ended >= Duration::from_millis(500) && ended < Duration::from_millis(1900), "{ended:?}");
+    assert_eq!(busy.receive(SOON), Received::Closed);
+    drop(busy);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("client_connections_closed_total", &[("reason", "idle_timeout")]), 2.0);
+}
+
+/// A length too short for a DNS header is broken framing; what follows can mean nothing.
+#[test]
+fn a_length_below_a_header_ends_the_connection() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    for length in [0_u8, 1, 11] {
+        let mut client = counterfoil.client();
+        client.send_raw(&[0, length]).unwrap();
+        client.send_raw(&vec![0; usize::from(length)]).unwrap();
+        let received = client.receive(SOON);
+        assert!(matches!(received, Received::Closed | Received::Reset), "length {length}: {received:?}");
+    }
+    assert_eq!(backend.accepted(), 0);
+    counterfoil.assert_quiescent();
+}
+
+/// A client that asks and never reads: its answers are bounded, and others are served all the while.
+#[test]
+fn a_client_that_never_reads_is_ended() {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "write_timeout", "\"1s\""));
+    let before = counterfoil.process.resident_bytes();
+    let mut deaf = counterfoil.client();
+    let mut writer = deaf.clone_for_writing();
+    let sending = std::thread::spawn(move || {
+        let name = |n: usize| format!("n{n}.example.test");
+        (0..20_000)
+            .take_while(|n| writer.send_raw(&message::framed(&message::query(*n as u16, &name(*n), qtype::A))).is_ok())
+            .count()
+    });
+    let mut other = counterfoil.client();
+    let reason = [("reason", "write_timeout")];
+    counterfoil.wait_metrics("the deaf client is closed", Duration::from_secs(20), |metrics| {
+        let start = Instant::now();
+        expect_served(&mut other);
+        assert!(start.elapsed() < Duration::from_secs(2), "others wait for it: {:?}", start.elapsed());
+        metrics.sum("client_connections_closed_total", &reason) == 1.0
+    });
+    let grown = counterfoil.process.resident_bytes().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} octets of memory");
+    while matches!(deaf.receive(SOON), Received::Message(_)) {}
+    assert!(sending.join().unwrap() < 20_000, "its sending was stopped");
+    drop((deaf, other));
+    counterfoil.assert_quiescent();
+}
+
+/// No descriptor left: accepting backs off and sheds, does not spin, and goes on when there are some again.
+#[test]
+fn the_limit_of_descriptors_sheds_and_recovers() {
+    const DESCRIPTORS: u32 = 64;
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener", "max_connections_per_client", "1000");
+    let mut counterfoil =
+        Counterfoil::start_with(&config, Options { descriptors: Some(DESCRIPTORS), ..Options::default() });
+    let mut first = counterfoil.client();
+    expect_served(&mut first);
+    let flood: Vec<Client> = (0..200).filter_map(|_| Client::try_connect(counterfoil.address, None).ok()).collect();
+    // With all descriptors gone /metrics may be out of reach, so what it did is read from outside.
+    expect_served(&mut first);
+    let cpu = counterfoil.process.cpu_time();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(2) {
+        expect_served(&mut first);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let spent = counterfoil.process.cpu_time() - cpu;
+    assert!(spent < Duration::from_secs(1), "{spent:?} of CPU time in 2 s of waiting");
+    assert!(counterfoil.process.exited().is_none());
+    drop(flood);
+    wait::until("new clients are served again", SOON, || {
+        let Ok(mut client) = Client::try_connect(counterfoil.address, None) else { return false };
+        client.ask(1, "again.example.test", qtype::A);
+        matches!(client.receive(Duration::from_secs(1)), Received::Message(_))
+    });
+    drop(first);
+    counterfoil.assert_quiescent();
+    assert!(counterfoil.metrics().sum("client_connections_refused_total", &[("reason", "descriptors")]) >= 1.0);
+}
