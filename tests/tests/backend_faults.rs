@@ -1,4 +1,5 @@
 //! Backends that misbehave: the client gets the right answer or SERVFAIL, in time, and no socket stays behind.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
 //! What goes in comes out: pipelining, order, identifiers, octets.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,5 +1,6 @@
 //! Real clients through Counterfoil to real servers that demand PROXY v2: every query answered, and the servers see
 //! what each `identity` promises.
+#![expect(clippy::expect_used, clippy::panic, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::time::Duration;

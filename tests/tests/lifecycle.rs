@@ -1,4 +1,5 @@
 //! Start, end, and what an operator sees of it.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::sync::{Mutex, mpsc};

@@ -1,4 +1,5 @@
 //! Limits and timeouts towards clients.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
 //! The oracles themselves: that the servers demand what they are said to demand, and that the driver finds the failure
 //! this project is about where it is known to be. No Counterfoil here.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::time::Duration;
 
