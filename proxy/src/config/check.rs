@@ -174,3 +174,113 @@ fn ports(pool: &Pool, proxy: &ProxyProtocol, limits: Limits, path: &str, warning
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::super::contract_tests::MINIMAL;
+    use super::super::from_str;
+    use super::*;
+
+    /// Enough for the defaults with two workers.
+    const ROOMY: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232) };
+
+    /// The warnings for the minimal configuration with two workers and this behind it.
+    fn warnings(text: &str, limits: Limits) -> Vec<String> {
+        let config = from_str("f.toml", &format!("server.workers = 2\n{MINIMAL}{text}")).unwrap();
+        forecast(&config, limits).iter().map(ToString::to_string).collect()
+    }
+
+    fn tlv(identity: &str, value: &str) -> String {
+        format!("[pool.proxy_protocol]\nidentity = \"{identity}\"\ntlv = [{{ type = 0xE0, value = \"{value}\" }}]\n")
+    }
+
+    #[test]
+    fn nothing_to_warn_of() {
+        assert_eq!(warnings("", ROOMY), [""; 0]);
+        assert_eq!(warnings("", Limits { descriptors: None, ports: None }), [""; 0]);
+        assert_eq!(warnings(&tlv("connection", "static"), ROOMY), [""; 0]);
+        assert_eq!(warnings(&tlv("connection", "{client_port}"), ROOMY), [""; 0]);
+        assert_eq!(warnings(&tlv("address", "{qname}"), ROOMY), [""; 0]);
+    }
+
+    #[test]
+    fn more_connections_than_descriptors() {
+        let limits = |descriptors| Limits { descriptors: Some(descriptors), ports: None };
+        // 10,000 + 8,192 + 64 + 2 * (4 + 1)
+        assert_eq!(warnings("", limits(18_266)), [""; 0]);
+        assert_eq!(
+            warnings("", limits(18_265)),
+            [
+                "key `server.max_connections`: 10000 client connections, 8192 to backends (`connections.max_total`) and 74 \
+              other descriptors are 18266, but RLIMIT_NOFILE allows 18265: clients will be refused before the limit here \
+              is reached"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_header_per_query() {
+        assert_eq!(
+            warnings(&tlv("forwarder", "{uuid}"), ROOMY),
+            ["key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection"]
+        );
+    }
+
+    #[test]
+    fn ports_in_time_wait() {
+        let text = "one_shot_close = \"fin\"\nsource = [\"127.0.0.1\", \"127.0.0.2\"]\n".to_owned();
+        assert_eq!(
+            warnings(&(text.clone() + &tlv("forwarder", "{uuid}")), ROOMY),
+            [
+                "key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection",
+                "key `pool.backend.one_shot_close`: with \"fin\" and a connection per query, 28232 ports on 2 source \
+                 address(es) last for 941 queries a second: each stays in TIME_WAIT for 60 s"
+            ]
+        );
+        assert_eq!(warnings(&(text + &tlv("forwarder", "{qname}")), ROOMY), [""; 0]);
+    }
+
+    #[test]
+    fn owned_connections_and_headers_that_change() {
+        assert_eq!(
+            warnings(&(tlv("connection", "{qname_label:1}") + "[connections]\nmax_owned_per_client = 3\n"), ROOMY),
+            ["key `pool.proxy_protocol.tlv`: queries with different TLVs cannot share a connection, and `identity = \
+              \"connection\"` forbids to share with other clients: at most 3 connections per client connection \
+              (`connections.max_owned_per_client`) are open at a time, and more sets of TLVs than that are reused in \
+              part only"]
+        );
+        assert_eq!(
+            warnings(&tlv("subnet", "{client_port}"), ROOMY),
+            ["key `pool.proxy_protocol.tlv`: `{client_port}` names one client connection: no other client shares its \
+              connections, whatever `identity` says"]
+        );
+    }
+
+    #[test]
+    fn long_headers() {
+        assert_eq!(warnings("[pool.proxy_protocol]\nmax_header = \"512B\"\n", ROOMY), [""; 0]);
+        assert_eq!(
+            warnings("[pool.proxy_protocol]\nmax_header = \"4KiB\"\n", ROOMY),
+            ["key `pool.proxy_protocol.max_header`: headers may have 4KiB: PowerDNS Recursor and dnsdist refuse more \
+              than 512B by default"]
+        );
+    }
+
+    #[test]
+    fn keys_of_several_pools_have_an_index() {
+        let second = "[[pool]]\nname = \"two\"\nproxy_protocol.max_header = \"1KiB\"\n[[pool.backend]]\nname = \"b\"\n\
+                      address = \"192.0.2.1:53\"\n";
+        let warnings = warnings(second, ROOMY);
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings.iter().all(|warning| warning.starts_with("key `pool[1].proxy_protocol.max_header`: ")));
+    }
+
+    #[test]
+    fn this_machine_has_limits() {
+        let limits = Limits::read();
+        assert!(limits.ports.is_some_and(|ports| (1..=65_536).contains(&ports)), "{limits:?}");
+        assert_ne!(limits.descriptors, Some(0));
+    }
+}
