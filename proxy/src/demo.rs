@@ -153,7 +153,11 @@ fn free_socket(preferred: &Path) -> PathBuf {
 fn quoted(path: &Path) -> String {
     let text = path.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.into_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]
@@ -183,7 +187,10 @@ mod tests {
             assert_eq!(demo.config.admin.socket.as_deref(), Some(demo.socket.as_path()));
         }
         let text = second.instructions(Path::new("/opt/it's/counterfoil"));
-        assert!(text.contains(&format!("'/opt/it'\\''s/counterfoil' query whoami.counterfoil TXT --server {}", second.listener)));
+        assert!(text.contains(&format!(
+            "'/opt/it'\\''s/counterfoil' query whoami.counterfoil TXT --server {}",
+            second.listener
+        )));
         assert!(text.contains("others were chosen"), "{text}");
         assert_eq!(text.lines().filter(|line| line.starts_with("  '/opt")).count(), 3);
     }
@@ -214,7 +221,9 @@ mod tests {
 
     #[test]
     fn paths_are_quoted_for_the_shell() {
-        for (path, text) in [("/usr/bin/counterfoil", "/usr/bin/counterfoil"), ("a b", "'a b'"), ("$x", "'$x'"), ("", "''")] {
+        for (path, text) in
+            [("/usr/bin/counterfoil", "/usr/bin/counterfoil"), ("a b", "'a b'"), ("$x", "'$x'"), ("", "''")]
+        {
             assert_eq!(quoted(Path::new(path)), text);
         }
     }

@@ -5,6 +5,7 @@ pub mod clock;
 pub mod close;
 pub mod config;
 pub mod control;
+pub mod demo;
 pub mod dns;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
