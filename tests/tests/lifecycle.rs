@@ -149,7 +149,7 @@ fn a_bad_configuration_is_refused_with_file_line_and_key() {
             process.stop();
             let output = process.lines().join("\n");
             assert_eq!(status.code(), Some(64), "{command:?}: {output}");
-            assert!(output.contains(&format!("{file}:{line}: ")) && output.contains(key), "{command:?}: {output}");
+            assert!(output.contains(&format!("error: {file}:{line}:")) && output.contains(key), "{command:?}: {output}");
         }
     }
     let file = dir.write("good.toml", &good).display().to_string();
