@@ -40,11 +40,7 @@ enum Command {
     /// Check licences, sources and duplicates of all dependencies with cargo-deny
     Audit(audit::Arguments),
     /// Measure throughput, latency and cost beside other programs
-    Bench {
-        /// Passed on to the benchmark; `--help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
-    },
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -55,7 +51,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Soak(arguments) => test::soak(&arguments),
         Command::Audit(arguments) => audit::run(&arguments),
-        Command::Bench { args } => bench::run(args),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,168 @@
+//! One run of one subject in one scenario.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::process::{self, Process, TempDir};
+use super::scenario::{Figure, Header, Scenario};
+use super::subject::{Listening, Subject};
+use super::tools::Tools;
+
+/// After so long nothing of a one-query connection may be left.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// What all runs have in common.
+pub(super) struct Plan<'a> {
+    pub(super) tools: &'a Tools,
+    pub(super) seconds: f64,
+}
+
+/// A run and what came of it.
+pub(super) struct Outcome {
+    pub(super) scenario: &'static str,
+    pub(super) subject: Subject,
+    pub(super) round: u32,
+    pub(super) sample: Result<Sample>,
+}
+
+/// The figures of one run.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Sample {
+    pub(super) answers: u64,
+    pub(super) qps: f64,
+    /// CPU time of the subject's process per query, in microseconds.
+    pub(super) cpu_us: f64,
+    pub(super) latency_us: Latency,
+    /// Connections to the backend, per query.
+    pub(super) opened_per_query: f64,
+    /// Connections to the backend open at the same time.
+    pub(super) max_open: u64,
+    /// Of these, those open 1 s after the last answer, the clients still being there; in scenarios with TLVs.
+    pub(super) left_open: Option<u64>,
+    /// Resident memory at the end of the load, in KiB.
+    pub(super) resident_kib: u64,
+    /// Growth of the resident memory per client, in KiB, in scenarios that ask for it.
+    pub(super) kib_per_client: Option<f64>,
+    /// CPU that processes outside of the benchmark took meanwhile, in cores: how far to trust the rest.
+    pub(super) disturbance: f64,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Latency {
+    pub(super) mean: f64,
+    pub(super) p50: f64,
+    pub(super) p99: f64,
+    pub(super) p999: f64,
+    pub(super) max: f64,
+}
+
+/// What the load generator says.
+#[derive(Deserialize)]
+struct Load {
+    queries: u64,
+    answers: u64,
+    qps: f64,
+    latency_us: Latency,
+    wrong: u64,
+    unexpected: u64,
+    missing: u64,
+    closed: u64,
+    first_fault: Option<String>,
+}
+
+/// What the answerer says.
+#[derive(Deserialize)]
+struct Counts {
+    opened: u64,
+    open: u64,
+    max_open: u64,
+    answers: u64,
+    faults: u64,
+    first_fault: Option<String>,
+}
+
+/// Starts backend, subject and load, measures, and stops them.
+pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Result<Sample> {
+    let directory = TempDir::new()?;
+    let mut command = plan.tools.own("answerer");
+    let mut answerer = Process::start("answerer", command.args(scenario.checks()), directory.path())?;
+    let Listening { address: backend } = answerer.read()?;
+    let running = subject.start(plan.tools, scenario, backend, &directory)?;
+
+    let (start, machine_before, answerer_before) = (Instant::now(), process::machine_cpu()?, answerer.cpu()?);
+    let (cpu_before, resident_before) = (running.process.cpu()?, running.process.resident()?);
+    let mut command = plan.tools.own("loadgen");
+    command.arg(running.address.to_string()).arg("--hold");
+    if !scenario.load.iter().any(|option| option.starts_with("--seconds")) {
+        command.arg(format!("--seconds={}", plan.seconds));
+    }
+    let mut generator = Process::start("loadgen", command.args(scenario.load), directory.path())?;
+    let load: Load = generator.read()?;
+    let (cpu_after, resident) = (running.process.cpu()?, running.process.resident()?);
+    let (machine_after, answerer_after) = (process::machine_cpu()?, answerer.cpu()?);
+    let cpu = cpu_after.saturating_sub(cpu_before);
+    let ours = cpu + answerer_after.saturating_sub(answerer_before) + generator.cpu()?;
+    let others = machine_after.saturating_sub(machine_before).saturating_sub(ours);
+    let disturbance = others as f64 / start.elapsed().as_nanos() as f64;
+    let counts = ask(&mut answerer)?;
+    let left_open = match scenario.header {
+        Header::None | Header::Address => None,
+        Header::Label => {
+            std::thread::sleep(SETTLE);
+            Some(ask(&mut answerer)?.open)
+        }
+    };
+    let ended = generator.finish()?;
+    check(&load, &counts)?;
+    if !ended.success() {
+        bail!("the load generator ended with {ended}");
+    }
+    running.stop()?;
+
+    let answers = load.answers as f64;
+    Ok(Sample {
+        answers: load.answers,
+        qps: load.qps,
+        cpu_us: cpu as f64 / 1000.0 / answers,
+        latency_us: load.latency_us,
+        opened_per_query: counts.opened as f64 / answers,
+        max_open: counts.max_open,
+        left_open,
+        resident_kib: resident,
+        disturbance,
+        kib_per_client: match scenario.figure {
+            Figure::Speed => None,
+            Figure::Memory { clients } => Some(resident.saturating_sub(resident_before) as f64 / f64::from(clients)),
+        },
+    })
+}
+
+fn ask(answerer: &mut Process) -> Result<Counts> {
+    answerer.write("counts")?;
+    answerer.read().context("the answerer's counts")
+}
+
+/// Every query must have been answered, rightly and under the right header.
+fn check(load: &Load, counts: &Counts) -> Result<()> {
+    if counts.faults > 0 {
+        let first = counts.first_fault.as_deref().unwrap_or("unknown");
+        bail!("the backend refused {} connections, the first for: {first}", counts.faults);
+    }
+    let Load { queries, answers, wrong, unexpected, missing, closed, .. } = load;
+    if wrong + unexpected + missing + closed > 0 || answers != queries {
+        let first = load.first_fault.as_deref().unwrap_or("unknown");
+        bail!(
+            "of {queries} queries {answers} were answered rightly: {wrong} wrong, {unexpected} unexpected, \
+             {missing} missing answers, {closed} connections lost; first: {first}"
+        );
+    }
+    if *answers == 0 {
+        bail!("no query was answered");
+    }
+    if counts.answers < *answers {
+        bail!("{answers} answers reached the clients but the backend gave only {}", counts.answers);
+    }
+    Ok(())
+}

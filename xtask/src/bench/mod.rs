@@ -1,0 +1,101 @@
+//! `cargo xtask bench`: Counterfoil beside a relay that knows no DNS, HAProxy and dnsdist, on loopback.
+//!
+//! Everything shares the machine's cores and the numbers drift by a third within an hour, so the subjects take turns and
+//! only ratios within one run count. A wrong or missing answer fails the benchmark.
+
+mod measure;
+mod process;
+mod report;
+mod scenario;
+mod subject;
+mod tools;
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::command::say;
+use measure::{Outcome, Plan};
+use scenario::Scenario;
+use subject::Subject;
+use tools::Tools;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Scenarios to run, by name; `all` is every one. Without any: A B C E1
+    scenarios: Vec<String>,
+    /// Rounds; in each, every program runs every scenario once
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Seconds of load in each run
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Only these programs, separated by commas
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Subject>,
+    /// Measure this Counterfoil instead of building one
+    #[arg(long, value_name = "PROGRAM")]
+    counterfoil: Option<PathBuf>,
+    /// Build Counterfoil without the eBPF program
+    #[arg(long, conflicts_with = "counterfoil")]
+    no_ebpf: bool,
+    /// List the scenarios and stop
+    #[arg(long)]
+    list: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.list {
+        for scenario in scenario::ALL {
+            println!("{:<5} {}", scenario.name, scenario.about);
+        }
+        return Ok(());
+    }
+    let scenarios = scenario::choose(&arguments.scenarios)?;
+    let subjects = if arguments.only.is_empty() { Subject::ALL.to_vec() } else { arguments.only.clone() };
+    process::raise_descriptor_limit()?;
+    let tools = Tools::get(arguments.counterfoil.as_deref(), arguments.no_ebpf, &subjects)?;
+    let plan = Plan { tools: &tools, seconds: arguments.seconds };
+
+    let mut outcomes = Vec::new();
+    for scenario in &scenarios {
+        outcomes.extend(run_scenario(&plan, scenario, &subjects, arguments.rounds));
+        print!("{}", report::table(scenario, &subjects, &outcomes, arguments));
+    }
+    let failed = outcomes.iter().filter(|outcome| outcome.sample.is_err()).count();
+    let path = save(&tools, arguments, &outcomes)?;
+    say(format_args!("all samples are in {}", path.display()));
+    if failed > 0 {
+        bail!("{failed} of {} runs failed", outcomes.len());
+    }
+    Ok(())
+}
+
+/// The subjects take turns, round by round.
+fn run_scenario(plan: &Plan, scenario: &'static Scenario, subjects: &[Subject], rounds: u32) -> Vec<Outcome> {
+    let mut outcomes = Vec::new();
+    for round in 1..=rounds {
+        for &subject in subjects.iter().filter(|subject| subject.can(scenario)) {
+            say(format_args!("{} round {round} of {rounds}: {}", scenario.name, subject.name()));
+            let sample = measure::sample(plan, scenario, subject);
+            if let Err(error) = &sample {
+                say(format_args!("{} with {} failed: {error:#}", scenario.name, subject.name()));
+            }
+            outcomes.push(Outcome { scenario: scenario.name, subject, round, sample });
+        }
+    }
+    outcomes
+}
+
+fn save(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome]) -> Result<PathBuf> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, now)?)?;
+    let directory = tools.target().join("bench");
+    std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let path = directory.join(format!("{now}.json"));
+    for path in [&path, &directory.join("latest.json")] {
+        std::fs::write(path, &contents).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(path)
+}

@@ -1,0 +1,166 @@
+//! Medians, ratios to the relay, a table to read and the samples as JSON.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::Arguments;
+use super::measure::{Outcome, Sample};
+use super::scenario::{Figure, Scenario};
+use super::subject::Subject;
+use super::tools::Tools;
+use crate::command;
+use crate::workspace;
+
+/// The table of one scenario.
+pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outcome], arguments: &Arguments) -> String {
+    let (rounds, seconds) = (arguments.rounds, arguments.seconds);
+    let mut text = format!(
+        "\n{}: {}\nmedian of {rounds} rounds of {seconds} s; x: median of the ratios to the relay within a round; others: cores \
+         that other processes took\n",
+        scenario.name, scenario.about
+    );
+    let _ = writeln!(
+        text,
+        "{:<12}{:>11}{:>8}{:>10}{:>8}{:>10}{:>10}{:>10}{:>9}{:>7}{:>6}{:>9}{:>8}",
+        "", "qps", "x", "CPU us/q", "x", "p50 us", "p99 us", "p99.9 us", "conns/q", "most", "left", "RSS MiB", "others"
+    );
+    let relay = samples(outcomes, scenario, Subject::Relay);
+    for &subject in subjects.iter().filter(|subject| subject.can(scenario)) {
+        let own = samples(outcomes, scenario, subject);
+        let runs = outcomes.iter().filter(|it| it.scenario == scenario.name && it.subject == subject).count();
+        let _ = write!(text, "{:<12}", subject.name());
+        if own.is_empty() {
+            let _ = writeln!(text, " FAILED in all {runs} runs");
+            continue;
+        }
+        let of = |figure: fn(&Sample) -> f64| median(own.iter().map(|(_, sample)| figure(sample)));
+        let ratio = |figure: fn(&Sample) -> f64| match median_ratio(&own, &relay, figure) {
+            Some(ratio) => format!("{ratio:.2}"),
+            None => "-".to_owned(),
+        };
+        let left = if own.iter().any(|(_, sample)| sample.left_open.is_some()) {
+            format!("{:.0}", of(|sample| sample.left_open.unwrap_or_default() as f64))
+        } else {
+            "-".to_owned()
+        };
+        let _ = write!(
+            text,
+            "{:>11}{:>8}{:>10.2}{:>8}{:>10.0}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{left:>6}{:>9.1}{:>8.2}",
+            thousands(of(|sample| sample.qps)),
+            ratio(|sample| sample.qps),
+            of(|sample| sample.cpu_us),
+            ratio(|sample| sample.cpu_us),
+            of(|sample| sample.latency_us.p50),
+            of(|sample| sample.latency_us.p99),
+            of(|sample| sample.latency_us.p999),
+            of(|sample| sample.opened_per_query),
+            of(|sample| sample.max_open as f64),
+            of(|sample| sample.resident_kib as f64 / 1024.0),
+            of(|sample| sample.disturbance),
+        );
+        if let Figure::Memory { .. } = scenario.figure {
+            let _ = write!(text, "  {:.2} KiB per client", of(|sample| sample.kib_per_client.unwrap_or_default()));
+        }
+        if own.len() < runs {
+            let _ = write!(text, "  FAILED in {} of {runs} runs", runs - own.len());
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Everything, with what is needed to judge it later.
+pub(super) fn json(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], time: u64) -> Result<Value> {
+    let runs = outcomes.iter().map(|outcome| {
+        let (sample, error) = match &outcome.sample {
+            Ok(sample) => (Some(sample), None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        json!({
+            "scenario": outcome.scenario, "subject": outcome.subject, "round": outcome.round,
+            "sample": sample, "error": error,
+        })
+    });
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let git = command::output(
+        command::program("git").args(["describe", "--always", "--dirty"]).current_dir(workspace::root()),
+    );
+    Ok(json!({
+        "unix_time": time,
+        "commit": git.ok().map(|text| text.trim().to_owned()),
+        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "cpu": model.map(|(_, name)| name),
+        "cpus": std::thread::available_parallelism()?.get(),
+        "load_average": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
+        "haproxy": tools.version("haproxy", "-v"),
+        "dnsdist": tools.version("dnsdist", "--version"),
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        "runs": runs.collect::<Vec<_>>(),
+    }))
+}
+
+/// The good samples of a subject, with their rounds.
+fn samples<'a>(outcomes: &'a [Outcome], scenario: &Scenario, subject: Subject) -> Vec<(u32, &'a Sample)> {
+    outcomes
+        .iter()
+        .filter(|outcome| outcome.scenario == scenario.name && outcome.subject == subject)
+        .filter_map(|outcome| Some((outcome.round, outcome.sample.as_ref().ok()?)))
+        .collect()
+}
+
+fn median_ratio(own: &[(u32, &Sample)], relay: &[(u32, &Sample)], figure: fn(&Sample) -> f64) -> Option<f64> {
+    let ratios: Vec<f64> = own
+        .iter()
+        .filter_map(|(round, sample)| {
+            let (_, floor) = relay.iter().find(|(other, _)| other == round)?;
+            Some(figure(sample) / figure(floor))
+        })
+        .collect();
+    if ratios.is_empty() { None } else { Some(median(ratios)) }
+}
+
+/// The middle value, or the mean of both middle values; 0 of nothing.
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match (values.get(middle), values.len() % 2) {
+        (None, _) => 0.0,
+        (Some(value), 1) => *value,
+        (Some(value), _) => (values[middle - 1] + value) / 2.0,
+    }
+}
+
+/// 1234567.8 is 1,234,568.
+fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median([3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median([]), 0.0);
+    }
+
+    #[test]
+    fn large_numbers_are_readable() {
+        assert_eq!([0.4, 999.0, 1000.0, 1_234_567.8].map(thousands), ["0", "999", "1,000", "1,234,568"]);
+    }
+}

@@ -1,0 +1,77 @@
+//! The programs of a benchmark: ours, built in release mode, and the peers from Debian.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use super::subject::Subject;
+use crate::command::{self, EBPF_OBJECT, say};
+use crate::{ebpf, tools, workspace};
+
+pub(super) struct Tools {
+    target: PathBuf,
+    counterfoil: PathBuf,
+    /// Has HAProxy and dnsdist.
+    path: OsString,
+}
+
+impl Tools {
+    /// Builds and gets what `subjects` need.
+    pub(super) fn get(given: Option<&Path>, no_ebpf: bool, subjects: &[Subject]) -> Result<Self> {
+        let target = workspace::target()?;
+        let release = target.join("release");
+        let wants_ours = subjects.contains(&Subject::Counterfoil);
+        let object = if wants_ours && given.is_none() && !no_ebpf { Some(ebpf::object()?) } else { None };
+        let build = |arguments: &[&str]| {
+            let mut cargo = command::cargo();
+            cargo.args(["build", "--quiet", "--locked", "--release"]).args(arguments).current_dir(workspace::root());
+            if let Some(object) = &object {
+                cargo.env(EBPF_OBJECT, object);
+            }
+            command::run(&mut cargo)
+        };
+        say("load generator, relay and answerer: building in release mode");
+        build(&["--package", "counterfoil-tests", "--bin", "loadgen", "--bin", "relay", "--bin", "answerer"])?;
+        let counterfoil = match given {
+            Some(program) => fs::canonicalize(program).with_context(|| program.display().to_string())?,
+            None => release.join("counterfoil"),
+        };
+        if wants_ours && given.is_none() {
+            say(if no_ebpf { "Counterfoil: building in release mode, without eBPF" } else { "Counterfoil: building" });
+            build(&["--package", "counterfoil", "--bin", "counterfoil"])?;
+        }
+        let wants_peers = subjects.iter().any(|subject| matches!(subject, Subject::Haproxy | Subject::Dnsdist));
+        let path =
+            if wants_peers { tools::search_path(&target)? } else { std::env::var_os("PATH").unwrap_or_default() };
+        Ok(Self { target, counterfoil, path })
+    }
+
+    pub(super) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    pub(super) fn counterfoil(&self) -> Command {
+        Command::new(&self.counterfoil)
+    }
+
+    /// `loadgen`, `relay` or `answerer`.
+    pub(super) fn own(&self, name: &str) -> Command {
+        Command::new(self.target.join("release").join(name))
+    }
+
+    /// A peer's program.
+    pub(super) fn peer(&self, name: &str) -> Command {
+        let mut command = command::program("env");
+        command.env("PATH", &self.path).arg(name);
+        command
+    }
+
+    /// The first line of what a peer says of its version.
+    pub(super) fn version(&self, name: &str, option: &str) -> String {
+        let said = command::output(self.peer(name).arg(option)).unwrap_or_else(|error| format!("{error:#}"));
+        said.lines().next().unwrap_or_default().to_owned()
+    }
+}
