@@ -23,7 +23,7 @@ pub(super) fn answer(answer: &Answer, out: &mut impl Write) -> io::Result<()> {
     section("ADDITIONAL", &answer.message.additionals, out)?;
     let Answer { octets, server, took, .. } = answer;
     writeln!(out, "\n;; Received {octets} B")?;
-    writeln!(out, ";; From {}#{}(TCP) in {:.1} ms", server.ip(), server.port(), took.as_secs_f64() * 1000.0)?;
+    writeln!(out, ";; From {}@{}(TCP) in {:.1} ms", server.ip(), server.port(), took.as_secs_f64() * 1000.0)?;
     out.flush()
 }
 

@@ -49,7 +49,7 @@ fn an_answer_is_printed_as_kdig_does() {
     assert!(lines[7].ends_with("\"command=none\" \"connection=1\" \"query=1\""), "{text}");
     assert!(
         lines[9].starts_with(";; Received ")
-            && lines[10].starts_with(&format!(";; From 127.0.0.1#{}(TCP) in ", addr.port()))
+            && lines[10].starts_with(&format!(";; From 127.0.0.1@{}(TCP) in ", addr.port()))
     );
 }
 
