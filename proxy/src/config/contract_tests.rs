@@ -11,6 +11,8 @@ use super::*;
 /// The intended configuration: every section, every key, every default.
 const FULL: &str = include_str!("../../tests/data/counterfoil.toml");
 
+const README: &str = include_str!("../../../README.md");
+
 /// The least that is a configuration.
 pub(super) const MINIMAL: &str = r#"
 [[listener]]
@@ -64,6 +66,41 @@ fn the_schema_has_the_keys_of_the_full_file_and_no_others() {
     in_file.sort();
     in_schema.sort();
     assert_eq!(in_schema, in_file);
+}
+
+/// The README's table has the keys that work, with the defaults of the full file, and its list all others.
+#[test]
+fn the_readme_has_every_key() {
+    let (_, section) = README.split_once("\n## Configuration\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let (table, list) = section.split_once("\"not supported yet\"").unwrap();
+    let full: toml::Value = FULL.parse::<toml::Table>().unwrap().into();
+    let mut in_table = Vec::new();
+    for row in table.lines().filter_map(|line| line.strip_prefix("| `")) {
+        let mut cells = row.split(" | ");
+        let key = cells.next().unwrap().trim_end_matches('`');
+        in_table.push(key.to_owned());
+        let Some(default) = cells.next().and_then(|cell| cell.strip_prefix('`')?.strip_suffix('`')) else { continue };
+        let element = |value: toml::Value| value.get(0).cloned().unwrap_or(value);
+        let value = key.split('.').fold(full.clone(), |value, part| element(value).get(part).unwrap().clone());
+        let expected = if key == "pool.backend.health.mode" { "\"up\"".to_owned() } else { value.to_string() };
+        assert_eq!(default, expected, "{key}");
+    }
+    let mut works = Vec::new();
+    paths(FORMAT, State::Works, "", &mut works);
+    assert_eq!(in_table, works, "in the order of the format");
+    let in_list: Vec<&str> = list.split('`').skip(1).step_by(2).filter(|key| key.contains('.')).collect();
+    let mut not_yet = Vec::new();
+    paths(FORMAT, State::NotYet, "", &mut not_yet);
+    assert_eq!(in_list, not_yet, "in the order of the format");
+}
+
+#[test]
+fn the_readme_s_example_is_a_configuration() {
+    let (_, example) = README.split_once("```toml\n").unwrap();
+    let (example, _) = example.split_once("```").unwrap();
+    let config = from_str("README.md", example).unwrap();
+    assert_eq!(config.pools.first().unwrap().proxy_protocol.as_ref().unwrap().identity, Identity::Address);
 }
 
 /// Every key of the full file that does not work is refused, at its own line, and nothing else is.
