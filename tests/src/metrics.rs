@@ -117,15 +117,15 @@ fn parse_quoted(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// A GET over HTTP/1.1: the head of the response, and its body.
+/// A GET: the head of the response, and its body. It speaks HTTP/1.0, so that no server answers in chunks.
 ///
 /// # Errors
-/// Of the connection, or a body shorter than announced.
+/// Of the connection, or a body of another length than announced.
 pub fn get(address: SocketAddr, path: &str) -> Result<(String, String), String> {
     let fail = |e: std::io::Error| format!("GET {path} at {address}: {e}");
     let mut stream = TcpStream::connect(address).map_err(fail)?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).map_err(fail)?;
     let mut response = String::new();
     stream.read_to_string(&mut response).map_err(fail)?;
@@ -134,7 +134,7 @@ pub fn get(address: SocketAddr, path: &str) -> Result<(String, String), String> 
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
     });
-    if length != Some(body.len()) {
+    if length.is_some_and(|length| length != body.len()) {
         return Err(format!("{} octets of body, announced: {length:?}", body.len()));
     }
     Ok((head.to_owned(), body.to_owned()))

@@ -69,22 +69,29 @@ impl Namespace {
     /// # Panics
     /// If `work` panics or the namespace cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let path = format!("/run/netns/{}", self.name);
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(move || {
-                let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                    .unwrap_or_else(|e| panic!("cannot open {path}: {e}"));
-                let network = std::os::fd::AsFd::as_fd(&namespace);
-                rustix::thread::move_into_link_name_space(network, Some(LinkNameSpaceType::Network))
-                    .expect("root may enter a network namespace");
-                work()
-            });
-            match inside.join() {
-                Ok(value) => value,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        run_in(&format!("/run/netns/{}", self.name), work)
     }
+}
+
+/// Runs `work` on a thread in the network namespace that `path` names (as below `/run/netns`, or `/proc/PID/ns/net`).
+///
+/// # Panics
+/// If `work` panics or the namespace cannot be entered.
+pub fn run_in<T: Send>(path: &str, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(move || {
+            let namespace = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .unwrap_or_else(|e| panic!("cannot open {path}: {e}"));
+            let network = std::os::fd::AsFd::as_fd(&namespace);
+            rustix::thread::move_into_link_name_space(network, Some(LinkNameSpaceType::Network))
+                .expect("root may enter a network namespace");
+            work()
+        });
+        match inside.join() {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 impl Drop for Namespace {

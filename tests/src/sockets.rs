@@ -1,6 +1,7 @@
-//! What the kernel says of a process's TCP sockets, read from `/proc/PID/net/tcp` and `/proc/PID/fd`.
+//! What the kernel says of a process's TCP sockets, by `sock_diag` and `/proc/PID/fd`.
 //!
-//! This is the tests' own witness: it shares no code with the program's kernel view.
+//! This is the tests' own witness: it shares no code with the program's kernel view. (`/proc/net/tcp` would do, but takes
+//! seconds where 100,000 sockets are in TIME_WAIT.)
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -8,6 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use rustix::net;
+
+use crate::netns;
 
 /// State numbers of `include/net/tcp_states.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,24 +56,91 @@ pub struct Socket {
     pub inode: u64,
 }
 
-/// All TCP sockets, v4 and v6, in the network namespace of process `pid`.
-pub fn all(pid: u32) -> Vec<Socket> {
-    ["tcp", "tcp6"]
-        .into_iter()
-        .filter_map(|table| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).ok())
-        .flat_map(|text| text.lines().skip(1).filter_map(parse_row).collect::<Vec<_>>())
-        .collect()
+/// Every state of a connection that somebody may hold a descriptor of.
+const CONNECTED: [State; 8] = [
+    State::Established,
+    State::SynSent,
+    State::SynRecv,
+    State::FinWait1,
+    State::FinWait2,
+    State::CloseWait,
+    State::LastAck,
+    State::Closing,
+];
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+/// `struct nlmsghdr` of `linux/netlink.h`, and the two parts of a `sock_diag` dump (`linux/inet_diag.h`).
+const NLMSG_HEADER: usize = 16;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST_DUMP: u16 = 0x301;
+/// `struct inet_diag_req_v2`.
+const REQUEST: usize = 56;
+/// `struct inet_diag_msg`: where the local and remote port and the inode are.
+const DIAG_MESSAGE: usize = 72;
+const PORTS_AT: usize = 4;
+const INODE_AT: usize = 68;
+
+/// TCP sockets, v4 and v6, of the calling thread's network namespace in these states; a port of 0 means any.
+fn dump(states: &[State], local_port: u16, remote_port: u16) -> Vec<Socket> {
+    let mask = states.iter().fold(0_u32, |mask, state| mask | 1 << *state as u8);
+    let mut found = Vec::new();
+    for family in [AF_INET, AF_INET6] {
+        let mut request = Vec::with_capacity(NLMSG_HEADER + REQUEST);
+        request.extend_from_slice(&((NLMSG_HEADER + REQUEST) as u32).to_ne_bytes());
+        request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        request.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
+        request.extend_from_slice(&[0; 8]);
+        request.extend_from_slice(&[family, IPPROTO_TCP, 0, 0]);
+        request.extend_from_slice(&mask.to_ne_bytes());
+        request.extend_from_slice(&local_port.to_be_bytes());
+        request.extend_from_slice(&remote_port.to_be_bytes());
+        request.resize(NLMSG_HEADER + REQUEST, 0);
+        let socket = net::socket_with(
+            net::AddressFamily::NETLINK,
+            net::SocketType::RAW,
+            net::SocketFlags::CLOEXEC,
+            Some(net::netlink::SOCK_DIAG),
+        )
+        .expect("a netlink socket");
+        net::send(&socket, &request, net::SendFlags::empty()).expect("the kernel reads netlink requests");
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let (received, _) = net::recv(&socket, &mut buffer[..], net::RecvFlags::empty()).expect("a netlink answer");
+            if !parse_messages(&buffer[..received], &mut found) {
+                break;
+            }
+        }
+    }
+    found
 }
 
-/// `sl local_address rem_address st tx:rx tr:tm retrnsmt uid timeout inode ...`
-fn parse_row(row: &str) -> Option<Socket> {
-    let fields: Vec<&str> = row.split_ascii_whitespace().collect();
-    let port = |field: &str| u16::from_str_radix(field.rsplit_once(':')?.1, 16).ok();
+/// Adds what one read brought; `false` after the last message of the dump.
+fn parse_messages(mut rest: &[u8], found: &mut Vec<Socket>) -> bool {
+    while rest.len() >= NLMSG_HEADER {
+        let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+        match u16::from_ne_bytes([rest[4], rest[5]]) {
+            NLMSG_DONE => return false,
+            NLMSG_ERROR => panic!("sock_diag refused: {:?}", &rest[NLMSG_HEADER..length]),
+            _ => found.extend(rest.get(NLMSG_HEADER..length).and_then(parse_socket)),
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    true
+}
+
+fn parse_socket(message: &[u8]) -> Option<Socket> {
+    let message: &[u8; DIAG_MESSAGE] = message.first_chunk()?;
+    let port = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
+    let inode = message[INODE_AT..].first_chunk()?;
     Some(Socket {
-        local_port: port(fields.get(1)?)?,
-        remote_port: port(fields.get(2)?)?,
-        state: State::from_number(u8::from_str_radix(fields.get(3)?, 16).ok()?)?,
-        inode: fields.get(9)?.parse().ok()?,
+        local_port: port(PORTS_AT),
+        remote_port: port(PORTS_AT + 2),
+        state: State::from_number(message[1])?,
+        inode: u64::from(u32::from_ne_bytes(*inode)),
     })
 }
 
@@ -88,20 +160,36 @@ fn socket_inode(link: &Path) -> Option<u64> {
 
 /// Does `pid` listen on `port`?
 pub fn listens(pid: u32, port: u16) -> bool {
-    let candidates = all(pid).into_iter().filter(|s| s.state == State::Listen && s.local_port == port);
     let held = held_inodes(pid);
-    candidates.into_iter().any(|s| held.contains(&s.inode))
+    in_network_of(pid, || dump(&[State::Listen], port, 0)).iter().any(|s| held.contains(&s.inode))
 }
 
-/// Sockets that `pid` holds a descriptor of and whose peer is at `remote_port`.
+/// Sockets that `pid` holds a descriptor of and whose peer is at `remote_port`. Those in state CLOSE are not in the
+/// kernel's table and so not here.
 pub fn towards(pid: u32, remote_port: u16) -> Vec<Socket> {
+    in_network_of(pid, || held_towards(pid, remote_port))
+}
+
+fn held_towards(pid: u32, remote_port: u16) -> Vec<Socket> {
+    // Sockets first: one that is closed in between then has no descriptor, and is not counted.
+    let mut sockets = dump(&CONNECTED, 0, remote_port);
     let held = held_inodes(pid);
-    all(pid).into_iter().filter(|s| s.remote_port == remote_port && held.contains(&s.inode)).collect()
+    sockets.retain(|socket| held.contains(&socket.inode));
+    sockets
 }
 
 /// How many sockets in state TIME_WAIT (nobody holds these) point at `remote_port`, as seen from `pid`'s namespace.
 pub fn time_wait_towards(pid: u32, remote_port: u16) -> usize {
-    all(pid).into_iter().filter(|s| s.remote_port == remote_port && s.state == State::TimeWait).count()
+    in_network_of(pid, || dump(&[State::TimeWait], 0, remote_port).len())
+}
+
+/// Runs `work` where the network is that of process `pid`.
+fn in_network_of<T: Send>(pid: u32, work: impl FnOnce() -> T + Send) -> T {
+    let theirs = format!("/proc/{pid}/ns/net");
+    if std::fs::read_link(&theirs).ok() == std::fs::read_link("/proc/thread-self/ns/net").ok() {
+        return work();
+    }
+    netns::run_in(&theirs, work)
 }
 
 /// What a [`Sampler`] saw.
@@ -134,13 +222,13 @@ impl Sampler {
     pub fn start(pid: u32, remote_port: u16) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
+        let look = move || {
             let mut observed = Observed::default();
             let mut seen = HashSet::new();
             let mut close_wait: HashMap<u64, Instant> = HashMap::new();
             while !stopped.load(Ordering::Relaxed) {
+                let sockets = held_towards(pid, remote_port);
                 let now = Instant::now();
-                let sockets = towards(pid, remote_port);
                 observed.samples += 1;
                 observed.most = observed.most.max(sockets.len());
                 let waiting: HashSet<u64> =
@@ -156,7 +244,8 @@ impl Sampler {
             }
             observed.distinct = seen.len();
             observed
-        });
+        };
+        let thread = std::thread::spawn(move || in_network_of(pid, look));
         Self { stop, thread: Some(thread) }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use counterfoil_tests::driver::{Client, Load};
 use counterfoil_tests::message::qtype;
+use counterfoil_tests::netns;
 use counterfoil_tests::process;
 use counterfoil_tests::servers::{LeakyFront, Recursor, TlvOracle, Told, Unbound, ZONE};
 use counterfoil_tests::sockets::Sampler;
@@ -69,4 +70,16 @@ fn the_tlv_oracles_tell_the_truth() {
     let seen = recursor.seen(&format!("tlv.{ZONE}"));
     assert_eq!(seen.source, "192.0.2.78");
     assert_eq!(seen.tlvs, ["e0=tenant-42", "ea=\u{1}\u{fffd}z"]);
+}
+
+/// The network of the soak: Unbound in one namespace, a client in the other.
+#[test]
+fn unbound_answers_between_two_namespaces() {
+    let (near, far) = netns::pair();
+    let unbound = Unbound::start_in(&far, far.address);
+    near.run(|| {
+        let mut client = Client::connect(unbound.address, None);
+        client.send_raw(&header()).unwrap();
+        Load { count: 10, ..Load::default() }.run(&mut client).assert_all_answered(10);
+    });
 }

@@ -4,10 +4,12 @@
 //! that the kernel chose, and demand PROXY v2 where they are backends.
 
 mod dnsdist;
+mod prometheus;
 mod recursor;
 mod unbound;
 
 pub use dnsdist::{LeakyFront, TlvOracle, Told};
+pub use prometheus::Prometheus;
 pub use recursor::{Recursor, Seen};
 pub use unbound::Unbound;
 
