@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use rustix::process::{Resource, getrlimit};
 
 use super::units::format_size;
-use super::{Config, OneShotClose, Pool, ProxyProtocol, defaults, load, print};
+use super::{Config, Health, OneShotClose, Pool, ProxyProtocol, defaults, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -88,6 +88,7 @@ pub fn forecast(config: &Config, limits: Limits) -> Vec<Warning> {
     warnings.extend(descriptors(config, limits));
     for (index, pool) in config.pools.iter().enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
+        warnings.extend(usefulness(config, index, &path));
         if let Some(proxy) = &pool.proxy_protocol {
             headers(config, proxy, &path, &mut warnings);
             ports(pool, proxy, limits, &path, &mut warnings);
@@ -110,6 +111,20 @@ fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
              is reached"
         ),
     })
+}
+
+/// A pool that nobody asks, or that cannot answer.
+fn usefulness(config: &Config, index: usize, path: &str) -> Option<Warning> {
+    let pool = config.pools.get(index)?;
+    if !config.listeners.iter().any(|listener| listener.pool == index) {
+        let message = "no listener uses this pool".to_owned();
+        return Some(Warning { key: format!("{path}.name"), message });
+    }
+    if pool.backends.iter().all(|backend| backend.health == Health::Down) {
+        let message = "all backends of this pool are down: every query fails".to_owned();
+        return Some(Warning { key: format!("{path}.backend"), message });
+    }
+    None
 }
 
 fn headers(config: &Config, proxy: &ProxyProtocol, path: &str, warnings: &mut Vec<Warning>) {
@@ -272,9 +287,22 @@ mod tests {
     fn keys_of_several_pools_have_an_index() {
         let second = "[[pool]]\nname = \"two\"\nproxy_protocol.max_header = \"1KiB\"\n[[pool.backend]]\nname = \"b\"\n\
                       address = \"192.0.2.1:53\"\n";
-        let warnings = warnings(second, ROOMY);
-        assert_eq!(warnings.len(), 1);
-        assert!(warnings.iter().all(|warning| warning.starts_with("key `pool[1].proxy_protocol.max_header`: ")));
+        assert_eq!(
+            warnings(second, ROOMY),
+            [
+                "key `pool[1].name`: no listener uses this pool",
+                "key `pool[1].proxy_protocol.max_header`: headers may have 1KiB: PowerDNS Recursor and dnsdist refuse \
+                 more than 512B by default"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_pool_that_cannot_answer() {
+        assert_eq!(
+            warnings("health.mode = \"down\"\n", ROOMY),
+            ["key `pool.backend`: all backends of this pool are down: every query fails"]
+        );
     }
 
     #[test]

@@ -190,6 +190,15 @@ fn inline_tables_dotted_keys_and_a_byte_order_mark() {
 }
 
 #[test]
+fn ipv4_addresses_written_as_ipv6_are_ipv4() {
+    let text = MINIMAL.replace("127.0.0.1:15302", "[::ffff:127.0.0.1]:15302") + "source = [\"::ffff:127.0.0.9\"]\n";
+    let config = from_str("f", &text).unwrap();
+    let backend = config.pools.first().unwrap().backends.first().unwrap();
+    assert_eq!(backend.address, SocketAddr::from(([127, 0, 0, 1], 15302)));
+    assert_eq!(backend.source, [IpAddr::from([127, 0, 0, 9])]);
+}
+
+#[test]
 fn a_file_is_read() {
     let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/counterfoil.toml"));
     let errors = load(path).unwrap_err();

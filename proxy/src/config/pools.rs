@@ -196,7 +196,13 @@ fn backend_name<'a>(value: &Value<'a, '_>, names: &mut Unique) -> Option<&'a str
 }
 
 fn backend_address(value: &Value<'_, '_>) -> Option<SocketAddr> {
-    let address = value.socket_address()?;
+    let address = match value.socket_address()? {
+        // The kernel connects to these by IPv4, and shows them so.
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+            SocketAddr::new(IpAddr::V6(*v6.ip()).to_canonical(), v6.port())
+        }
+        address => address,
+    };
     if !is_host(address.ip()) {
         value.fail(Problem::NotUnicast(address.ip()));
         return None;
@@ -212,7 +218,7 @@ fn read_sources(value: &Value<'_, '_>, backend: Option<SocketAddr>) -> Option<Ve
     let mut seen = Unique::default();
     let mut sources = Vec::new();
     for element in value.list()? {
-        let Some(source_ip) = element.ip_address() else { continue };
+        let Some(source_ip) = element.ip_address().map(|ip| ip.to_canonical()) else { continue };
         if !is_host(source_ip) {
             element.fail(Problem::NotUnicast(source_ip));
         }
