@@ -20,6 +20,8 @@ pub mod units;
 mod contract_tests;
 #[cfg(test)]
 mod error_tests;
+#[cfg(test)]
+mod random_tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;

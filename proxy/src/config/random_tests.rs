@@ -1,0 +1,249 @@
+//! Any configuration is printed so that it is read again; any text is read or refused, without a panic.
+
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use proptest::prelude::*;
+
+use super::contract_tests::FULL;
+use super::*;
+
+/// Strings that may be names.
+fn name() -> impl Strategy<Value = String> {
+    "[a-zA-Z0-9._-]{1,64}".prop_filter("taken", |name| name != "drill" && name != "unknown")
+}
+
+fn duration(min: u64) -> impl Strategy<Value = Duration> {
+    let max = u64::try_from(units::MAX_DURATION.as_millis()).unwrap();
+    prop_oneof![min..=10_000, min..=max, Just(60_000)].prop_map(Duration::from_millis)
+}
+
+fn template() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        Just("{client_ip}".to_owned()),
+        Just("{client_port}".to_owned()),
+        Just("{listener}".to_owned()),
+        Just("{qname}".to_owned()),
+        Just("{qname_label:127}".to_owned()),
+        Just("{qtype}".to_owned()),
+        Just("{uuid}".to_owned()),
+        Just("{{}}".to_owned()),
+        "[^{}]{0,8}",
+    ];
+    prop_oneof![
+        prop::collection::vec(part, 0..4)
+            .prop_map(|parts| parts.concat())
+            .prop_filter("hex", |t| !t.starts_with("hex:")),
+        prop::collection::vec("[0-9a-fA-F]{2}", 0..8).prop_map(|bytes| format!("hex:{}", bytes.concat())),
+    ]
+}
+
+fn identity() -> impl Strategy<Value = Identity> {
+    prop_oneof![
+        Just(Identity::Connection),
+        Just(Identity::Address),
+        (1..=32u8, 1..=128u8).prop_map(|(v4, v6)| Identity::Subnet { v4, v6 }),
+        Just(Identity::Forwarder),
+    ]
+}
+
+prop_compose! {
+    fn proxy_protocol()(
+        identity in identity(),
+        max_header in 4096..=65_551usize,
+        tlvs in prop::collection::vec((0xe0..=0xefu8, template()), 0..4),
+    ) -> ProxyProtocol {
+        let mut set = TlvSet::default();
+        for (kind, template) in tlvs {
+            set.push(kind, template.parse().unwrap()).unwrap();
+        }
+        ProxyProtocol { identity, max_header, tlvs: set }
+    }
+}
+
+prop_compose! {
+    fn backend()(
+        port in 1..=u16::MAX,
+        v6 in any::<bool>(),
+        max_in_flight in 1..=65_536usize,
+        max_connections in 1..=100_000usize,
+        connect_timeout in duration(1),
+        sources in prop::collection::btree_set(1..=250u8, 0..4),
+        one_shot_close in prop_oneof![Just(OneShotClose::Reset), Just(OneShotClose::Fin)],
+        health in prop_oneof![Just(Health::Up), Just(Health::Down)],
+    ) -> Backend {
+        let ip = |host: u8| -> IpAddr {
+            if v6 { format!("2001:db8::{host:x}").parse().unwrap() } else { IpAddr::from([192, 0, 2, host]) }
+        };
+        Backend {
+            max_in_flight,
+            max_connections,
+            connect_timeout,
+            source: sources.into_iter().map(ip).collect(),
+            one_shot_close,
+            health,
+            ..Backend::new("", SocketAddr::new(ip(251), port))
+        }
+    }
+}
+
+prop_compose! {
+    fn pool()(
+        query_timeout in duration(1),
+        retries in 0..=10u8,
+        proxy_protocol in prop::option::of(proxy_protocol()),
+        mut backends in prop::collection::vec(backend(), 1..4),
+    ) -> Pool {
+        backends.sort_by_key(|backend| backend.address);
+        backends.dedup_by_key(|backend| backend.address);
+        Pool { query_timeout, retries, proxy_protocol, ..Pool::new("", backends) }
+    }
+}
+
+prop_compose! {
+    fn listener(pools: usize)(
+        address in any::<[u8; 3]>(),
+        port in any::<u16>(),
+        pool in 0..pools,
+        numbers in (1..=100_000usize, 1..=65_536usize),
+        timeouts in (duration(1), duration(1), duration(1)),
+    ) -> Listener {
+        let [a, b, c] = address;
+        Listener {
+            max_connections_per_client: numbers.0,
+            max_in_flight: numbers.1,
+            idle_timeout: timeouts.0,
+            message_timeout: timeouts.1,
+            write_timeout: timeouts.2,
+            ..Listener::new("", SocketAddr::from(([127, a, b, c], port)), pool)
+        }
+    }
+}
+
+prop_compose! {
+    fn connections()(
+        times in (duration(1), duration(1), duration(0), duration(10)),
+        counts in (0..=100usize, 1..=100usize, 1..=100_000usize, 0..=1000usize),
+        max_opens_per_client in 0..=1_000_000u32,
+    ) -> Connections {
+        Connections {
+            idle_timeout: times.0,
+            max_age: times.1,
+            max_wait: times.2,
+            cleanup_interval: times.3,
+            max_idle_per_backend: counts.0,
+            max_owned_per_client: counts.1,
+            max_total: counts.2,
+            max_waiting: counts.3,
+            max_opens_per_client,
+        }
+    }
+}
+
+prop_compose! {
+    fn watchdog()(
+        times in (duration(10), duration(0), duration(10)),
+        sweeps in 1..=1000u32,
+        reap in prop_oneof![Just(ReapMode::Off), Just(ReapMode::DryRun), Just(ReapMode::On)],
+        max_reaps_per_minute in 1..=1_000_000u32,
+        classes in prop::sample::subsequence(Class::ALL.to_vec(), 1..=7).prop_shuffle(),
+    ) -> Watchdog {
+        Watchdog {
+            interval: times.0,
+            grace: times.1,
+            crosscheck_interval: times.2,
+            sweeps,
+            reap,
+            max_reaps_per_minute,
+            classes,
+        }
+    }
+}
+
+prop_compose! {
+    fn shape()(pools in prop::collection::vec(pool(), 1..4))(
+        listeners in prop::collection::vec(listener(pools.len()), 1..4),
+        pools in Just(pools),
+    ) -> (Vec<Listener>, Vec<Pool>) {
+        (listeners, pools)
+    }
+}
+
+prop_compose! {
+    fn config()(
+        (mut listeners, mut pools) in shape(),
+        names in prop::collection::hash_set(name(), 12),
+        server in (1..=1024usize, duration(0), 1..=1_000_000usize),
+        connections in connections(),
+        kernel in (
+            prop_oneof![Just(View::Auto), Just(View::Ebpf), Just(View::SockDiag), Just(View::None)],
+            1..=1_000_000u32,
+        ),
+        watchdog in watchdog(),
+        http in prop::option::of(any::<u16>()),
+        socket in prop::option::of("[^\u{0}]{1,26}"),
+    ) -> Config {
+        listeners.sort_by_key(|listener| listener.address);
+        listeners.dedup_by_key(|listener| listener.address);
+        // Twelve are enough for all backends; listeners and pools have name spaces of their own.
+        for (listener, name) in listeners.iter_mut().zip(&names) {
+            listener.name.clone_from(name);
+        }
+        for (pool, name) in pools.iter_mut().zip(&names) {
+            pool.name.clone_from(name);
+        }
+        for (backend, name) in pools.iter_mut().flat_map(|pool| &mut pool.backends).zip(&names) {
+            backend.name.clone_from(name);
+        }
+        let (workers, drain_timeout, max_connections) = server;
+        Config {
+            server: Server { workers, drain_timeout, max_connections, log: "warn,counterfoil::watchdog=debug".to_owned() },
+            listeners,
+            pools,
+            connections,
+            kernel: Kernel { view: kernel.0, max_sockets: kernel.1 },
+            watchdog,
+            admin: Admin {
+                http: http.map(|port| SocketAddr::from(([127, 0, 0, 1], port))),
+                socket: socket.map(PathBuf::from),
+            },
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_printed_is_read_again(config in config()) {
+        let text = print::to_toml(&config);
+        match from_str("printed.toml", &text) {
+            Ok(read) => prop_assert_eq!(read, config),
+            Err(errors) => prop_assert!(false, "{errors}\n{text}"),
+        }
+    }
+
+    #[test]
+    fn any_text_is_read_or_refused(text in any::<String>()) {
+        drop(from_str("f", &text));
+    }
+
+    /// Text of the right words in any order: gets further than noise.
+    #[test]
+    fn any_words_are_read_or_refused(words in prop::collection::vec(
+        prop_oneof![
+            prop::sample::select(FULL.split_inclusive(['\n', ' ', '"', '=', '.', ':']).collect::<Vec<_>>()),
+            prop::sample::select(vec!["\n", "[[", "]]", "=", "\"", "{", "}", ",", "-1", "0xE0", "\u{e9}", "\r\n"]),
+        ],
+        0..40,
+    )) {
+        drop(from_str("f", &words.concat()));
+    }
+
+    /// The full file with a piece cut out or replaced.
+    #[test]
+    fn a_damaged_file_is_read_or_refused(at in 0..FULL.len(), length in 0..80usize, patch in "[\\x00-\\x7f]{0,3}") {
+        let (start, end) = (FULL.floor_char_boundary(at), FULL.floor_char_boundary(at + length));
+        let text = format!("{}{patch}{}", FULL.get(..start).unwrap(), FULL.get(end..).unwrap());
+        if let Err(errors) = from_str("f", &text) {
+            prop_assert!(errors.iter().all(|error| error.position.is_some()));
+        }
+    }
+}
