@@ -142,4 +142,32 @@ mod tests {
              [admin]\nsocket = \"/s\"\nhttp = \"\"\n"
         );
     }
+
+    /// Every key that a scenario sets, through the program's own reader.
+    #[test]
+    fn the_program_reads_it() {
+        let text = Config::new("127.0.0.1:53".parse().unwrap())
+            .set("server", "workers", 2)
+            .set("server", "max_connections", 3)
+            .set("server", "drain_timeout", "\"2s\"")
+            .set("listener", "max_connections_per_client", 2)
+            .set("listener", "max_in_flight", 1000)
+            .set("listener", "idle_timeout", "\"600ms\"")
+            .set("listener", "message_timeout", "\"500ms\"")
+            .set("listener", "write_timeout", "\"1s\"")
+            .set("pool", "query_timeout", "\"1s\"")
+            .set("connections", "idle_timeout", "\"1s\"")
+            .set("connections", "cleanup_interval", "\"60s\"")
+            .set("watchdog", "reap", "\"on\"")
+            .identity("connection")
+            .tlv(0xe0, "{qname_label:1}")
+            .tlv(0xe2, "hex:017f")
+            .tlv(0xe3, "{{{qname_label:2}}}")
+            .tlv(0xe4, "{client_ip}#{client_port} {listener} {qtype} {uuid}")
+            .backend_key("max_in_flight", 100)
+            .backend("127.0.0.1:54".parse().unwrap(), &[])
+            .text("/run/x");
+        let parsed = counterfoil::config::from_str("test", &text).unwrap_or_else(|errors| panic!("{errors}\n{text}"));
+        assert_eq!(parsed.pools[0].backends.len(), 2);
+    }
 }

@@ -119,20 +119,17 @@ pub fn answer_to(query: &[u8], address: [u8; 4]) -> Vec<u8> {
     bytes
 }
 
-/// All character strings of all TXT records in the answer section, each record's joined.
+/// All character strings of all TXT records in the answer section.
 ///
 /// # Panics
 /// If the message does not parse.
 pub fn texts(message: &[u8]) -> Vec<String> {
     let parsed = Message::from_bytes(message).unwrap_or_else(|e| panic!("{e}: {message:02x?}"));
-    parsed
-        .answers
-        .iter()
-        .filter_map(|record| match &record.data {
-            RData::TXT(txt) => Some(txt.txt_data.iter().map(|part| String::from_utf8_lossy(part)).collect::<String>()),
-            _ => None,
-        })
-        .collect()
+    let records = parsed.answers.iter().filter_map(|record| match &record.data {
+        RData::TXT(txt) => Some(&txt.txt_data),
+        _ => None,
+    });
+    records.flatten().map(|text| String::from_utf8_lossy(text).into_owned()).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use counterfoil::responder::{Order, Responder, ResponderOptions};
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::{Client, Load, Received};
@@ -134,6 +135,51 @@ fn no_answer_reaches_another_client(identity: &str, workers: usize) {
     assert_eq!(metrics.sum("backend_connections_closed_total", &[("reason", "protocol_violation")]), 0.0);
     // At most 100 clients with 5 queries each at a time, and 100 fit on one connection.
     assert!(backend.most_open() <= 10 * workers, "they share: {} open at once", backend.most_open());
+}
+
+/// A hundred clients of ten addresses: each answer holds the nonce of its query and the address of its client, as the
+/// PROXY header named it to the server, and the clients of one address share their connections.
+#[test]
+fn every_answer_names_the_client_that_asked() {
+    const QUERIES: u16 = 50;
+    let options = ResponderOptions { order: Order::Reversed, ..ResponderOptions::default() };
+    let responder = Responder::bind(([127, 0, 0, 1], 0).into(), options).unwrap().start().unwrap();
+    let config = Config::new(responder.addr()).identity("address").tlv(0xe0, "{client_ip}").set(
+        "connections",
+        "idle_timeout",
+        "\"2s\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    std::thread::scope(|scope| {
+        for number in 0..CLIENTS {
+            let counterfoil = &counterfoil;
+            scope.spawn(move || {
+                let address = format!("127.0.0.{}", 11 + number % 10);
+                let mut client = counterfoil.client_from(&address);
+                for round in 0..QUERIES / 5 {
+                    for id in round * 5..round * 5 + 5 {
+                        client.ask(id, &format!("c{number}-{id}.counterfoil"), qtype::TXT);
+                    }
+                    for _ in 0..5 {
+                        let answer = client.receive(Duration::from_secs(10)).message();
+                        let texts = message::texts(&answer);
+                        let has = |text: &str| texts.iter().any(|have| have == text);
+                        assert!(has(&format!("qname=c{number}-{}.counterfoil.", message::id(&answer))), "{texts:?}");
+                        assert!(
+                            has(&format!("source={address}:0")) && has(&format!("tlv=0xE0:{address}")),
+                            "{texts:?}"
+                        );
+                    }
+                }
+            });
+        }
+    });
+    counterfoil.assert_quiescent();
+    let counters = responder.counters();
+    println!("{} backend connections, {} at once", counters.accepted(), counters.open_max());
+    assert_eq!((counters.queries(), counters.bad_headers()), (CLIENTS as u64 * u64::from(QUERIES), 0));
+    // Ten clients of an address have 50 queries open at most, and 32 fit on one connection.
+    assert!(counters.open_max() <= 10 * 4, "{counters:?}");
 }
 
 #[test]

@@ -54,7 +54,7 @@ impl Told {
     #[track_caller]
     pub fn read(answer: &[u8]) -> Self {
         let texts = crate::message::texts(answer);
-        let [text] = texts.as_slice() else { panic!("one TXT record was expected: {texts:?}") };
+        let [text] = texts.as_slice() else { panic!("one text was expected: {texts:?}") };
         let mut parts = text.split(';').map(str::to_owned);
         let (Some(source), Some(destination)) = (parts.next(), parts.next()) else {
             panic!("no addresses in {text:?}")
