@@ -9,6 +9,7 @@ pub mod demo;
 pub mod dns;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod kernel;
 pub mod ledger;
 pub mod proxy_protocol;
 pub mod query;

@@ -1,0 +1,34 @@
+//! Names of programs, maps and globals in the eBPF object.
+//!
+//! A static's name is fixed by the source that defines it; `proxy-ebpf` asserts nothing about these, but loading fails at
+//! once if one is wrong.
+
+/// The two identical programs on `inet_sock_set_state`. If the kernel skips a run of one (it does so when the same program is
+/// already running on that CPU), the other may still run.
+pub const TAG_PROGRAMS: [&str; 2] = ["tag_first", "tag_second"];
+/// The tracepoint they attach to.
+pub const TAG_TRACEPOINT: &str = "inet_sock_set_state";
+/// Iterator over all tagged sockets.
+pub const SWEEP_PROGRAM: &str = "sweep";
+/// Its kind, without the kernel's prefix `bpf_iter_`.
+pub const SWEEP_ITERATOR: &str = "bpf_sk_storage_map";
+/// Iterator over the descriptors of this process.
+pub const DESCRIPTORS_PROGRAM: &str = "descriptors";
+/// Its kind.
+pub const DESCRIPTORS_ITERATOR: &str = "task_file";
+
+/// Socket storage: a [`SocketTag`](crate::SocketTag) on each socket that this process connected.
+pub const TAGS: &str = "TAGS";
+/// Array that a sweep fills with [`SocketRecord`](crate::SocketRecord)s.
+pub const RECORDS: &str = "RECORDS";
+/// Array of one [`PassHeader`](crate::PassHeader).
+pub const PASS: &str = "PASS";
+/// Hash set of cookies that the next descriptor pass shall tag.
+pub const ADOPT: &str = "ADOPT";
+/// Per-CPU array of [`Counter`](crate::Counter)s.
+pub const COUNTERS: &str = "COUNTERS";
+
+/// Constant: [`FieldOffsets`](crate::FieldOffsets) of the running kernel.
+pub const FIELD_OFFSETS: &str = "FIELD_OFFSETS";
+/// Constant: [`Owner`](crate::Owner).
+pub const OWNER: &str = "OWNER";

@@ -1,0 +1,45 @@
+//! Tagging a socket when this process connects it.
+
+use aya_ebpf::bindings::bpf_pidns_info;
+use aya_ebpf::helpers::generated::{bpf_get_ns_current_pid_tgid, bpf_ktime_get_ns};
+use aya_ebpf::programs::BtfTracePointContext;
+use aya_log_ebpf::warn;
+use counterfoil_common::{Counter, SocketTag, TCP_SYN_SENT};
+
+use crate::maps::{constant, count};
+use crate::sock::Sock;
+
+/// `inet_sock_set_state(sk, old, new)`. SYN_SENT is entered inside `connect()`, so the current task is the caller; in most
+/// other transitions it is whatever task the packet interrupted.
+#[inline(always)]
+pub fn on_set_state(ctx: &BtfTracePointContext, tagged: Counter, failed: Counter) {
+    let new: i32 = ctx.arg(2);
+    if new != TCP_SYN_SENT {
+        return;
+    }
+    let Some(sock) = Sock::new(ctx.arg(0)) else { return };
+    if !sock.is_tcp() || !current_is_owner() {
+        return;
+    }
+    // SAFETY: no preconditions.
+    let opened_ns = unsafe { bpf_ktime_get_ns() };
+    let tag = SocketTag { opened_ns, remote: sock.remote(), remote_port: sock.remote_port(), ..SocketTag::EMPTY };
+    if sock.put_tag(tag) {
+        count(tagged);
+    } else {
+        count(failed);
+        warn!(ctx, "no memory to tag the socket with cookie {}", sock.cookie());
+    }
+}
+
+/// Whether the current task belongs to the process that loaded the program. Compared inside that process's pid namespace:
+/// the plain helper speaks of the initial one.
+#[inline(always)]
+fn current_is_owner() -> bool {
+    let mut ids = bpf_pidns_info { pid: 0, tgid: 0 };
+    let (device, inode) = (constant!(OWNER.pidns_device), constant!(OWNER.pidns_inode));
+    // SAFETY: `ids` has the size given.
+    let result =
+        unsafe { bpf_get_ns_current_pid_tgid(device, inode, &raw mut ids, size_of::<bpf_pidns_info>() as u32) };
+    result == 0 && ids.tgid == constant!(OWNER.tgid)
+}

@@ -1,0 +1,87 @@
+//! What can go wrong with a kernel view, each with what to do about it.
+
+use std::io;
+
+use thiserror::Error;
+
+/// Why a kernel view cannot be had or read.
+#[derive(Debug, Error)]
+pub enum ViewError {
+    /// `[kernel] view = "none"`.
+    #[error("the kernel view is off (`kernel.view = \"none\"`)")]
+    Off,
+    /// The program holds no eBPF object.
+    #[error("this program was built without its eBPF object; build it with `cargo xtask build-and-run`")]
+    NotBuilt,
+    /// The kernel describes its types nowhere.
+    #[error(
+        "the kernel's type information {path} cannot be read: {source}; eBPF needs Linux 5.15 or later with \
+         CONFIG_DEBUG_INFO_BTF=y and sysfs mounted"
+    )]
+    NoBtf {
+        /// The file.
+        path: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The type information is damaged, or lacks what the eBPF program reads.
+    #[error("the kernel's type information: {0}")]
+    Btf(#[from] super::btf::BtfError),
+    /// A capability is missing.
+    #[error(
+        "{what}: not permitted; eBPF needs the capabilities CAP_BPF and CAP_PERFMON (this process lacks {missing}), \
+         and a kernel that is not in lockdown mode `confidentiality`"
+    )]
+    NotPermitted {
+        /// What was tried.
+        what: String,
+        /// The capabilities that are not effective, or "neither".
+        missing: String,
+    },
+    /// The kernel does not offer something or refuses the program.
+    #[error(
+        "{what}: {detail}; eBPF needs Linux 5.15 or later with CONFIG_BPF_SYSCALL=y, CONFIG_BPF_EVENTS=y and CONFIG_NET=y"
+    )]
+    NotOffered {
+        /// What was tried.
+        what: String,
+        /// The kernel's words, with the end of the verifier's log if there is one.
+        detail: String,
+    },
+    /// The object and this program were not built together.
+    #[error(
+        "the eBPF object has ABI {object}, this program {program}; build both together with `cargo xtask build-and-run`"
+    )]
+    Abi {
+        /// Version that the object reports, or what does not fit.
+        object: String,
+        /// Version of this program.
+        program: u32,
+    },
+    /// A pass of the iterator did not come to its end.
+    #[error("reading {what}: {detail}")]
+    Incomplete {
+        /// What was read.
+        what: &'static str,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Netlink's answer makes no sense.
+    #[error("sock_diag: {0}")]
+    Netlink(String),
+}
+
+impl ViewError {
+    /// For `map_err` on a system call.
+    pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
