@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::process::{self, Process, TempDir};
 use super::scenario::{Figure, Header, Scenario};
 use super::subject::{Listening, Subject};
+use super::syscalls::Counter;
 use super::tools::Tools;
 
 /// After so long nothing of a one-query connection may be left.
@@ -17,6 +18,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 pub(super) struct Plan<'a> {
     pub(super) tools: &'a Tools,
     pub(super) seconds: f64,
+    pub(super) syscalls: bool,
 }
 
 /// A run and what came of it.
@@ -47,6 +49,8 @@ pub(super) struct Sample {
     pub(super) kib_per_client: Option<f64>,
     /// CPU that processes outside of the benchmark took meanwhile, in cores: how far to trust the rest.
     pub(super) disturbance: f64,
+    /// System calls of the subject's process per query, if they were counted.
+    pub(super) syscalls_per_query: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -91,6 +95,7 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     let Listening { address: backend } = answerer.read()?;
     let running = subject.start(plan.tools, scenario, backend, &directory)?;
 
+    let counter = if plan.syscalls { Some(Counter::start(&running.process, &directory)?) } else { None };
     let (start, machine_before, answerer_before) = (Instant::now(), process::machine_cpu()?, answerer.cpu()?);
     let (cpu_before, resident_before) = (running.process.cpu()?, running.process.resident()?);
     let mut command = plan.tools.own("loadgen");
@@ -106,6 +111,7 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     let ours = cpu + answerer_after.saturating_sub(answerer_before) + generator.cpu()?;
     let others = machine_after.saturating_sub(machine_before).saturating_sub(ours);
     let disturbance = others as f64 / start.elapsed().as_nanos() as f64;
+    let syscalls = counter.map(Counter::finish).transpose()?;
     let counts = ask(&mut answerer)?;
     let left_open = match scenario.header {
         Header::None | Header::Address => None,
@@ -132,6 +138,7 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
         left_open,
         resident_kib: resident,
         disturbance,
+        syscalls_per_query: syscalls.map(|count| count as f64 / answers),
         kib_per_client: match scenario.figure {
             Figure::Speed => None,
             Figure::Memory { clients } => Some(resident.saturating_sub(resident_before) as f64 / f64::from(clients)),

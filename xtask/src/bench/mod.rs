@@ -8,6 +8,7 @@ mod process;
 mod report;
 mod scenario;
 mod subject;
+mod syscalls;
 mod tools;
 
 use std::path::PathBuf;
@@ -40,6 +41,9 @@ pub(crate) struct Arguments {
     /// Build Counterfoil without the eBPF program
     #[arg(long, conflicts_with = "counterfoil")]
     no_ebpf: bool,
+    /// Count system calls too, by `perf` (Debian: linux-perf); the counting costs the programs some time
+    #[arg(long)]
+    syscalls: bool,
     /// List the scenarios and stop
     #[arg(long)]
     list: bool,
@@ -56,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let subjects = if arguments.only.is_empty() { Subject::ALL.to_vec() } else { arguments.only.clone() };
     process::raise_descriptor_limit()?;
     let tools = Tools::get(arguments.counterfoil.as_deref(), arguments.no_ebpf, &subjects)?;
-    let plan = Plan { tools: &tools, seconds: arguments.seconds };
+    let plan = Plan { tools: &tools, seconds: arguments.seconds, syscalls: arguments.syscalls };
 
     let mut outcomes = Vec::new();
     for scenario in &scenarios {

@@ -77,9 +77,22 @@ impl Process {
 
     /// Asks it to end by SIGTERM, and returns how it ended.
     pub(super) fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)
+    }
+
+    /// The same by SIGINT, as from a keyboard.
+    pub(super) fn interrupt(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::INT)
+    }
+
+    fn signal(&mut self, signal: Signal) -> Result<ExitStatus> {
         let pid = Pid::from_child(&self.child);
-        kill_process(pid, Signal::TERM).with_context(|| format!("cannot signal {}", self.name))?;
+        kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))?;
         self.wait_for_end()
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits until `condition` gives something; fails if the program ends before, or takes too long.

@@ -60,6 +60,13 @@ pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outco
             of(|sample| sample.resident_kib as f64 / 1024.0),
             of(|sample| sample.disturbance),
         );
+        if arguments.syscalls {
+            let _ = write!(
+                text,
+                "  {:.2} system calls per query",
+                of(|sample| sample.syscalls_per_query.unwrap_or_default())
+            );
+        }
         if let Figure::Memory { .. } = scenario.figure {
             let _ = write!(text, "  {:.2} KiB per client", of(|sample| sample.kib_per_client.unwrap_or_default()));
         }
