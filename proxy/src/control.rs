@@ -34,6 +34,12 @@ pub enum Control {
     /// Block the thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang(Duration),
+    /// From now on leave every `nth` row out of the ledger, as a bug would.
+    #[cfg(feature = "test-hooks")]
+    ForgetRows {
+        /// Zero: none.
+        nth: u32,
+    },
 }
 
 /// The senders to all owners, by shard.

@@ -1,6 +1,10 @@
 //! Counterfoil.
 #![deny(unsafe_code)]
 
+pub mod app;
+pub mod backend;
+pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod close;
 pub mod config;
@@ -15,3 +19,4 @@ pub mod proxy_protocol;
 pub mod query;
 pub mod responder;
 pub mod stats;
+pub mod worker;

@@ -1,2 +1,7 @@
-//! Counterfoil.
-fn main() {}
+//! Counterfoil: see the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    counterfoil::cli::main()
+}

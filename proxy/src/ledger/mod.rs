@@ -48,13 +48,18 @@ impl Ledger {
         }
     }
 
-    /// The writing end of a shard; none if it was taken before.
-    pub fn writer(&self, shard: usize) -> Option<ShardWriter> {
+    /// The right to write a shard, which can be given only once; none if it was.
+    pub fn claim(&self, shard: usize) -> Option<Claim> {
         let taken = self.taken.get(shard)?;
         if taken.swap(true, Ordering::AcqRel) {
             return None;
         }
-        Some(ShardWriter::new(Arc::clone(self.shards.get(shard)?), Arc::clone(&self.caps)))
+        Some(Claim { shard: Arc::clone(self.shards.get(shard)?), caps: Arc::clone(&self.caps) })
+    }
+
+    /// The writing end of a shard, on this thread; none if it was claimed before.
+    pub fn writer(&self, shard: usize) -> Option<ShardWriter> {
+        self.claim(shard).map(Claim::writer)
     }
 
     /// The limits of connections, and their use.
@@ -103,6 +108,20 @@ impl Ledger {
             shard.add_totals(&mut totals);
         }
         totals
+    }
+}
+
+/// The right to write a shard, on its way to the thread that will.
+#[derive(Debug)]
+pub struct Claim {
+    shard: Arc<Shard>,
+    caps: Arc<Caps>,
+}
+
+impl Claim {
+    /// The writing end, which stays on this thread.
+    pub fn writer(self) -> ShardWriter {
+        ShardWriter::new(self.shard, self.caps)
     }
 }
 

@@ -1,0 +1,181 @@
+//! Putting the program together: everything that can fail at start fails in [`App::build`], before a client is served.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::client::limits::ClientLimits;
+use crate::config::Config;
+use crate::control::{Control, Controls};
+use crate::ledger::Ledger;
+use crate::ledger::caps::Caps;
+use crate::stats::WorkerStats;
+use crate::worker::Worker;
+use crate::worker::core::Shared;
+
+/// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
+/// Connections that drills may have open at one time.
+const DRILL_CONNECTIONS: usize = 16;
+
+/// A forwarder that is ready to run.
+#[derive(Debug)]
+pub struct App {
+    config: Arc<Config>,
+    ledger: Arc<Ledger>,
+    workers: Vec<Worker>,
+    controls: Controls,
+    addresses: Vec<SocketAddr>,
+}
+
+impl App {
+    /// Binds everything.
+    ///
+    /// # Errors
+    ///
+    /// An address can't be listened on; the error names it.
+    pub fn build(config: Config) -> Result<Self> {
+        raise_descriptor_limit();
+        let config = Arc::new(config);
+        let count = config.server.workers;
+        let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();
+        let limits = backends.iter().map(|backend| backend.max_connections).chain([DRILL_CONNECTIONS]);
+        let caps = Arc::new(Caps::new(limits, config.connections.max_total + DRILL_CONNECTIONS));
+        let slots = config.connections.max_total + DRILL_CONNECTIONS;
+        let ledger = Arc::new(Ledger::new(count + 1, slots, backends.len() + 1, Arc::clone(&caps)));
+
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..=count).map(|_| mpsc::unbounded_channel()).unzip();
+        let controls = Controls::new(senders);
+        let shared = Arc::new(Shared { caps, waiting: AtomicUsize::new(0), serial: AtomicU64::new(0) });
+        let limits = ClientLimits::new(config.server.max_connections);
+
+        let mut bound = Vec::new();
+        for listener in &config.listeners {
+            bound.push(
+                listen(listener.address, count)
+                    .with_context(|| format!("listener `{}` cannot listen on {}", listener.name, listener.address))?,
+            );
+        }
+        let addresses = bound.iter().map(|(address, _)| *address).collect();
+        let mut sockets: Vec<_> = bound.into_iter().map(|(_, sockets)| sockets.into_iter()).collect();
+        let mut workers = Vec::with_capacity(count);
+        for (index, requests) in receivers.into_iter().take(count).enumerate() {
+            workers.push(Worker {
+                index,
+                workers: count,
+                config: Arc::clone(&config),
+                listeners: sockets.iter_mut().filter_map(Iterator::next).collect(),
+                shared: Arc::clone(&shared),
+                limits: Arc::clone(&limits),
+                stats: Arc::new(WorkerStats::new(config.listeners.len(), config.pools.len(), backends.len())),
+                requests,
+                controls: controls.clone(),
+            });
+        }
+        Ok(Self { config, ledger, workers, controls, addresses })
+    }
+
+    /// Serves until SIGTERM or SIGINT, then drains.
+    ///
+    /// # Errors
+    ///
+    /// A thread can't be started, or a worker failed.
+    pub fn run(self) -> Result<()> {
+        let Self { config, ledger, workers, controls, addresses } = self;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async move {
+            // Before the workers: a signal that comes early must not be lost.
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut threads = Vec::new();
+            for worker in workers {
+                threads.push(start(worker, &ledger)?);
+            }
+            for (listener, address) in config.listeners.iter().zip(&addresses) {
+                tracing::info!(listener = listener.name, %address, "listening");
+            }
+            tracing::info!("ready");
+            let ended = watch(threads);
+            tokio::pin!(ended);
+            tokio::select! {
+                ended = &mut ended => return ended.and(Err(anyhow!("the workers ended without having been asked to"))),
+                _ = terminate.recv() => tracing::info!(signal = "SIGTERM", "draining"),
+                _ = interrupt.recv() => tracing::info!(signal = "SIGINT", "draining"),
+            }
+            for worker in 0..config.server.workers {
+                controls.send(worker, Control::Drain { over: config.server.drain_timeout });
+            }
+            tokio::select! {
+                ended = &mut ended => ended?,
+                // A second signal, or a worker that does not come to its end.
+                _ = terminate.recv() => return Err(anyhow!("stopped before everything was drained")),
+                _ = interrupt.recv() => return Err(anyhow!("stopped before everything was drained")),
+                () = tokio::time::sleep(config.server.drain_timeout + Duration::from_secs(5)) => {
+                    return Err(anyhow!("a worker did not end within drain_timeout"));
+                }
+            }
+            tracing::info!("drained");
+            Ok(())
+        })
+    }
+}
+
+fn start(worker: Worker, ledger: &Ledger) -> Result<JoinHandle<Result<()>>> {
+    // Each shard is taken once, here.
+    let shard = worker.index;
+    let claim = ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
+    let thread = std::thread::Builder::new().name(format!("worker-{shard}"));
+    Ok(thread.spawn(move || worker.run(claim.writer()).with_context(|| format!("worker {shard}")))?)
+}
+
+/// Waits for all workers.
+async fn watch(threads: Vec<JoinHandle<Result<()>>>) -> Result<()> {
+    let mut threads = threads;
+    while !threads.is_empty() {
+        let (ended, running): (Vec<_>, Vec<_>) = threads.into_iter().partition(JoinHandle::is_finished);
+        for thread in ended {
+            thread.join().map_err(|_| anyhow!("a worker panicked"))??;
+        }
+        threads = running;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// One listening socket per worker on the same address; the kernel spreads the connections (SO_REUSEPORT).
+#[expect(clippy::disallowed_methods, reason = "sockets that listen are no backend sockets")]
+fn listen(address: SocketAddr, workers: usize) -> std::io::Result<(SocketAddr, Vec<TcpListener>)> {
+    let mut address = address;
+    let mut sockets = Vec::with_capacity(workers);
+    for _ in 0..workers {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = TcpListener::from(socket);
+        // The kernel has chosen a port if the configuration left it open.
+        address = listener.local_addr()?;
+        sockets.push(listener);
+    }
+    Ok((address, sockets))
+}
+
+/// Each connection needs a descriptor on both sides: the soft limit is raised to the hard one.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "the soft limit of open files stays below the hard one");
+    }
+}

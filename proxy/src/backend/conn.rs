@@ -1,0 +1,242 @@
+//! The task of one backend connection: it alone reads, writes and closes the descriptor (I4). What the bytes mean is
+//! decided by [`Core`](crate::worker::core::Core).
+//!
+//! # Cancel safety
+//!
+//! The task is never dropped before it has ended, except with its whole runtime. It waits for nobody: a client that
+//! leaves changes the pending table, not the reading.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::connect::{self, Io};
+use super::pool::{ConnKey, Phase};
+use crate::clock::{self, Mono};
+use crate::close::CloseReason;
+use crate::config::OneShotClose;
+use crate::ledger::{OpenInfo, RowState, Tracked};
+use crate::worker::answer::Partial;
+use crate::worker::core::Core;
+use crate::worker::shell::{SCRATCH, Shell};
+
+/// Reads per wake-up before others get their turn.
+const TURNS: usize = 8;
+
+/// A backend connection's task.
+pub(crate) struct ConnTask {
+    shell: Rc<Shell>,
+    key: ConnKey,
+    io: Option<Tracked<Io>>,
+    /// The answer that has begun to come.
+    rest: Vec<u8>,
+    connected: bool,
+}
+
+impl ConnTask {
+    pub(crate) fn new(shell: Rc<Shell>, key: ConnKey) -> Self {
+        Self { shell, key, io: None, rest: Vec::new(), connected: false }
+    }
+
+    fn open(&mut self, now: Mono) -> Result<(), CloseReason> {
+        let mut core = self.shell.core.borrow_mut();
+        let plan = Rc::clone(&core.plan);
+        let Some(conn) = core.pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
+        let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
+        let backend = &plan.backends[usize::from(conn.backend)];
+        let info =
+            OpenInfo { backend: conn.backend, kind: conn.kind, owner: conn.owner_serial, header: conn.header_digest };
+        let source = self.shell.next_source(&backend.source);
+        match connect::connect(&self.shell.ledger, permit, info, backend.address, source, now) {
+            Ok(io) => {
+                self.io = Some(io);
+                Ok(())
+            }
+            Err(error) => {
+                self.shell.complain(&backend.name, backend.address, &error.to_string());
+                Err(CloseReason::ConnectFailed)
+            }
+        }
+    }
+
+    /// Does what can be done now. `Err` is the reason to close.
+    fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {
+        if self.io.is_none() {
+            self.open(now)?;
+        }
+        for _ in 0..TURNS {
+            if let Phase::Closing(reason) = self.phase() {
+                return Err(reason);
+            }
+            if !self.connected && self.finish_connect(cx, now)?.is_pending() {
+                return Ok(());
+            }
+            self.write(cx, now)?;
+            if self.read(cx, now)?.is_pending() {
+                return Ok(());
+            }
+        }
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+
+    fn phase(&self) -> Phase {
+        let core = self.shell.core.borrow();
+        core.pool.get(self.key).map_or(Phase::Closing(CloseReason::Dropped), |conn| conn.phase)
+    }
+
+    fn finish_connect(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, CloseReason> {
+        let Some(io) = self.io.as_ref().map(Tracked::io) else { return Ok(Poll::Pending) };
+        let ready = match io.poll_write_ready(cx) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(ready) => ready.map_err(|_| CloseReason::ConnectFailed)?,
+        };
+        let error = ready.get_inner().take_error().unwrap_or_else(Some);
+        if let Some(error) = error {
+            let core = self.shell.core.borrow();
+            if let Some(conn) = core.pool.get(self.key) {
+                let backend = &core.plan.backends[usize::from(conn.backend)];
+                self.shell.complain(&backend.name, backend.address, &error.to_string());
+            }
+            return Err(CloseReason::ConnectFailed);
+        }
+        self.connected = true;
+        self.shell.core.borrow_mut().conn_connected(self.key, now);
+        Ok(Poll::Ready(()))
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {
+        let Some(io) = self.io.as_ref().map(Tracked::io) else { return Ok(()) };
+        let mut core = self.shell.core.borrow_mut();
+        let Core { pool, spares, .. } = &mut *core;
+        let Some(conn) = pool.get_mut(self.key) else { return Ok(()) };
+        while !conn.out.is_empty() {
+            let mut ready = match io.poll_write_ready(cx) {
+                Poll::Pending => {
+                    if conn.unwritable_since == Mono::ZERO {
+                        conn.unwritable_since = now;
+                    }
+                    return Ok(());
+                }
+                Poll::Ready(ready) => ready.map_err(|_| CloseReason::PeerReset)?,
+            };
+            let pending = conn.out.pending();
+            match ready.try_io(|io| io.get_ref().send(pending)) {
+                Ok(Ok(sent)) => {
+                    conn.last_byte = now;
+                    conn.unwritable_since = Mono::ZERO;
+                    conn.out.advance(sent, spares);
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(_)) => return Err(CloseReason::PeerReset),
+                Err(_would_block) => {}
+            }
+        }
+        conn.unwritable_since = Mono::ZERO;
+        Ok(())
+    }
+
+    fn read(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, CloseReason> {
+        let Some(io) = self.io.as_ref().map(Tracked::io) else { return Ok(Poll::Pending) };
+        let mut ready = match io.poll_read_ready(cx) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(ready) => ready.map_err(|_| CloseReason::PeerReset)?,
+        };
+        let mut scratch = self.shell.scratch.borrow_mut();
+        let kept = self.rest.len();
+        scratch[..kept].copy_from_slice(&self.rest);
+        let room = &mut scratch[kept..kept + SCRATCH];
+        let read = match ready.try_io(|io| {
+            rustix::net::recv(io.get_ref(), &mut *room, rustix::net::RecvFlags::empty()).map_err(io::Error::from)
+        }) {
+            Ok(Ok((0, _))) => return Err(CloseReason::PeerClosed),
+            Ok(Ok((read, _))) => read,
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
+            Ok(Err(_)) => return Err(CloseReason::PeerReset),
+            Err(_would_block) => return Ok(Poll::Ready(())),
+        };
+        if read < SCRATCH {
+            // The socket is empty: without this another read would only learn that. New bytes are a new event, and a
+            // close that came with these bytes stays visible.
+            ready.clear_ready();
+        }
+        let bytes = &scratch[..kept + read];
+        let taken = self.shell.core.borrow_mut().backend_bytes(self.key, bytes, now);
+        match taken {
+            Ok(taken) => {
+                self.rest.clear();
+                self.rest.extend_from_slice(&bytes[taken..]);
+                Ok(Poll::Ready(()))
+            }
+            Err(violation) => {
+                self.rest.clear();
+                let core = self.shell.core.borrow();
+                if let Some(conn) = core.pool.get(self.key) {
+                    let backend = &core.plan.backends[usize::from(conn.backend)];
+                    self.shell.complain(&backend.name, backend.address, &violation.to_string());
+                }
+                Err(CloseReason::ProtocolViolation)
+            }
+        }
+    }
+
+    /// The sole close path (I3): the descriptor, then the row, then what was in flight.
+    fn close(&mut self, reason: CloseReason) {
+        if let Some(io) = self.io.take() {
+            if self.resets(reason) {
+                // Everything was answered, so nothing can be lost, and no side keeps TIME_WAIT.
+                let _ = io.io().get_ref().set_linger(Some(Duration::ZERO));
+            }
+            io.close(reason);
+        }
+        let partial = Partial::new(&self.rest);
+        let mut core = self.shell.core.borrow_mut();
+        core.conn_closed(self.key, reason, partial, clock::now());
+    }
+
+    fn resets(&self, reason: CloseReason) -> bool {
+        let core = self.shell.core.borrow();
+        let Some(conn) = core.pool.get(self.key) else { return false };
+        matches!(reason, CloseReason::OneShotDone | CloseReason::Evicted)
+            && conn.pending.in_flight() + conn.pending.quarantined() == 0
+            && core.plan.backends[usize::from(conn.backend)].one_shot_close == OneShotClose::Reset
+    }
+
+    /// Shows in the ledger what the connection does now, and arms its deadline.
+    fn settle(&self) {
+        let mut core = self.shell.core.borrow_mut();
+        core.settle_conn(self.key);
+        let (Some(io), Some(conn)) = (&self.io, core.pool.get(self.key)) else { return };
+        let state = match conn.phase {
+            Phase::Connecting => RowState::Connecting,
+            Phase::Closing(_) => RowState::Draining,
+            Phase::Open if conn.pending.in_flight() == 0 => RowState::Idle,
+            Phase::Open if conn.retire.is_some() => RowState::Draining,
+            Phase::Open => RowState::Busy,
+        };
+        io.entry().set_state(state);
+        // Below 65,536: there are no more wire IDs.
+        io.entry().set_activity(conn.last_byte, conn.pending.in_flight() as u32, conn.carried);
+        self.shell.note_row(self.key, io.entry().id());
+    }
+}
+
+impl Future for ConnTask {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let task = self.get_mut();
+        let now = clock::now();
+        task.shell.conn_runs(task.key, cx);
+        let ended = task.work(cx, now);
+        match ended {
+            Ok(()) => task.settle(),
+            Err(reason) => task.close(reason),
+        }
+        task.shell.flush();
+        if ended.is_ok() { Poll::Pending } else { Poll::Ready(()) }
+    }
+}

@@ -1,0 +1,95 @@
+//! The one place that opens backend sockets (I1). clippy's `disallowed-methods` keeps it the only one.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::unix::AsyncFd;
+
+use crate::clock::Mono;
+use crate::ledger::caps::Permit;
+use crate::ledger::{OpenInfo, ReserveError, ShardWriter, Tracked};
+
+/// A backend connection's descriptor, registered with the worker's event loop. The ledger holds a weak handle to the
+/// socket, which the watchdog upgrades for one system call (I4).
+pub(crate) type Io = AsyncFd<Arc<Socket>>;
+
+/// Why no socket was opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error(transparent)]
+    Reserve(#[from] ReserveError),
+    #[error("socket: {0}")]
+    Socket(io::Error),
+    #[error("bind to {0}: {1}")]
+    Bind(IpAddr, io::Error),
+    #[error("connect: {0}")]
+    Connect(io::Error),
+    #[error("register: {0}")]
+    Register(io::Error),
+}
+
+/// Begins to connect. The row is in the ledger before `connect(2)` is called, so the kernel never has a connection of
+/// ours that the ledger has not (I2).
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+#[expect(
+    deprecated,
+    reason = "sound here: what is registered is an Arc of a socket, which gives the same descriptor always"
+)]
+pub(crate) fn connect(
+    ledger: &ShardWriter,
+    permit: Permit,
+    info: OpenInfo,
+    address: SocketAddr,
+    source: Option<IpAddr>,
+    now: Mono,
+) -> Result<Tracked<Io>, OpenError> {
+    let reservation = ledger.reserve_with(permit, info)?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+        .map_err(OpenError::Socket)?;
+    let (socket, entry) = reservation.bind(socket, now).map_err(OpenError::Socket)?;
+    // From here on the pair is dropped in order: the descriptor, then the row.
+    let opened = Tracked::new(socket, entry);
+    let socket = opened.io();
+    // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8).
+    socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
+    if let Some(source) = source {
+        socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;
+    }
+    match socket.connect(&address.into()) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {}
+        Err(error) => return Err(OpenError::Connect(error)),
+    }
+    let (socket, entry) = opened.into_parts();
+    match AsyncFd::try_new(socket) {
+        Ok(io) => Ok(Tracked::new(io, entry)),
+        Err(error) => {
+            let (socket, error) = error.into_parts();
+            drop(Tracked::new(socket, entry));
+            Err(OpenError::Register(error))
+        }
+    }
+}
+
+/// This host's address on the way to `backend`: what a connection without a configured source will have. Asked of the
+/// routing table by a UDP socket that sends nothing.
+pub(crate) fn own_side(backend: SocketAddr, source: &[IpAddr]) -> SocketAddr {
+    if let Some(source) = source.first() {
+        return SocketAddr::new(*source, 0);
+    }
+    let any = if backend.is_ipv4() { IpAddr::from([0u8; 4]) } else { IpAddr::from([0u8; 16]) };
+    let routed = UdpSocket::bind(SocketAddr::new(any, 0)).and_then(|socket| {
+        socket.connect(backend)?;
+        socket.local_addr()
+    });
+    match routed {
+        Ok(address) => SocketAddr::new(address.ip(), 0),
+        Err(error) => {
+            tracing::warn!(%backend, %error, "no route to the backend: PROXY headers can't name this host's side");
+            SocketAddr::new(any, 0)
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Towards the backends: the pool of connections, the table of queries in flight on each, and the task of each.
+
+pub(crate) mod conn;
+pub(crate) mod connect;
+pub mod history;
+pub mod pending;
+pub mod pool;
+pub mod wait;

@@ -1,0 +1,389 @@
+//! The backend connections of one worker: which may be given to a query (I5), which are idle, which must go. A pure
+//! state machine: it decides, the connections' tasks act.
+//!
+//! A connection is given to a query only while it is open or being opened, not about to close, and has room. Connections
+//! that have room are found in constant time: shared ones per backend, keyed ones by the digest of their header, owned
+//! ones in their session's short list.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use slab::Slab;
+
+use super::pending::Pending;
+use crate::client::session::SessionKey;
+use crate::clock::Mono;
+use crate::close::CloseReason;
+use crate::ledger::caps::Permit;
+use crate::ledger::{BackendIndex, ConnKind};
+use crate::worker::buffer::OutBuf;
+use crate::worker::links::{Links, List};
+
+/// Index of a connection in its worker's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnKey(pub usize);
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// `connect(2)` has not finished; queries may be queued already.
+    Connecting,
+    /// Connected.
+    Open,
+    /// To be closed by its task, for this reason.
+    Closing(CloseReason),
+}
+
+/// A connection to a backend, from the decision to open it until its descriptor is closed.
+#[derive(Debug)]
+pub struct Conn {
+    /// Which backend.
+    pub backend: BackendIndex,
+    /// Who may share it.
+    pub kind: ConnKind,
+    /// How far it is.
+    pub phase: Phase,
+    /// The queries in flight on it.
+    pub pending: Pending,
+    /// The session that owns it; none when shared, or when the owner has gone.
+    pub(crate) owner: Option<SessionKey>,
+    pub(crate) owner_serial: u64,
+    pub(crate) header_digest: u64,
+    pub(crate) header: Rc<[u8]>,
+    /// Bytes on their way to the backend; begins with the header.
+    pub(crate) out: OutBuf,
+    /// The place under the caps, until the task takes it to the ledger.
+    pub(crate) permit: Option<Permit>,
+    /// No new query is given to it; it closes for this reason when the last one is answered.
+    pub(crate) retire: Option<CloseReason>,
+    pub(crate) opened: Mono,
+    pub(crate) expires: Mono,
+    pub(crate) idle_since: Mono,
+    pub(crate) last_received: Mono,
+    pub(crate) last_byte: Mono,
+    pub(crate) unwritable_since: Mono,
+    /// Queries that it has carried.
+    pub(crate) carried: u64,
+    pub(crate) max_in_flight: usize,
+    pub(crate) armed: Mono,
+    pub(crate) woken: bool,
+    /// Place in its group's list of connections with room.
+    at: Option<u32>,
+    idle: Links,
+}
+
+/// What a new connection is for.
+#[derive(Debug)]
+pub(crate) struct NewConn {
+    pub(crate) backend: BackendIndex,
+    pub(crate) kind: ConnKind,
+    pub(crate) owner: Option<SessionKey>,
+    pub(crate) owner_serial: u64,
+    pub(crate) header_digest: u64,
+    pub(crate) header: Rc<[u8]>,
+    pub(crate) permit: Permit,
+    pub(crate) max_in_flight: usize,
+    pub(crate) seed: u32,
+    pub(crate) max_age: Duration,
+}
+
+impl Conn {
+    /// Whether another query may be put on it (I5).
+    pub fn has_room(&self) -> bool {
+        !matches!(self.phase, Phase::Closing(_))
+            && self.retire.is_none()
+            && self.pending.in_flight() + self.pending.quarantined() < self.limit()
+    }
+
+    /// Quarantined IDs count only against the space of IDs, not against the queries in flight.
+    fn limit(&self) -> usize {
+        self.max_in_flight.saturating_add(self.pending.quarantined()).min(usize::from(u16::MAX))
+    }
+
+    /// Whether it is open with nothing in flight.
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Open && self.pending.in_flight() == 0
+    }
+
+    /// Whether its owner's words for it are over: it is about to close.
+    pub fn is_closing(&self) -> bool {
+        matches!(self.phase, Phase::Closing(_))
+    }
+}
+
+/// The connections of a worker.
+#[derive(Debug)]
+pub struct Pool {
+    conns: Slab<Conn>,
+    backends: Box<[PerBackend]>,
+    /// Keyed connections with room, by digest of header and backend.
+    keyed: HashMap<u64, Vec<ConnKey>, foldhash::fast::FixedState>,
+    /// Connections whose tasks have not been told yet that they must close.
+    closing: Vec<ConnKey>,
+}
+
+#[derive(Debug, Default)]
+struct PerBackend {
+    /// Shared connections with room, the one used last at the end.
+    shared: Vec<ConnKey>,
+    /// Idle connections of every kind, the longest idle first.
+    idle: List,
+    /// Idle connections that are shared or keyed.
+    idle_common: usize,
+    outstanding: usize,
+    /// Connections that are about to close: their places come free soon.
+    closing: usize,
+}
+
+impl Pool {
+    /// No connections yet, for so many backends.
+    pub fn new(backends: usize) -> Self {
+        Self {
+            conns: Slab::new(),
+            backends: (0..backends).map(|_| PerBackend::default()).collect(),
+            keyed: HashMap::default(),
+            closing: Vec::new(),
+        }
+    }
+
+    /// The connection.
+    pub fn get(&self, key: ConnKey) -> Option<&Conn> {
+        self.conns.get(key.0)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: ConnKey) -> Option<&mut Conn> {
+        self.conns.get_mut(key.0)
+    }
+
+    /// All connections.
+    pub fn iter(&self) -> impl Iterator<Item = (ConnKey, &Conn)> {
+        self.conns.iter().map(|(at, conn)| (ConnKey(at), conn))
+    }
+
+    /// How many connections there are, closing ones included.
+    pub fn len(&self) -> usize {
+        self.conns.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.conns.is_empty()
+    }
+
+    /// Queries of this worker that a backend has not answered.
+    pub fn outstanding(&self, backend: BackendIndex) -> usize {
+        self.backends[usize::from(backend)].outstanding
+    }
+
+    /// A connection is to be opened.
+    pub(crate) fn open(&mut self, new: NewConn, now: Mono) -> ConnKey {
+        // Spread by 10 %, so that connections opened together do not expire together.
+        let spread = new.max_age.as_nanos() as u64 / 10 / 256 * u64::from(new.seed & 0xff);
+        let key = ConnKey(self.conns.insert(Conn {
+            backend: new.backend,
+            kind: new.kind,
+            phase: Phase::Connecting,
+            pending: Pending::new(new.seed),
+            owner: new.owner,
+            owner_serial: new.owner_serial,
+            header_digest: new.header_digest,
+            header: new.header,
+            out: OutBuf::default(),
+            permit: Some(new.permit),
+            retire: None,
+            opened: now,
+            expires: Mono(now.after(new.max_age).0 - spread),
+            idle_since: Mono::ZERO,
+            last_received: Mono::ZERO,
+            last_byte: now,
+            unwritable_since: Mono::ZERO,
+            carried: 0,
+            max_in_flight: new.max_in_flight,
+            armed: Mono::ZERO,
+            woken: false,
+            at: None,
+            idle: Links::default(),
+        }));
+        self.update(key, now);
+        key
+    }
+
+    /// `connect(2)` has succeeded.
+    pub(crate) fn connected(&mut self, key: ConnKey, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0)
+            && conn.phase == Phase::Connecting
+        {
+            conn.phase = Phase::Open;
+            self.update(key, now);
+        }
+    }
+
+    /// A query is put on a connection: its wire ID, or none if it has no room after all.
+    pub(crate) fn assign(&mut self, key: ConnKey, query: crate::worker::queries::QueryKey, now: Mono) -> Option<u16> {
+        let conn = self.conns.get_mut(key.0)?;
+        if !conn.has_room() {
+            return None;
+        }
+        let id = conn.pending.insert(query)?;
+        conn.carried += 1;
+        self.backends[usize::from(conn.backend)].outstanding += 1;
+        self.update(key, now);
+        Some(id)
+    }
+
+    /// An answer came: what its ID means.
+    pub(crate) fn answered(&mut self, key: ConnKey, id: u16, now: Mono) -> super::pending::Answered {
+        let Some(conn) = self.conns.get_mut(key.0) else { return super::pending::Answered::Unknown };
+        let answered = conn.pending.answered(id);
+        if let super::pending::Answered::Query(_) = answered {
+            self.backends[usize::from(conn.backend)].outstanding -= 1;
+        }
+        self.update(key, now);
+        answered
+    }
+
+    /// Nobody waits for this query's answer any more.
+    pub(crate) fn abandon(&mut self, key: ConnKey, id: u16, now: Mono) {
+        let Some(conn) = self.conns.get_mut(key.0) else { return };
+        if conn.pending.quarantine(id) {
+            self.backends[usize::from(conn.backend)].outstanding -= 1;
+            self.update(key, now);
+        }
+    }
+
+    /// No new query may be given to it; it closes when it has none in flight, which may be at once.
+    pub(crate) fn retire(&mut self, key: ConnKey, reason: CloseReason, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0) {
+            conn.retire.get_or_insert(reason);
+            self.update(key, now);
+        }
+    }
+
+    /// It must close now, whatever is in flight.
+    pub(crate) fn close(&mut self, key: ConnKey, reason: CloseReason, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0)
+            && !conn.is_closing()
+        {
+            conn.phase = Phase::Closing(reason);
+            self.backends[usize::from(conn.backend)].closing += 1;
+            self.closing.push(key);
+            self.update(key, now);
+        }
+    }
+
+    /// Connections to a backend whose places come free soon.
+    pub(crate) fn closing(&self, backend: BackendIndex) -> usize {
+        self.backends[usize::from(backend)].closing
+    }
+
+    /// A connection whose task must be told that it has to close.
+    pub(crate) fn next_closing(&mut self) -> Option<ConnKey> {
+        self.closing.pop()
+    }
+
+    /// Its descriptor is closed: forgets it. What was in flight is the caller's to retry or fail.
+    pub(crate) fn remove(&mut self, key: ConnKey) -> Option<Conn> {
+        let conn = self.conns.get_mut(key.0)?;
+        let backend = usize::from(conn.backend);
+        if conn.is_closing() {
+            self.backends[backend].closing -= 1;
+        }
+        conn.phase = Phase::Closing(CloseReason::Dropped);
+        self.backends[backend].outstanding -= conn.pending.in_flight();
+        self.update(key, Mono::ZERO);
+        self.conns.try_remove(key.0)
+    }
+
+    /// A shared connection with room: the fullest, which is the one that got room last.
+    pub(crate) fn shared(&self, backend: BackendIndex) -> Option<ConnKey> {
+        self.backends[usize::from(backend)].shared.last().copied()
+    }
+
+    /// A keyed connection with room and exactly this header.
+    pub(crate) fn keyed(&self, backend: BackendIndex, digest: u64, header: &[u8]) -> Option<ConnKey> {
+        let group = self.keyed.get(&group(backend, digest))?;
+        group
+            .iter()
+            .rev()
+            .copied()
+            .find(|key| self.conns.get(key.0).is_some_and(|conn| conn.backend == backend && *conn.header == *header))
+    }
+
+    /// The connection to this backend, of any kind, that has been idle longest.
+    pub(crate) fn longest_idle(&self, backend: BackendIndex) -> Option<ConnKey> {
+        self.backends[usize::from(backend)].idle.front().map(ConnKey)
+    }
+
+    /// The connection that has been idle longest, to any backend.
+    pub(crate) fn longest_idle_of_all(&self) -> Option<ConnKey> {
+        let fronts = self.backends.iter().filter_map(|backend| backend.idle.front());
+        fronts.min_by_key(|at| self.conns[*at].idle_since).map(ConnKey)
+    }
+
+    /// Idle connections to a backend that any client could use.
+    pub fn idle_common(&self, backend: BackendIndex) -> usize {
+        self.backends[usize::from(backend)].idle_common
+    }
+
+    /// Puts the connection into the lists where it belongs now, and closes it if it retires and has nothing in flight.
+    fn update(&mut self, key: ConnKey, now: Mono) {
+        let Some(conn) = self.conns.get_mut(key.0) else { return };
+        if let Some(reason) = conn.retire
+            && conn.pending.in_flight() == 0
+            && !conn.is_closing()
+        {
+            conn.phase = Phase::Closing(reason);
+            self.backends[usize::from(conn.backend)].closing += 1;
+            self.closing.push(key);
+        }
+        let (idle, room) = (conn.is_idle(), conn.has_room());
+        let (backend, common) = (usize::from(conn.backend), matches!(conn.kind, ConnKind::Shared | ConnKind::Keyed));
+        if idle != conn.idle.is_linked() {
+            let per_backend = &mut self.backends[backend];
+            if idle {
+                conn.idle_since = now;
+                per_backend.idle_common += usize::from(common);
+                per_backend.idle.push_back(&mut self.conns, key.0, |conn: &mut Conn| &mut conn.idle);
+            } else {
+                per_backend.idle_common -= usize::from(common);
+                per_backend.idle.remove(&mut self.conns, key.0, |conn: &mut Conn| &mut conn.idle);
+            }
+        }
+        if common {
+            self.list_room(key, room);
+        }
+    }
+
+    fn list_room(&mut self, key: ConnKey, room: bool) {
+        let Some(conn) = self.conns.get_mut(key.0) else { return };
+        if room == conn.at.is_some() {
+            return;
+        }
+        let group = group(conn.backend, conn.header_digest);
+        let shared = conn.kind == ConnKind::Shared;
+        let list = if shared {
+            &mut self.backends[usize::from(conn.backend)].shared
+        } else {
+            self.keyed.entry(group).or_default()
+        };
+        if room {
+            conn.at = Some(list.len() as u32);
+            list.push(key);
+            return;
+        }
+        let Some(at) = conn.at.take() else { return };
+        list.swap_remove(at as usize);
+        let empty = list.is_empty();
+        if let Some(moved) = list.get(at as usize) {
+            self.conns[moved.0].at = Some(at);
+        }
+        if empty && !shared {
+            self.keyed.remove(&group);
+        }
+    }
+}
+
+fn group(backend: BackendIndex, digest: u64) -> u64 {
+    digest ^ u64::from(backend).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}

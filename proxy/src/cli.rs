@@ -1,0 +1,136 @@
+//! The command line.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::app::App;
+use crate::config;
+use crate::demo::Demo;
+use crate::query::QueryArgs;
+
+/// The exit code for a bad configuration or command line (EX_USAGE of sysexits.h).
+const EX_USAGE: u8 = 64;
+
+#[derive(Debug, Parser)]
+#[command(name = "counterfoil", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the forwarder; without a configuration, a demo on loopback.
+    Run(RunArgs),
+    /// Check a configuration, print it as it takes effect, and say what it costs.
+    CheckConfig {
+        /// The configuration.
+        file: PathBuf,
+    },
+    /// Ask a DNS server over TCP, with a PROXY v2 header if wanted.
+    Query(QueryArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// The configuration (TOML).
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// What is logged, such as `info,counterfoil::watchdog=debug`; goes before `[server] log`.
+    #[arg(long)]
+    log: Option<String>,
+    /// How it is logged.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Runs the program and returns its exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { EX_USAGE } else { 0 };
+            // A closed standard output is no reason to fail.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match cli.command {
+        Command::Run(args) => run(&args),
+        Command::CheckConfig { file } => config::check::run(&file),
+        Command::Query(args) => crate::query::run(&args),
+    }
+}
+
+fn run(args: &RunArgs) -> ExitCode {
+    let (config, demo) = match &args.config {
+        Some(file) => match config::load(file) {
+            Ok(config) => (config, None),
+            Err(errors) => {
+                complain(&errors);
+                return ExitCode::from(EX_USAGE);
+            }
+        },
+        None => match Demo::prepare() {
+            Ok(demo) => (demo.config.clone(), Some(demo)),
+            Err(error) => {
+                complain(&format_args!("error: {error:#}\n"));
+                return ExitCode::FAILURE;
+            }
+        },
+    };
+    let filter = args.log.as_deref().unwrap_or(&config.server.log);
+    if let Err(error) = start_log(filter, args.log_format) {
+        complain(&format_args!("error: --log: {error}\n"));
+        return ExitCode::from(EX_USAGE);
+    }
+    match serve(config, demo) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "stopped");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(config: config::Config, demo: Option<Demo>) -> anyhow::Result<()> {
+    let app = App::build(config)?;
+    let _responder = match demo {
+        Some(demo) => {
+            let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("counterfoil"));
+            let instructions = demo.instructions(&program);
+            let running = demo.responder.start()?;
+            let _ = std::io::stdout().write_all(instructions.as_bytes());
+            Some(running)
+        }
+        None => None,
+    };
+    app.run()
+}
+
+fn start_log(filter: &str, format: LogFormat) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_new(filter)?)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    // Nothing else in the program installs a subscriber, so this can't fail.
+    let _ = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    Ok(())
+}
+
+fn complain(message: &dyn std::fmt::Display) {
+    let _ = write!(std::io::stderr(), "{message}");
+}

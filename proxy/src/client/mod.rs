@@ -1,0 +1,6 @@
+//! Towards the clients: accepting, the limits on them, and the task of each connection.
+
+pub(crate) mod accept;
+pub mod limits;
+pub mod session;
+pub(crate) mod task;

@@ -1,0 +1,217 @@
+//! One client connection: what it may still send, what it is owed, when it ends. A pure state machine (I13); the task
+//! around it only carries bytes.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::backend::history::History;
+use crate::backend::pool::ConnKey;
+use crate::clock::Mono;
+use crate::close::ClientCloseReason;
+use crate::worker::buffer::OutBuf;
+use crate::worker::links::List;
+use crate::worker::queries::QueryKey;
+
+/// Index of a session in its worker's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionKey(pub usize);
+
+/// The limits of a listener, as a session needs them.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Queries in flight; more are not read yet.
+    pub max_in_flight: usize,
+    /// Bytes of answers that the client has not read; more queries are not read then.
+    pub max_pending_answers: usize,
+    /// Between messages.
+    pub idle_timeout: Duration,
+    /// From the first byte of a message to its last.
+    pub message_timeout: Duration,
+    /// For a client that does not read.
+    pub write_timeout: Duration,
+}
+
+/// A header that stays the same for a client connection, per backend.
+#[derive(Clone, Debug)]
+pub(crate) struct Header {
+    pub(crate) digest: u64,
+    pub(crate) bytes: Rc<[u8]>,
+}
+
+/// A client connection.
+#[derive(Debug)]
+pub struct Session {
+    /// Unique in the process; the owner in the ledger.
+    pub(crate) serial: u64,
+    pub(crate) listener: u16,
+    pub(crate) pool: u16,
+    pub(crate) client: SocketAddr,
+    pub(crate) local: SocketAddr,
+    pub(crate) limits: Limits,
+    /// Its queries, waiting or in flight.
+    pub(crate) queries: List,
+    /// Queries that came back from a dead connection and found no other yet.
+    pub(crate) stalled: Vec<QueryKey>,
+    /// Answers on their way to the client.
+    pub(crate) out: OutBuf,
+    /// The connections that carry this client's address and port.
+    pub(crate) owned: Vec<ConnKey>,
+    /// The owned connection that is given up first.
+    pub(crate) probation: Option<ConnKey>,
+    pub(crate) history: Option<Box<History>>,
+    pub(crate) headers: Vec<(u16, Header)>,
+    /// All its owned connections are busy and it may have no more: nothing is read until one is idle.
+    pub(crate) blocked: bool,
+    /// The message at which it is blocked was counted in the history.
+    pub(crate) recorded: bool,
+    /// The client has sent FIN.
+    pub(crate) read_closed: bool,
+    pub(crate) close: Option<ClientCloseReason>,
+    /// When the last whole message came or the last answer left.
+    pub(crate) last_message: Mono,
+    /// Since when a message is incomplete.
+    pub(crate) partial_since: Mono,
+    /// Since when the client does not read.
+    pub(crate) unwritable_since: Mono,
+    /// When it is closed if idle, because the process drains.
+    pub(crate) drain_at: Mono,
+    pub(crate) armed: Mono,
+    /// Its task has been woken and has not run yet.
+    pub(crate) woken: bool,
+}
+
+impl Session {
+    pub(crate) fn new(serial: u64, listener: u16, pool: u16, addresses: Addresses, limits: Limits, now: Mono) -> Self {
+        Self {
+            serial,
+            listener,
+            pool,
+            client: addresses.client,
+            local: addresses.local,
+            limits,
+            queries: List::default(),
+            stalled: Vec::new(),
+            out: OutBuf::default(),
+            owned: Vec::new(),
+            probation: None,
+            history: None,
+            headers: Vec::new(),
+            blocked: false,
+            recorded: false,
+            read_closed: false,
+            close: None,
+            last_message: now,
+            partial_since: Mono::ZERO,
+            unwritable_since: Mono::ZERO,
+            drain_at: Mono::ZERO,
+            armed: Mono::ZERO,
+            woken: false,
+        }
+    }
+
+    /// Queries that have no answer yet.
+    pub fn in_flight(&self) -> usize {
+        self.queries.len()
+    }
+
+    /// Whether the next message may be taken.
+    pub fn takes_messages(&self) -> bool {
+        !self.blocked
+            && self.close.is_none()
+            && self.stalled.is_empty()
+            && self.in_flight() < self.limits.max_in_flight
+            && self.out.len() < self.limits.max_pending_answers
+    }
+
+    /// Whether the task should read from the socket.
+    pub fn reads(&self) -> bool {
+        !self.read_closed && self.takes_messages()
+    }
+
+    /// A whole message came.
+    pub(crate) fn message_came(&mut self, now: Mono) {
+        self.last_message = now;
+        self.partial_since = Mono::ZERO;
+    }
+
+    /// What is left after the whole messages were taken: part of a message, or messages that can't be taken yet.
+    pub(crate) fn bytes_left(&mut self, left: usize, now: Mono) {
+        if left == 0 || !self.takes_messages() {
+            self.partial_since = Mono::ZERO;
+        } else if self.partial_since == Mono::ZERO {
+            self.partial_since = now;
+        }
+    }
+
+    /// Something was written, or nothing is left to write; or the client did not take it.
+    pub(crate) fn wrote(&mut self, progress: bool, now: Mono) {
+        if self.out.is_empty() {
+            self.unwritable_since = Mono::ZERO;
+            self.last_message = now;
+        } else if progress || self.unwritable_since == Mono::ZERO {
+            self.unwritable_since = now;
+        }
+    }
+
+    /// When to look at it again.
+    pub fn deadline(&self) -> Mono {
+        let mut deadline = Mono::MAX;
+        if self.unwritable_since != Mono::ZERO {
+            deadline = deadline.min(self.unwritable_since.after(self.limits.write_timeout));
+        }
+        if self.partial_since != Mono::ZERO {
+            deadline = deadline.min(self.partial_since.after(self.limits.message_timeout));
+        }
+        if self.in_flight() == 0 && self.out.is_empty() {
+            deadline = deadline.min(self.last_message.after(self.limits.idle_timeout));
+            if self.drain_at != Mono::ZERO {
+                deadline = deadline.min(self.drain_at);
+            }
+        }
+        deadline
+    }
+
+    /// Time has passed: sets the reason to close if a limit is over.
+    pub(crate) fn check(&mut self, now: Mono) {
+        if self.close.is_some() {
+            return;
+        }
+        let over = |since: Mono, limit: Duration| since != Mono::ZERO && since.after(limit) <= now;
+        let quiet = self.in_flight() == 0 && self.out.is_empty();
+        self.close = if over(self.unwritable_since, self.limits.write_timeout) {
+            Some(ClientCloseReason::WriteTimeout)
+        } else if over(self.partial_since, self.limits.message_timeout) {
+            Some(ClientCloseReason::MessageTimeout)
+        } else if quiet && self.drain_at != Mono::ZERO && self.drain_at <= now {
+            Some(ClientCloseReason::Drained)
+        } else if quiet && over(self.last_message, self.limits.idle_timeout) {
+            Some(ClientCloseReason::IdleTimeout)
+        } else {
+            None
+        };
+    }
+
+    /// Whether the connection has nothing more to do, and why it ends. A client that closed its side still gets every
+    /// answer it is owed (RFC 7766 section 6.2.4 speaks of clients that closed; half-closing is not closing).
+    pub fn finished(&self) -> Option<ClientCloseReason> {
+        match self.close {
+            // Whatever was answered before the malformed message is still delivered.
+            Some(ClientCloseReason::Malformed) if !self.out.is_empty() || self.in_flight() > 0 => None,
+            Some(reason) => Some(reason),
+            None if self.read_closed && self.in_flight() == 0 && self.out.is_empty() => {
+                Some(ClientCloseReason::ClientClosed)
+            }
+            None => None,
+        }
+    }
+}
+
+/// The two ends of a client connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Addresses {
+    /// The client.
+    pub client: SocketAddr,
+    /// Where it connected to.
+    pub local: SocketAddr,
+}

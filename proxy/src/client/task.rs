@@ -1,0 +1,148 @@
+//! The task of one client connection: it carries bytes between the socket and the session.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::limits::Admitted;
+use super::session::{Session, SessionKey};
+use crate::clock::{self, Mono};
+use crate::close::ClientCloseReason;
+use crate::worker::core::Core;
+use crate::worker::shell::{SCRATCH, Shell};
+
+/// Reads per wake-up before others get their turn.
+const TURNS: usize = 8;
+/// A buffer for a part of a message above this size is not kept, bytes.
+const KEEP: usize = 512;
+
+/// A client connection's task.
+pub(crate) struct SessionTask {
+    shell: Rc<Shell>,
+    key: SessionKey,
+    stream: Option<TcpStream>,
+    /// What was read and not taken: part of a message, or messages that can't be taken yet.
+    rest: Vec<u8>,
+    _admitted: Admitted,
+}
+
+impl SessionTask {
+    pub(crate) fn new(shell: Rc<Shell>, key: SessionKey, stream: TcpStream, admitted: Admitted) -> Self {
+        Self { shell, key, stream: Some(stream), rest: Vec::new(), _admitted: admitted }
+    }
+
+    /// Does what can be done now. `Err` is the reason to close.
+    fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
+        self.shell.core.borrow_mut().resume(self.key, now);
+        for _ in 0..TURNS {
+            self.take_rest(now);
+            self.write(cx, now)?;
+            if let Some(reason) = self.session(Session::finished).unwrap_or(Some(ClientCloseReason::Dropped)) {
+                return Err(reason);
+            }
+            if !self.session(Session::reads).unwrap_or(false) || self.read(cx, now)?.is_pending() {
+                return Ok(());
+            }
+        }
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+
+    fn session<T>(&self, ask: impl FnOnce(&Session) -> T) -> Option<T> {
+        self.shell.core.borrow().sessions.get(self.key.0).map(ask)
+    }
+
+    /// Messages that could not be taken before may be taken now.
+    fn take_rest(&mut self, now: Mono) {
+        if self.rest.is_empty() {
+            return;
+        }
+        let taken = self.shell.core.borrow_mut().client_bytes(self.key, &self.rest, now);
+        self.rest.drain(..taken);
+        self.shrink();
+    }
+
+    fn shrink(&mut self) {
+        if self.rest.is_empty() && self.rest.capacity() > KEEP {
+            self.rest = Vec::new();
+        }
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
+        let Some(stream) = &mut self.stream else { return Ok(()) };
+        let mut core = self.shell.core.borrow_mut();
+        let Core { sessions, spares, .. } = &mut *core;
+        let Some(session) = sessions.get_mut(self.key.0) else { return Ok(()) };
+        if session.out.is_empty() {
+            return Ok(());
+        }
+        while !session.out.is_empty() {
+            match Pin::new(&mut *stream).poll_write(cx, session.out.pending()) {
+                Poll::Pending => {
+                    session.wrote(false, now);
+                    return Ok(());
+                }
+                Poll::Ready(Ok(written)) => {
+                    session.out.advance(written, spares);
+                    session.wrote(true, now);
+                }
+                Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Poll::Ready(Err(_)) => return Err(ClientCloseReason::ClientReset),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, ClientCloseReason> {
+        let Some(stream) = &mut self.stream else { return Ok(Poll::Pending) };
+        let mut scratch = self.shell.scratch.borrow_mut();
+        let kept = self.rest.len();
+        let mut room = ReadBuf::new(&mut scratch[kept..kept + SCRATCH]);
+        match Pin::new(stream).poll_read(cx, &mut room) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
+            Poll::Ready(Err(_)) => return Err(ClientCloseReason::ClientReset),
+        }
+        let read = room.filled().len();
+        let mut core = self.shell.core.borrow_mut();
+        if read == 0 {
+            core.client_finished(self.key);
+            return Ok(Poll::Ready(()));
+        }
+        scratch[..kept].copy_from_slice(&self.rest);
+        let bytes = &scratch[..kept + read];
+        let taken = core.client_bytes(self.key, bytes, now);
+        drop(core);
+        self.rest.clear();
+        self.rest.extend_from_slice(&bytes[taken..]);
+        drop(scratch);
+        self.shrink();
+        Ok(Poll::Ready(()))
+    }
+}
+
+impl Future for SessionTask {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let task = self.get_mut();
+        let now = clock::now();
+        task.shell.session_runs(task.key, cx);
+        let ended = task.work(cx, now);
+        match ended {
+            Ok(()) => task.shell.core.borrow_mut().settle_session(task.key, now),
+            Err(reason) => {
+                drop(task.stream.take());
+                task.shell.core.borrow_mut().session_closed(task.key, reason, now);
+            }
+        }
+        task.shell.flush();
+        if ended.is_ok() { Poll::Pending } else { Poll::Ready(()) }
+    }
+}

@@ -1,0 +1,227 @@
+//! What comes back: answers, and connections that died with queries in flight.
+
+use super::core::Core;
+use super::queries::{Place, QueryKey};
+use crate::backend::pending::Answered;
+use crate::backend::pool::ConnKey;
+use crate::clock::Mono;
+use crate::close::{CloseReason, FailReason};
+use crate::dns::frame::{PREFIX_LEN, first_frame};
+use crate::dns::{message, synth};
+use crate::ledger::ConnKind;
+
+/// What a backend did that it must not (RFC 7766 section 7: answers are matched by ID, and by question where there is
+/// one). Its connection is closed: what else comes over it can't be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Violation {
+    #[error("a length too short for a DNS message")]
+    Framing,
+    #[error("a message without QR set")]
+    NotAnAnswer,
+    #[error("an answer with an ID that is not in flight")]
+    UnknownId,
+    #[error("an answer to another question")]
+    WrongQuestion,
+}
+
+impl Core {
+    /// `connect(2)` has succeeded.
+    pub(crate) fn conn_connected(&mut self, key: ConnKey, now: Mono) {
+        self.pool.connected(key, now);
+        if let Some(conn) = self.pool.get(key) {
+            self.backoff[usize::from(conn.backend)].succeeded();
+        }
+        self.after_conn(key, now);
+    }
+
+    /// Bytes came from a backend. Returns how many octets the whole messages at their front were.
+    pub(crate) fn backend_bytes(&mut self, key: ConnKey, bytes: &[u8], now: Mono) -> Result<usize, Violation> {
+        if let Some(conn) = self.pool.get_mut(key) {
+            conn.last_received = now;
+            conn.last_byte = now;
+        }
+        let mut taken = 0;
+        loop {
+            let rest = bytes.get(taken..).unwrap_or_default();
+            match first_frame(rest) {
+                Ok(Some(end)) => {
+                    self.backend_message(key, rest.get(PREFIX_LEN..end).unwrap_or_default(), now)?;
+                    taken += end;
+                }
+                Ok(None) => break,
+                Err(_) => return Err(Violation::Framing),
+            }
+        }
+        self.after_conn(key, now);
+        Ok(taken)
+    }
+
+    fn backend_message(&mut self, key: ConnKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
+        let peek = message::peek(answer).filter(|peek| peek.qr).ok_or(Violation::NotAnAnswer)?;
+        match self.pool.answered(key, peek.id, now) {
+            Answered::Unknown => Err(Violation::UnknownId),
+            Answered::Late => Ok(()),
+            Answered::Query(query) => self.deliver(query, answer, now),
+        }
+    }
+
+    fn deliver(&mut self, query: QueryKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
+        // A query leaves the table only together with its ID in the pending table, so it is there.
+        let Some(entry) = self.queries.get_mut(query) else { return Ok(()) };
+        entry.place = Place::Nowhere;
+        if !message::question_matches(&entry.message, answer) {
+            self.fail(query, FailReason::BadAnswer);
+            return Err(Violation::WrongQuestion);
+        }
+        let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
+        let client = &mut self.sessions[session.0];
+        client.out.push_message(&mut self.spares, answer, entry.client_id);
+        self.queries.remove(query, Some(&mut client.queries));
+        self.stats.pools[usize::from(pool)].latency.record(now.since(arrived));
+        let stats = &self.stats.listeners[usize::from(listener)];
+        stats.answers.add(1);
+        stats.in_flight.sub(1);
+        self.wake_session(session);
+        Ok(())
+    }
+
+    /// Something on a connection has ended: it may be done for, or useful to somebody else.
+    pub(crate) fn after_conn(&mut self, key: ConnKey, now: Mono) {
+        let Some(conn) = self.pool.get(key) else { return };
+        let (backend, kind, owner) = (conn.backend, conn.kind, conn.owner);
+        let idle = conn.is_idle();
+        if idle && kind == ConnKind::OneShot && conn.carried > 0 {
+            self.pool.retire(key, CloseReason::OneShotDone, now);
+        } else if idle
+            && matches!(kind, ConnKind::Shared | ConnKind::Keyed)
+            && self.pool.idle_common(backend) > self.plan.connections.max_idle_per_backend
+        {
+            self.pool.retire(key, CloseReason::ExcessIdle, now);
+        }
+        if let Some(owner) = owner {
+            self.unblock(owner);
+        }
+        if !self.waits[usize::from(backend)].is_empty() {
+            self.serve_waiting(backend, now);
+        }
+        self.after_pool(now);
+    }
+
+    /// A connection of a session has room again, or a place for another one.
+    fn unblock(&mut self, key: crate::client::session::SessionKey) {
+        if let Some(session) = self.sessions.get_mut(key.0)
+            && (session.blocked || !session.stalled.is_empty())
+        {
+            session.blocked = false;
+            self.wake_session(key);
+        }
+    }
+
+    /// The session's task runs: queries that found no connection before try again, ahead of new ones.
+    pub(crate) fn resume(&mut self, key: crate::client::session::SessionKey, now: Mono) {
+        let Some(session) = self.sessions.get_mut(key.0) else { return };
+        session.woken = false;
+        if session.stalled.is_empty() || session.blocked {
+            return;
+        }
+        for query in std::mem::take(&mut session.stalled) {
+            self.reroute(query, now);
+        }
+    }
+
+    /// A connection's descriptor is closed. `partial` is the ID of the answer that had begun to come, if any.
+    pub(crate) fn conn_closed(&mut self, key: ConnKey, reason: CloseReason, partial: Partial, now: Mono) {
+        let Some(mut conn) = self.pool.remove(key) else { return };
+        conn.out.give_back(&mut self.spares);
+        let backend = conn.backend;
+        if matches!(reason, CloseReason::ConnectFailed | CloseReason::ConnectTimeout) {
+            self.backoff[usize::from(backend)].failed(now, self.random.f64());
+            self.stats.backends[usize::from(backend)].connect_failures.add(1);
+        }
+        if let Some(owner) = conn.owner {
+            if let Some(session) = self.sessions.get_mut(owner.0) {
+                session.owned.retain(|owned| *owned != key);
+                if session.probation == Some(key) {
+                    session.probation = None;
+                }
+            }
+            self.unblock(owner);
+        }
+        let failed = match reason {
+            CloseReason::ConnectFailed | CloseReason::ConnectTimeout => FailReason::ConnectFailed,
+            CloseReason::ProtocolViolation => FailReason::BadAnswer,
+            _ => FailReason::BackendClosed,
+        };
+        let alone = conn.pending.in_flight() == 1;
+        for (id, query) in conn.pending.drain() {
+            let Some(entry) = self.queries.get_mut(query) else { continue };
+            entry.place = Place::Nowhere;
+            let answer_began = match partial {
+                Partial::None => false,
+                // Which one it was is unknown; if only one was in flight, it was that one.
+                Partial::Unknown => alone,
+                Partial::Of(partial) => partial == id,
+            };
+            if entry.retries_left == 0 || answer_began {
+                self.fail(query, failed);
+                continue;
+            }
+            entry.retries_left -= 1;
+            entry.fresh_only = true;
+            entry.avoid = Some(backend);
+            let pool = entry.pool;
+            self.stats.pools[usize::from(pool)].retries.add(1);
+            self.reroute(query, now);
+        }
+        // The place under the caps is free: for who waits here, else for who waits elsewhere.
+        let mut waits = 0;
+        for backend in 0..self.waits.len() {
+            if !self.waits[backend].is_empty() {
+                // As many as there are backends in the configuration, which are fewer than 65,535.
+                self.serve_waiting(backend as u16, now);
+                waits += usize::from(!self.waits[backend].is_empty());
+            }
+        }
+        if waits == 0 && self.shared.waiting.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+            self.wakes.tell_capacity = true;
+        }
+        self.after_pool(now);
+    }
+
+    /// A query gets an answer of our own.
+    pub(crate) fn fail(&mut self, query: QueryKey, reason: FailReason) {
+        let Some(entry) = self.queries.get(query) else { return };
+        let (session, listener, id) = (entry.session, entry.listener, entry.client_id);
+        let answer = synth::servfail(&entry.message);
+        let Some(client) = self.sessions.get_mut(session.0) else { return };
+        client.out.push_message(&mut self.spares, &answer, id);
+        client.stalled.retain(|stalled| *stalled != query);
+        self.queries.remove(query, Some(&mut client.queries));
+        let stats = &self.stats.listeners[usize::from(listener)];
+        stats.failed[reason as usize].add(1);
+        stats.in_flight.sub(1);
+        self.wake_session(session);
+    }
+}
+
+/// How much of an answer had come when a connection closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Partial {
+    /// Nothing.
+    None,
+    /// A byte or more, but not its ID.
+    Unknown,
+    /// At least its wire ID.
+    Of(u16),
+}
+
+impl Partial {
+    /// From the bytes that are left over.
+    pub(crate) fn new(rest: &[u8]) -> Self {
+        match rest {
+            [] => Self::None,
+            [_, _, high, low, ..] => Self::Of(u16::from_be_bytes([*high, *low])),
+            _ => Self::Unknown,
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Bytes on their way out. Buffers are lent by the worker and come back when they are empty: an idle connection has none.
+
+/// Buffers kept for reuse.
+const KEEP: usize = 256;
+/// A buffer above this size is not kept, bytes.
+const KEEP_SIZE: usize = 64 * 1024;
+
+/// The worker's empty buffers.
+#[derive(Debug, Default)]
+pub(crate) struct Spares {
+    free: Vec<Vec<u8>>,
+}
+
+/// Bytes that wait to be written.
+#[derive(Debug, Default)]
+pub struct OutBuf {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl OutBuf {
+    /// What is to be written.
+    pub(crate) fn pending(&self) -> &[u8] {
+        self.bytes.get(self.written..).unwrap_or_default()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.written == self.bytes.len()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len() - self.written
+    }
+
+    /// The buffer to append to.
+    pub(crate) fn append(&mut self, spares: &mut Spares) -> &mut Vec<u8> {
+        if self.bytes.capacity() == 0
+            && let Some(spare) = spares.free.pop()
+        {
+            self.bytes = spare;
+        }
+        &mut self.bytes
+    }
+
+    /// Appends a DNS message with its length (RFC 1035 section 4.2.2) and another ID.
+    pub(crate) fn push_message(&mut self, spares: &mut Spares, message: &[u8], id: u16) {
+        let bytes = self.append(spares);
+        // A message came with a 16-bit length, or was made by hickory for TCP: it fits.
+        let length = u16::try_from(message.len()).unwrap_or(u16::MAX);
+        bytes.extend_from_slice(&length.to_be_bytes());
+        bytes.extend_from_slice(&id.to_be_bytes());
+        bytes.extend_from_slice(message.get(2..).unwrap_or_default());
+    }
+
+    /// So many bytes were written. An empty buffer goes back.
+    pub(crate) fn advance(&mut self, written: usize, spares: &mut Spares) {
+        self.written = (self.written + written).min(self.bytes.len());
+        if self.is_empty() {
+            self.give_back(spares);
+        }
+    }
+
+    /// Forgets what was not written.
+    pub(crate) fn give_back(&mut self, spares: &mut Spares) {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        self.written = 0;
+        if bytes.capacity() > 0 && bytes.capacity() <= KEEP_SIZE && spares.free.len() < KEEP {
+            bytes.clear();
+            spares.free.push(bytes);
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The worker's state, and what the tasks tell it. A pure state machine (I13): events in, wake-ups out, no I/O and no
+//! clock. `route.rs` finds a connection for a query, `answer.rs` brings answers and failures back, `house.rs` sees to
+//! what only time brings about.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use slab::Slab;
+
+use super::buffer::Spares;
+use super::house::Backoff;
+use super::plan::Plan;
+use super::queries::{NewQuery, Place, Queries, QueryKey};
+use super::timers::{TimerKey, Timers};
+use crate::backend::pool::{ConnKey, Pool};
+use crate::backend::wait::WaitQueue;
+use crate::client::session::{Addresses, Session, SessionKey};
+use crate::clock::Mono;
+use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
+use crate::dns::synth;
+use crate::ledger::BackendIndex;
+use crate::ledger::caps::Caps;
+use crate::stats::{Acquired, WorkerStats};
+
+/// AXFR and IXFR (RFC 5936, RFC 1995): many messages answer one query, which is not supported yet.
+const ZONE_TRANSFERS: [u16; 2] = [251, 252];
+
+/// What all workers share: touched when connections are opened and closed and when queries wait, never per query.
+#[derive(Debug)]
+pub struct Shared {
+    /// The limits of backend connections.
+    pub caps: Arc<Caps>,
+    /// Queries of all workers that wait at a cap.
+    pub waiting: AtomicUsize,
+    /// The next client connection's serial number.
+    pub serial: AtomicU64,
+}
+
+/// Which tasks have something to do.
+#[derive(Debug, Default)]
+pub(crate) struct Wakes {
+    pub(crate) sessions: Vec<SessionKey>,
+    pub(crate) conns: Vec<ConnKey>,
+    /// Connections to open: each needs a task.
+    pub(crate) open: Vec<ConnKey>,
+    /// Other workers are asked to close an idle connection to this backend.
+    pub(crate) ask_eviction: Vec<Option<BackendIndex>>,
+    /// Other workers may have somebody who waits for the place that became free.
+    pub(crate) tell_capacity: bool,
+}
+
+/// Whether a message could be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    Yes,
+    /// Not now: the session is blocked until one of its connections is idle.
+    Blocked,
+}
+
+/// The state of a worker.
+#[derive(Debug)]
+pub struct Core {
+    pub(crate) plan: Rc<Plan>,
+    pub(crate) stats: Arc<WorkerStats>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) sessions: Slab<Session>,
+    pub(crate) pool: Pool,
+    pub(crate) queries: Queries,
+    pub(crate) timers: Timers,
+    pub(crate) waits: Box<[WaitQueue]>,
+    pub(crate) backoff: Box<[Backoff]>,
+    /// Connections opened for a client address in the current second, if `max_opens_per_client` limits them.
+    pub(crate) opens: HashMap<IpAddr, u32, foldhash::fast::RandomState>,
+    pub(crate) opens_since: Mono,
+    pub(crate) spares: Spares,
+    /// The header of the query that is being routed.
+    pub(crate) header: Vec<u8>,
+    pub(crate) digests: foldhash::fast::RandomState,
+    pub(crate) wakes: Wakes,
+    pub(crate) next_cleanup: Mono,
+    pub(crate) random: fastrand::Rng,
+    pub(crate) draining: bool,
+}
+
+impl Core {
+    /// A worker without connections.
+    pub fn new(plan: Rc<Plan>, stats: Arc<WorkerStats>, shared: Arc<Shared>, seed: u64, now: Mono) -> Self {
+        let backends = plan.backends.len();
+        Self {
+            queries: Queries::new(plan.pools.len()),
+            next_cleanup: now.after(plan.connections.cleanup_interval),
+            plan,
+            stats,
+            shared,
+            sessions: Slab::new(),
+            pool: Pool::new(backends),
+            timers: Timers::default(),
+            waits: (0..backends).map(|_| WaitQueue::default()).collect(),
+            backoff: (0..backends).map(|_| Backoff::default()).collect(),
+            opens: HashMap::default(),
+            opens_since: now,
+            spares: Spares::default(),
+            header: Vec::new(),
+            digests: foldhash::fast::RandomState::default(),
+            wakes: Wakes::default(),
+            random: fastrand::Rng::with_seed(seed),
+            draining: false,
+        }
+    }
+
+    /// A client connection was accepted.
+    pub(crate) fn session_opened(&mut self, listener: u16, addresses: Addresses, now: Mono) -> SessionKey {
+        let plan = &self.plan.listeners[usize::from(listener)];
+        let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        let session = Session::new(serial, listener, plan.pool, addresses, plan.limits, now);
+        let key = SessionKey(self.sessions.insert(session));
+        let stats = &self.stats.listeners[usize::from(listener)];
+        stats.opened.add(1);
+        stats.connections.add(1);
+        if self.draining {
+            self.sessions[key.0].drain_at = now;
+        }
+        self.settle_session(key, now);
+        key
+    }
+
+    /// Whole messages at the front of `bytes` came from a client. Takes as many as may be taken now, and returns how
+    /// many octets those were.
+    pub(crate) fn client_bytes(&mut self, key: SessionKey, bytes: &[u8], now: Mono) -> usize {
+        let mut taken = 0;
+        while self.sessions.get(key.0).is_some_and(Session::takes_messages) {
+            let rest = bytes.get(taken..).unwrap_or_default();
+            match crate::dns::frame::first_frame(rest) {
+                Ok(Some(end)) => {
+                    let message = rest.get(crate::dns::frame::PREFIX_LEN..end).unwrap_or_default();
+                    if self.client_message(key, message, now) == Taken::Blocked {
+                        break;
+                    }
+                    taken += end;
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    if let Some(session) = self.sessions.get_mut(key.0) {
+                        tracing::debug!(session = session.serial, client = %session.client, %error, "malformed message");
+                        session.close = Some(ClientCloseReason::Malformed);
+                    }
+                    // Nothing after a broken length can be understood.
+                    taken = bytes.len();
+                }
+            }
+        }
+        if let Some(session) = self.sessions.get_mut(key.0) {
+            session.bytes_left(bytes.len() - taken, now);
+        }
+        taken
+    }
+
+    fn client_message(&mut self, key: SessionKey, message: &[u8], now: Mono) -> Taken {
+        let Some(peek) = message::peek(message) else { return Taken::Yes };
+        let (listener, pool) = {
+            let session = &self.sessions[key.0];
+            (session.listener, session.pool)
+        };
+        let stats = Arc::clone(&self.stats);
+        let stats = &stats.listeners[usize::from(listener)];
+        if peek.qr {
+            // An answer where a query belongs gets no answer: two such programs could go on for ever.
+            self.sessions[key.0].message_came(now);
+            stats.ignored.add(1);
+            return Taken::Yes;
+        }
+        let question = message::first_question(message);
+        let unsupported = peek.opcode == OPCODE_DSO
+            || matches!(&question, Some(Ok(question)) if ZONE_TRANSFERS.contains(&question.qtype));
+        let refusal = if unsupported {
+            Some((FailReason::NotSupported, synth::notimp(message)))
+        } else if peek.opcode == OPCODE_QUERY && matches!(question, Some(Err(_))) {
+            Some((FailReason::Malformed, synth::formerr(message)))
+        } else {
+            None
+        };
+        if let Some((reason, answer)) = refusal {
+            stats.queries.add(1);
+            stats.failed[reason as usize].add(1);
+            let session = &mut self.sessions[key.0];
+            session.message_came(now);
+            session.out.push_message(&mut self.spares, &answer, peek.id);
+            return Taken::Yes;
+        }
+
+        let question = question.and_then(Result::ok);
+        let route = self.route(key, pool, question, super::route::How::First, now);
+        if route == super::route::Route::Blocked {
+            let session = &mut self.sessions[key.0];
+            session.blocked = true;
+            session.recorded = true;
+            return Taken::Blocked;
+        }
+        let plan = &self.plan.pools[usize::from(pool)];
+        // Only a QUERY may be asked twice (RFC 7766 section 6.2.4 leaves it to the client what can be retried).
+        let retries = if peek.opcode == OPCODE_QUERY { plan.retries } else { 0 };
+        let session = &mut self.sessions[key.0];
+        session.message_came(now);
+        session.recorded = false;
+        let query = self.queries.insert(
+            NewQuery {
+                session: key,
+                client_id: peek.id,
+                pool,
+                listener,
+                arrived: now,
+                deadline: now.after(plan.query_timeout),
+                retries,
+                message,
+            },
+            &mut session.queries,
+        );
+        stats.queries.add(1);
+        stats.in_flight.add(1);
+        self.follow(query, route, now);
+        Taken::Yes
+    }
+
+    /// The client has sent FIN.
+    pub(crate) fn client_finished(&mut self, key: SessionKey) {
+        if let Some(session) = self.sessions.get_mut(key.0) {
+            session.read_closed = true;
+            session.partial_since = Mono::ZERO;
+        }
+    }
+
+    /// A client connection's descriptor is closed.
+    pub(crate) fn session_closed(&mut self, key: SessionKey, reason: ClientCloseReason, now: Mono) {
+        let Some(session) = self.sessions.get_mut(key.0) else { return };
+        let listener = usize::from(session.listener);
+        session.out.give_back(&mut self.spares);
+        let mut queries = std::mem::take(&mut session.queries);
+        let owned = std::mem::take(&mut session.owned);
+        let stats = Arc::clone(&self.stats);
+        let stats = &stats.listeners[listener];
+        while let Some(query) = self.queries.first_of(&queries) {
+            match self.queries.get(query).map(|query| query.place) {
+                Some(Place::Sent { conn, id }) => self.pool.abandon(conn, id, now),
+                Some(Place::Waiting) => self.stop_waiting(query),
+                Some(Place::Nowhere) | None => {}
+            }
+            self.queries.remove(query, Some(&mut queries));
+            stats.abandoned.add(1);
+            stats.in_flight.sub(1);
+        }
+        for conn in owned {
+            if let Some(conn) = self.pool.get_mut(conn) {
+                conn.owner = None;
+            }
+            self.pool.close(conn, CloseReason::OwnerGone, now);
+        }
+        self.sessions.remove(key.0);
+        stats.connections.sub(1);
+        stats.closed[reason as usize].add(1);
+        self.after_pool(now);
+    }
+
+    /// The session's task has done what it could: when to look at it again.
+    pub(crate) fn settle_session(&mut self, key: SessionKey, _now: Mono) {
+        if let Some(session) = self.sessions.get_mut(key.0) {
+            let deadline = session.deadline();
+            if deadline != Mono::MAX {
+                self.timers.arm(TimerKey::Session(key), deadline, &mut session.armed);
+            }
+        }
+    }
+
+    /// The connection's task has done what it could: when to look at it again.
+    pub(crate) fn settle_conn(&mut self, key: ConnKey) {
+        let Some(conn) = self.pool.get_mut(key) else { return };
+        let plan = &self.plan.backends[usize::from(conn.backend)];
+        let deadline = if conn.phase == crate::backend::pool::Phase::Connecting {
+            conn.opened.after(plan.connect_timeout)
+        } else if conn.unwritable_since != Mono::ZERO {
+            conn.unwritable_since.after(plan.write_timeout)
+        } else {
+            return;
+        };
+        self.timers.arm(TimerKey::Conn(key), deadline, &mut conn.armed);
+    }
+
+    /// Marks a session's task as one that has something to do.
+    pub(crate) fn wake_session(&mut self, key: SessionKey) {
+        if let Some(session) = self.sessions.get_mut(key.0)
+            && !session.woken
+        {
+            session.woken = true;
+            self.wakes.sessions.push(key);
+        }
+    }
+
+    /// Marks a connection's task as one that has something to do.
+    pub(crate) fn wake_conn(&mut self, key: ConnKey) {
+        if let Some(conn) = self.pool.get_mut(key)
+            && !conn.woken
+        {
+            conn.woken = true;
+            self.wakes.conns.push(key);
+        }
+    }
+
+    /// The pool has decided that connections must close: their tasks are told.
+    pub(crate) fn after_pool(&mut self, _now: Mono) {
+        while let Some(key) = self.pool.next_closing() {
+            self.wake_conn(key);
+        }
+    }
+
+    /// A query leaves the queue of a cap without having been served by it.
+    pub(crate) fn stop_waiting(&mut self, query: QueryKey) {
+        let Some(entry) = self.queries.get_mut(query) else { return };
+        if entry.place != Place::Waiting {
+            return;
+        }
+        entry.place = Place::Nowhere;
+        let session = entry.session;
+        for queue in &mut self.waits {
+            queue.remove(session, query);
+        }
+        self.waited();
+    }
+
+    /// One query waits less.
+    pub(crate) fn waited(&mut self) {
+        self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.stats.waiting.sub(1);
+    }
+
+    pub(crate) fn count_acquired(&self, pool: u16, how: Acquired) {
+        self.stats.pools[usize::from(pool)].acquired[how as usize].add(1);
+    }
+}

@@ -1,0 +1,187 @@
+//! What only time brings about: deadlines, and the one clean-up that walks every connection of every kind.
+
+use std::time::Duration;
+
+use super::core::Core;
+use super::queries::Place;
+use super::timers::TimerKey;
+use crate::backend::pool::{ConnKey, Phase};
+use crate::clock::Mono;
+use crate::close::{CloseReason, FailReason};
+
+/// The first pause after a backend refused a connection; doubled up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Keeps a backend that refuses connections from being stormed with them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Backoff {
+    until: Mono,
+    pause: Duration,
+}
+
+impl Backoff {
+    /// Whether no connection should be tried now.
+    pub(crate) fn holds(&self, now: Mono) -> bool {
+        now < self.until
+    }
+
+    /// A connection failed. `jitter` is between 0 and 1.
+    pub(crate) fn failed(&mut self, now: Mono, jitter: f64) {
+        if self.holds(now) {
+            // One of several that were under way together.
+            return;
+        }
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.until = now.after(self.pause.mul_f64(0.75 + 0.25 * jitter.clamp(0.0, 1.0)));
+    }
+
+    /// A connection succeeded.
+    pub(crate) fn succeeded(&mut self) {
+        *self = Self::default();
+    }
+}
+
+impl Core {
+    /// When [`Self::tick`] has something to do next.
+    pub(crate) fn next_deadline(&self) -> Mono {
+        let waits = self.waits.iter().filter_map(crate::backend::wait::WaitQueue::next_deadline);
+        let others = [self.timers.next(), self.queries.next_deadline()];
+        waits.chain(others.into_iter().flatten()).fold(self.next_cleanup, Mono::min)
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&mut self, now: Mono) {
+        while let Some(query) = self.queries.expired(now) {
+            self.timed_out(query, now);
+        }
+        for backend in 0..self.waits.len() {
+            while let Some(query) = self.waits[backend].expired(now) {
+                if self.queries.get(query).is_some_and(|entry| entry.place == Place::Waiting) {
+                    self.stop_waiting(query);
+                    self.fail(query, FailReason::NoCapacity);
+                }
+            }
+        }
+        while let Some((deadline, key)) = self.timers.pop(now) {
+            match key {
+                TimerKey::Session(key) => self.session_timer(key, deadline, now),
+                TimerKey::Conn(key) => self.conn_timer(key, deadline, now),
+            }
+        }
+        if now >= self.next_cleanup {
+            self.next_cleanup = now.after(self.plan.connections.cleanup_interval);
+            self.clean_up(now);
+        }
+        self.after_pool(now);
+    }
+
+    fn timed_out(&mut self, query: super::queries::QueryKey, now: Mono) {
+        let Some(entry) = self.queries.get(query) else { return };
+        match entry.place {
+            Place::Sent { conn, id } => {
+                let sent = entry.sent;
+                self.pool.abandon(conn, id, now);
+                // Nothing at all has come since the query was sent: the connection is given no other.
+                if self.pool.get(conn).is_some_and(|conn| conn.last_received < sent) {
+                    self.pool.retire(conn, CloseReason::Unresponsive, now);
+                }
+                self.fail(query, FailReason::Timeout);
+                self.after_conn(conn, now);
+            }
+            Place::Waiting => {
+                self.stop_waiting(query);
+                self.fail(query, FailReason::Timeout);
+            }
+            Place::Nowhere => self.fail(query, FailReason::Timeout),
+        }
+    }
+
+    fn session_timer(&mut self, key: crate::client::session::SessionKey, deadline: Mono, now: Mono) {
+        let Some(session) = self.sessions.get_mut(key.0) else { return };
+        if session.armed != deadline {
+            return;
+        }
+        session.armed = Mono::ZERO;
+        session.check(now);
+        if session.close.is_some() {
+            self.wake_session(key);
+        } else {
+            self.settle_session(key, now);
+        }
+    }
+
+    fn conn_timer(&mut self, key: ConnKey, deadline: Mono, now: Mono) {
+        let Some(conn) = self.pool.get_mut(key) else { return };
+        if conn.armed != deadline {
+            return;
+        }
+        conn.armed = Mono::ZERO;
+        let plan = &self.plan.backends[usize::from(conn.backend)];
+        if conn.phase == Phase::Connecting && conn.opened.after(plan.connect_timeout) <= now {
+            self.pool.close(key, CloseReason::ConnectTimeout, now);
+        } else if conn.unwritable_since != Mono::ZERO && conn.unwritable_since.after(plan.write_timeout) <= now {
+            self.pool.close(key, CloseReason::WriteTimeout, now);
+        } else {
+            self.settle_conn(key);
+        }
+    }
+
+    /// Walks all connections: closes those that are idle too long or too old. One that is too old and busy closes when
+    /// it is next idle.
+    fn clean_up(&mut self, now: Mono) {
+        let idle_timeout = self.plan.connections.idle_timeout;
+        let due = |conn: &crate::backend::pool::Conn| {
+            if conn.is_closing() || conn.phase == Phase::Connecting {
+                None
+            } else if conn.expires <= now {
+                Some(CloseReason::MaxAge)
+            } else if conn.is_idle() && conn.idle_since.after(idle_timeout) <= now {
+                Some(CloseReason::IdleTimeout)
+            } else {
+                None
+            }
+        };
+        let due: Vec<(ConnKey, CloseReason)> =
+            self.pool.iter().filter_map(|(key, conn)| due(conn).map(|reason| (key, reason))).collect();
+        for (key, reason) in due {
+            self.pool.retire(key, reason, now);
+        }
+    }
+
+    /// The process drains: no client connection is accepted any more, and those that are idle are closed one by one
+    /// over the given time, so that their clients do not all come back at once.
+    pub(crate) fn drain(&mut self, over: Duration, now: Mono) {
+        self.draining = true;
+        let keys: Vec<usize> = self.sessions.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let at = now.after(over.mul_f64(self.random.f64()));
+            self.sessions[key].drain_at = at;
+            self.settle_session(crate::client::session::SessionKey(key), now);
+        }
+    }
+
+    /// The time to drain is over: every client connection is closed, and every query on it is abandoned.
+    pub(crate) fn drain_is_over(&mut self) {
+        let keys: Vec<usize> = self.sessions.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            self.sessions[key].close.get_or_insert(crate::close::ClientCloseReason::Drained);
+            self.wake_session(crate::client::session::SessionKey(key));
+        }
+    }
+
+    /// All client connections are gone: the backend connections go too.
+    pub(crate) fn close_all(&mut self, now: Mono) {
+        let keys: Vec<ConnKey> = self.pool.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            self.pool.close(key, CloseReason::Drained, now);
+        }
+        self.after_pool(now);
+    }
+
+    /// The watchdog asks for a connection to be closed. What is in flight on it is retried or failed.
+    pub(crate) fn close_conn(&mut self, key: ConnKey, reason: CloseReason, now: Mono) {
+        self.pool.close(key, reason, now);
+        self.after_pool(now);
+    }
+}

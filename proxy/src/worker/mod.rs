@@ -1,0 +1,174 @@
+//! A worker: one thread with one `current_thread` runtime, its own listeners, its own pool, its own shard of the ledger.
+//! Nothing in it is shared with other workers but the counters of the caps.
+
+pub(crate) mod answer;
+pub mod buffer;
+pub mod core;
+mod house;
+pub(crate) mod links;
+pub mod plan;
+pub mod queries;
+pub(crate) mod route;
+pub(crate) mod shell;
+mod timers;
+
+use std::net::TcpListener;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::LocalSet;
+
+use self::core::{Core, Shared};
+use self::plan::Plan;
+use self::shell::Shell;
+use crate::client::accept::Acceptor;
+use crate::client::limits::ClientLimits;
+use crate::clock::{self, Mono};
+use crate::config::Config;
+use crate::control::{Control, Controls};
+use crate::ledger::ShardWriter;
+use crate::stats::WorkerStats;
+
+/// How often a worker shows that it runs.
+pub const HEARTBEAT: Duration = Duration::from_millis(250);
+/// The part of `drain_timeout` over which idle client connections are closed; the rest is for the last queries.
+const SPREAD: f64 = 0.8;
+
+/// Everything that a worker is made of. Made on the main thread, so that whatever fails fails before anything runs.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its number, which is its shard's.
+    pub index: usize,
+    /// How many workers there are.
+    pub workers: usize,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Bound and listening, in the order of the configuration.
+    pub listeners: Vec<TcpListener>,
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// The limits on clients.
+    pub limits: Arc<ClientLimits>,
+    /// Its counters.
+    pub stats: Arc<WorkerStats>,
+    /// Requests to it.
+    pub requests: mpsc::UnboundedReceiver<Control>,
+    /// The way to the other workers.
+    pub controls: Controls,
+}
+
+impl Worker {
+    /// Runs until it has drained.
+    ///
+    /// # Errors
+    ///
+    /// If the runtime can't be made or a listener can't be registered.
+    pub fn run(self, ledger: ShardWriter) -> std::io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let tasks = LocalSet::new();
+        tasks.block_on(&runtime, self.serve(ledger))
+    }
+
+    async fn serve(self, ledger: ShardWriter) -> std::io::Result<()> {
+        let plan = Rc::new(Plan::new(&self.config, crate::backend::connect::own_side));
+        let seed = fastrand::u64(..);
+        let core = Core::new(plan, Arc::clone(&self.stats), Arc::clone(&self.shared), seed, clock::now());
+        let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
+        let (stop, stopped) = watch::channel(false);
+        for (index, listener) in self.listeners.into_iter().enumerate() {
+            listener.set_nonblocking(true)?;
+            let acceptor = Acceptor {
+                shell: Rc::clone(&shell),
+                listener: tokio::net::TcpListener::from_std(listener)?,
+                // Fewer than 65,536, as each has an address and a port.
+                index: index as u16,
+                limits: Arc::clone(&self.limits),
+                max_per_client: self.config.listeners[index].max_connections_per_client,
+            };
+            tokio::task::spawn_local(acceptor.run(stopped.clone()));
+        }
+        // The last receivers are the acceptors': when they are gone, nobody accepts any more.
+        drop(stopped);
+        Keeper { shell, requests: self.requests, stop, drain_until: None, all_closed: false }.run().await;
+        Ok(())
+    }
+}
+
+/// The housekeeper: deadlines, heartbeat, requests from other threads.
+struct Keeper {
+    shell: Rc<Shell>,
+    requests: mpsc::UnboundedReceiver<Control>,
+    stop: watch::Sender<bool>,
+    drain_until: Option<Mono>,
+    all_closed: bool,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        loop {
+            let now = clock::now();
+            self.shell.ledger.beat(now);
+            {
+                let mut core = self.shell.core.borrow_mut();
+                core.tick(now);
+            }
+            if self.drained(now) {
+                return;
+            }
+            self.shell.flush();
+            let until = self.shell.core.borrow().next_deadline().min(now.after(HEARTBEAT));
+            self.shell.sleeps_until.set(until);
+            let request = tokio::select! {
+                request = self.requests.recv() => request,
+                () = tokio::time::sleep_until(clock::instant(until)) => None,
+                () = self.shell.nudge.notified() => None,
+            };
+            if let Some(request) = request {
+                self.obey(request);
+            }
+        }
+    }
+
+    fn obey(&mut self, request: Control) {
+        let now = clock::now();
+        match request {
+            Control::Close { row, reason } => {
+                if let Some(key) = self.shell.conn_at(row) {
+                    self.shell.core.borrow_mut().close_conn(key, reason, now);
+                }
+            }
+            Control::EvictIdle { backend } => self.shell.core.borrow_mut().evict_for_other(backend, now),
+            Control::CapacityFreed => {
+                let mut core = self.shell.core.borrow_mut();
+                for backend in 0..core.waits.len() {
+                    core.serve_waiting(backend as u16, now);
+                }
+            }
+            Control::Drain { over } => {
+                let _ = self.stop.send(true);
+                self.drain_until = Some(now.after(over));
+                self.shell.core.borrow_mut().drain(over.mul_f64(SPREAD), now);
+            }
+            #[cfg(feature = "test-hooks")]
+            Control::Hang(duration) => std::thread::sleep(duration),
+            #[cfg(feature = "test-hooks")]
+            Control::ForgetRows { nth } => self.shell.ledger.forget_every(nth),
+        }
+    }
+
+    /// Goes on with draining. True when nothing is left.
+    fn drained(&mut self, now: Mono) -> bool {
+        let Some(until) = self.drain_until else { return false };
+        let mut core = self.shell.core.borrow_mut();
+        let accepting = self.stop.receiver_count() > 0;
+        if core.sessions.is_empty() && !accepting && !self.all_closed {
+            self.all_closed = true;
+            core.close_all(now);
+        } else if now >= until {
+            core.drain_is_over();
+        }
+        !accepting && core.sessions.is_empty() && core.pool.is_empty()
+    }
+}

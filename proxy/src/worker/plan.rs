@@ -1,0 +1,130 @@
+//! The configuration as a worker uses it: flat, with backends numbered over all pools.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::client::session::Limits;
+use crate::config::{Config, Connections, OneShotClose};
+use crate::ledger::BackendIndex;
+use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::template::{Class, TlvSet};
+
+/// For a backend that does not read. Not in the configuration yet.
+const BACKEND_WRITE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Answers kept for a client that does not read, bytes. Not in the configuration yet.
+const MAX_PENDING_ANSWERS: usize = 256 * 1024;
+
+/// Everything a worker needs to know that never changes.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) listeners: Vec<ListenerPlan>,
+    pub(crate) pools: Vec<PoolPlan>,
+    pub(crate) backends: Vec<BackendPlan>,
+    pub(crate) connections: Connections,
+}
+
+#[derive(Debug)]
+pub(crate) struct ListenerPlan {
+    pub(crate) name: String,
+    pub(crate) address: SocketAddr,
+    pub(crate) pool: u16,
+    pub(crate) limits: Limits,
+}
+
+#[derive(Debug)]
+pub(crate) struct PoolPlan {
+    pub(crate) query_timeout: Duration,
+    pub(crate) retries: u8,
+    pub(crate) proxy: Option<ProxyPlan>,
+    /// The backends that are up.
+    pub(crate) backends: Vec<BackendIndex>,
+}
+
+#[derive(Debug)]
+pub(crate) struct ProxyPlan {
+    pub(crate) identity: Identity,
+    pub(crate) tlvs: TlvSet,
+    pub(crate) max_header: usize,
+    /// The connection ends with the client's.
+    pub(crate) owned: bool,
+    /// The header differs per query: it is rendered for each.
+    pub(crate) per_query: bool,
+    /// The header can never be used again.
+    pub(crate) unique: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct BackendPlan {
+    pub(crate) name: String,
+    pub(crate) address: SocketAddr,
+    pub(crate) max_in_flight: usize,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) write_timeout: Duration,
+    pub(crate) source: Vec<IpAddr>,
+    pub(crate) one_shot_close: OneShotClose,
+    /// This host's address on the way to the backend, for `identity = "forwarder"`.
+    pub(crate) own_side: SocketAddr,
+}
+
+impl Plan {
+    /// Flattens the configuration. `own_side` finds this host's address on the way to a backend.
+    pub fn new(config: &Config, own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr) -> Self {
+        let mut backends = Vec::new();
+        let mut pools = Vec::new();
+        for pool in &config.pools {
+            let mut of_pool = Vec::new();
+            for backend in &pool.backends {
+                // The configuration allows at most 65,534 backends.
+                let index = BackendIndex::try_from(backends.len()).unwrap_or(BackendIndex::MAX);
+                if backend.health == crate::config::Health::Up {
+                    of_pool.push(index);
+                }
+                let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);
+                backends.push(BackendPlan {
+                    name: backend.name.clone(),
+                    address: backend.address,
+                    max_in_flight: backend.max_in_flight,
+                    connect_timeout: backend.connect_timeout,
+                    write_timeout: BACKEND_WRITE_TIMEOUT,
+                    // The header names the source of the connection, so it must be the same for all that share it.
+                    source: if forwarder {
+                        backend.source.iter().copied().take(1).collect()
+                    } else {
+                        backend.source.clone()
+                    },
+                    one_shot_close: backend.one_shot_close,
+                    own_side: own_side(backend.address, &backend.source),
+                });
+            }
+            let proxy = pool.proxy_protocol.as_ref().map(|proxy| {
+                let class = proxy.tlvs.class();
+                ProxyPlan {
+                    identity: proxy.identity,
+                    tlvs: proxy.tlvs.clone(),
+                    max_header: proxy.max_header,
+                    owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
+                    per_query: class >= Class::PerQuery,
+                    unique: class == Class::Unique,
+                }
+            });
+            pools.push(PoolPlan { query_timeout: pool.query_timeout, retries: pool.retries, proxy, backends: of_pool });
+        }
+        let listeners = config
+            .listeners
+            .iter()
+            .map(|listener| ListenerPlan {
+                name: listener.name.clone(),
+                address: listener.address,
+                pool: u16::try_from(listener.pool).unwrap_or(u16::MAX),
+                limits: Limits {
+                    max_in_flight: listener.max_in_flight,
+                    max_pending_answers: MAX_PENDING_ANSWERS,
+                    idle_timeout: listener.idle_timeout,
+                    message_timeout: listener.message_timeout,
+                    write_timeout: listener.write_timeout,
+                },
+            })
+            .collect();
+        Self { listeners, pools, backends, connections: config.connections.clone() }
+    }
+}

@@ -1,0 +1,189 @@
+//! The queries of a worker: table entries, never tasks. Entries and their buffers are used again, so a query in steady
+//! state allocates nothing.
+
+use super::links::{Links, List};
+use crate::backend::pool::ConnKey;
+use crate::client::session::SessionKey;
+use crate::clock::Mono;
+
+/// A query, and proof against its slot being used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct QueryKey {
+    /// Slot in the table.
+    pub index: u32,
+    /// How often the slot has been used.
+    pub generation: u32,
+}
+
+/// Where a query is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In no connection: just arrived, or between two tries.
+    Nowhere,
+    /// In the queue of a cap.
+    Waiting,
+    /// On a connection, with this wire ID.
+    Sent { conn: ConnKey, id: u16 },
+}
+
+/// A query from its arrival to its answer.
+#[derive(Debug)]
+pub(crate) struct Query {
+    generation: u32,
+    live: bool,
+    pub(crate) session: SessionKey,
+    /// The client's ID, put back into the answer (I12).
+    pub(crate) client_id: u16,
+    pub(crate) pool: u16,
+    pub(crate) listener: u16,
+    pub(crate) arrived: Mono,
+    pub(crate) deadline: Mono,
+    /// When it was put on a connection last.
+    pub(crate) sent: Mono,
+    pub(crate) place: Place,
+    pub(crate) retries_left: u8,
+    /// Must go to a connection that has carried nothing yet.
+    pub(crate) fresh_only: bool,
+    /// The backend that failed it.
+    pub(crate) avoid: Option<u16>,
+    /// The message as it came, without the length.
+    pub(crate) message: Vec<u8>,
+    by_deadline: Links,
+    by_session: Links,
+}
+
+/// A buffer above this size is not kept for the next query, bytes.
+const KEEP: usize = 512;
+
+/// The table. Queries of one pool have one timeout, so per pool the order of arrival is the order of deadlines.
+#[derive(Debug)]
+pub(crate) struct Queries {
+    slots: Vec<Query>,
+    free: Vec<u32>,
+    by_pool: Box<[List]>,
+}
+
+impl Queries {
+    pub(crate) fn new(pools: usize) -> Self {
+        Self { slots: Vec::new(), free: Vec::new(), by_pool: (0..pools).map(|_| List::default()).collect() }
+    }
+
+    /// Enters a query, under its session's list.
+    pub(crate) fn insert(&mut self, new: NewQuery<'_>, of_session: &mut List) -> QueryKey {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Query::vacant());
+            (self.slots.len() - 1) as u32
+        });
+        let at = index as usize;
+        let slot = &mut self.slots[at];
+        slot.live = true;
+        slot.session = new.session;
+        slot.client_id = new.client_id;
+        slot.pool = new.pool;
+        slot.listener = new.listener;
+        slot.arrived = new.arrived;
+        slot.deadline = new.deadline;
+        slot.sent = Mono::ZERO;
+        slot.place = Place::Nowhere;
+        slot.retries_left = new.retries;
+        slot.fresh_only = false;
+        slot.avoid = None;
+        slot.message.clear();
+        slot.message.extend_from_slice(new.message);
+        let generation = slot.generation;
+        self.by_pool[usize::from(new.pool)].push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
+        of_session.push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_session);
+        QueryKey { index, generation }
+    }
+
+    /// Takes a query out. Its session's list must be given if the session still exists.
+    pub(crate) fn remove(&mut self, key: QueryKey, of_session: Option<&mut List>) {
+        let at = key.index as usize;
+        if self.get(key).is_none() {
+            return;
+        }
+        let pool = usize::from(self.slots[at].pool);
+        self.by_pool[pool].remove(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
+        if let Some(list) = of_session {
+            list.remove(&mut self.slots, at, |query: &mut Query| &mut query.by_session);
+        } else {
+            self.slots[at].by_session = Links::default();
+        }
+        let slot = &mut self.slots[at];
+        slot.live = false;
+        slot.generation = slot.generation.wrapping_add(1);
+        if slot.message.capacity() > KEEP {
+            slot.message = Vec::new();
+        }
+        self.free.push(key.index);
+    }
+
+    pub(crate) fn get(&self, key: QueryKey) -> Option<&Query> {
+        self.slots.get(key.index as usize).filter(|query| query.live && query.generation == key.generation)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: QueryKey) -> Option<&mut Query> {
+        self.slots.get_mut(key.index as usize).filter(|query| query.live && query.generation == key.generation)
+    }
+
+    /// The earliest deadline of all queries.
+    pub(crate) fn next_deadline(&self) -> Option<Mono> {
+        self.by_pool.iter().filter_map(List::front).map(|at| self.slots[at].deadline).min()
+    }
+
+    /// A query whose deadline has come.
+    pub(crate) fn expired(&self, now: Mono) -> Option<QueryKey> {
+        self.by_pool
+            .iter()
+            .filter_map(List::front)
+            .find(|at| self.slots[*at].deadline <= now)
+            .map(|at| QueryKey { index: at as u32, generation: self.slots[at].generation })
+    }
+
+    /// The first query of a session.
+    pub(crate) fn first_of(&self, of_session: &List) -> Option<QueryKey> {
+        of_session.front().map(|at| QueryKey { index: at as u32, generation: self.slots[at].generation })
+    }
+
+    /// How many queries there are.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+/// What is known of a query when it arrives.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewQuery<'a> {
+    pub(crate) session: SessionKey,
+    pub(crate) client_id: u16,
+    pub(crate) pool: u16,
+    pub(crate) listener: u16,
+    pub(crate) arrived: Mono,
+    pub(crate) deadline: Mono,
+    pub(crate) retries: u8,
+    pub(crate) message: &'a [u8],
+}
+
+impl Query {
+    fn vacant() -> Self {
+        Self {
+            generation: 0,
+            live: false,
+            session: SessionKey(usize::MAX),
+            client_id: 0,
+            pool: 0,
+            listener: 0,
+            arrived: Mono::ZERO,
+            deadline: Mono::ZERO,
+            sent: Mono::ZERO,
+            place: Place::Nowhere,
+            retries_left: 0,
+            fresh_only: false,
+            avoid: None,
+            message: Vec::new(),
+            by_deadline: Links::default(),
+            by_session: Links::default(),
+        }
+    }
+}

@@ -1,0 +1,493 @@
+//! Finding a connection for a query: section 3 of the design.
+
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+use super::core::Core;
+use super::plan::ProxyPlan;
+use super::queries::{Place, QueryKey};
+use crate::backend::pool::{Conn, ConnKey, NewConn, Phase};
+use crate::client::session::{Header, SessionKey};
+use crate::clock::Mono;
+use crate::close::{CloseReason, FailReason};
+use crate::dns::message::Question;
+use crate::ledger::caps::AtCap;
+use crate::ledger::{BackendIndex, ConnKind};
+use crate::proxy_protocol::encode::HeaderWriter;
+use crate::proxy_protocol::template::Context;
+use crate::stats::Acquired;
+
+/// Where a query goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// On this connection.
+    Use(ConnKey),
+    /// Into the queue of this backend.
+    Wait(BackendIndex),
+    /// Nowhere until one of its client's connections is idle.
+    Blocked,
+    /// Nowhere.
+    Fail(FailReason),
+}
+
+/// The circumstances of a search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// A query that just came.
+    First,
+    /// A query that comes from the queue of a cap: those behind it do not matter.
+    FromQueue { fresh_only: bool, avoid: Option<BackendIndex> },
+    /// A query whose connection died: only a connection that has carried nothing yet will do.
+    Again { avoid: Option<BackendIndex> },
+}
+
+impl How {
+    fn fresh_only(self) -> bool {
+        matches!(self, Self::Again { .. } | Self::FromQueue { fresh_only: true, .. })
+    }
+
+    fn avoid(self) -> Option<BackendIndex> {
+        match self {
+            Self::First => None,
+            Self::FromQueue { avoid, .. } | Self::Again { avoid } => avoid,
+        }
+    }
+}
+
+/// What a new connection would be.
+struct Wanted {
+    kind: ConnKind,
+    digest: u64,
+    header: Rc<[u8]>,
+}
+
+impl Core {
+    /// Finds a connection, or decides to open one.
+    pub(crate) fn route(
+        &mut self,
+        session: SessionKey,
+        pool: u16,
+        question: Option<Question<'_>>,
+        how: How,
+        now: Mono,
+    ) -> Route {
+        let plan = Rc::clone(&self.plan);
+        let Some(backend) = self.choose_backend(pool, how.avoid(), now) else {
+            let up = !plan.pools[usize::from(pool)].backends.is_empty();
+            return Route::Fail(if up { FailReason::ConnectFailed } else { FailReason::NoBackend });
+        };
+        let Some(proxy) = &plan.pools[usize::from(pool)].proxy else {
+            let found = self.pool.shared(backend).filter(|key| !how.fresh_only() || self.is_fresh(*key));
+            return match found {
+                Some(conn) => Route::Use(conn),
+                None => {
+                    let wanted = Wanted { kind: ConnKind::Shared, digest: 0, header: Rc::default() };
+                    self.open(session, pool, backend, wanted, how, now)
+                }
+            };
+        };
+        let digest = match self.write_header(session, backend, proxy, question) {
+            Ok(digest) => digest,
+            Err(reason) => return Route::Fail(reason),
+        };
+        if proxy.owned {
+            return self.route_owned(session, pool, backend, proxy, digest, how, now);
+        }
+        let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !proxy.unique);
+        match found.filter(|key| !how.fresh_only() || self.is_fresh(*key)) {
+            Some(conn) => Route::Use(conn),
+            None => {
+                let kind = if proxy.unique { ConnKind::OneShot } else { ConnKind::Keyed };
+                let wanted = Wanted { kind, digest, header: Rc::from(self.header.as_slice()) };
+                self.open(session, pool, backend, wanted, how, now)
+            }
+        }
+    }
+
+    /// The backend with the fewest queries outstanding, the first of equals; not one that just refused connections.
+    fn choose_backend(&self, pool: u16, avoid: Option<BackendIndex>, now: Mono) -> Option<BackendIndex> {
+        let backends = &self.plan.pools[usize::from(pool)].backends;
+        let usable = |backend: &&BackendIndex| !self.backoff[usize::from(**backend)].holds(now);
+        let best = |except: Option<BackendIndex>| {
+            backends
+                .iter()
+                .filter(usable)
+                .filter(|backend| Some(**backend) != except)
+                .min_by_key(|backend| self.pool.outstanding(**backend))
+        };
+        best(avoid).or_else(|| best(None)).copied()
+    }
+
+    /// Writes the query's header into `self.header`; returns its digest. A header that is the same for all queries of
+    /// the client connection is rendered once.
+    fn write_header(
+        &mut self,
+        key: SessionKey,
+        backend: BackendIndex,
+        proxy: &ProxyPlan,
+        question: Option<Question<'_>>,
+    ) -> Result<u64, FailReason> {
+        use std::hash::BuildHasher as _;
+
+        let session = &mut self.sessions[key.0];
+        self.header.clear();
+        if !proxy.per_query
+            && let Some((_, header)) = session.headers.iter().find(|(of, _)| *of == backend)
+        {
+            self.header.extend_from_slice(&header.bytes);
+            return Ok(header.digest);
+        }
+        let listener = &self.plan.listeners[usize::from(session.listener)];
+        let own_side = self.plan.backends[usize::from(backend)].own_side;
+        // A connection's header names the very address that it reached; one that is shared names the listener's.
+        let local = if proxy.identity.is_per_connection() || listener.address.port() == 0 {
+            session.local
+        } else {
+            listener.address
+        };
+        let (source, destination) = proxy.identity.endpoints(session.client, local, own_side);
+        let random = if proxy.unique { self.random.u128(..) } else { 0 };
+        let context = Context { client: session.client, listener: &listener.name, question, random };
+        let written = HeaderWriter::proxy(&mut self.header, source, destination)
+            .tlvs(&proxy.tlvs, &context)
+            .finish(proxy.max_header);
+        if let Err(error) = written {
+            tracing::debug!(client = %session.client, %error, "PROXY header");
+            return Err(FailReason::HeaderTooLong);
+        }
+        let digest = self.digests.hash_one(self.header.as_slice()).max(1);
+        if !proxy.per_query {
+            session.headers.push((backend, Header { digest, bytes: Rc::from(self.header.as_slice()) }));
+        }
+        Ok(digest)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one search, whose circumstances these are")]
+    fn route_owned(
+        &mut self,
+        key: SessionKey,
+        pool: u16,
+        backend: BackendIndex,
+        proxy: &ProxyPlan,
+        digest: u64,
+        how: How,
+        now: Mono,
+    ) -> Route {
+        let session = &mut self.sessions[key.0];
+        let mut seen = 1;
+        if proxy.per_query && !proxy.unique {
+            let history = session.history.get_or_insert_default();
+            seen = if how == How::First && !session.recorded {
+                history.record(digest)
+            } else {
+                history.frequency(digest).saturating_sub(1)
+            };
+        }
+        if !proxy.unique {
+            let pool = &self.pool;
+            let header = self.header.as_slice();
+            let fits = |conn: &Conn| {
+                conn.header_digest == digest
+                    && conn.backend == backend
+                    && conn.has_room()
+                    && conn.kind == ConnKind::Owned
+                    && *conn.header == *header
+                    && (!how.fresh_only() || conn.phase == Phase::Connecting)
+            };
+            if let Some(found) = session.owned.iter().find(|key| pool.get(**key).is_some_and(fits)) {
+                return Route::Use(*found);
+            }
+        }
+        let hopeless = session.history.as_ref().is_some_and(|history| history.is_hopeless());
+        let one_shot = proxy.unique || (hopeless && seen == 0);
+        if one_shot && hopeless {
+            self.give_up_unused(key, now);
+        }
+        if self.sessions[key.0].owned.len() >= self.plan.connections.max_owned_per_client {
+            self.make_room(key, digest, now);
+            return Route::Blocked;
+        }
+        let (kind, header) = if one_shot {
+            (ConnKind::OneShot, Rc::default())
+        } else {
+            (ConnKind::Owned, Rc::from(self.header.as_slice()))
+        };
+        self.open(key, pool, backend, Wanted { kind, digest, header }, how, now)
+    }
+
+    /// A client whose headers do not come back needs none of the connections that were used once.
+    fn give_up_unused(&mut self, key: SessionKey, now: Mono) {
+        for at in 0..self.sessions[key.0].owned.len() {
+            let conn = self.sessions[key.0].owned[at];
+            if self.pool.get(conn).is_some_and(|conn| conn.kind == ConnKind::Owned && conn.carried <= 1) {
+                self.pool.retire(conn, CloseReason::OneShotDone, now);
+            }
+        }
+        self.after_pool(now);
+    }
+
+    /// The client owns as many connections as it may: gives up an idle one, if that does not push out one that is used
+    /// more. The place that was taken last is on probation: it is given up first, unless its header has become more
+    /// frequent than that of another.
+    fn make_room(&mut self, key: SessionKey, digest: u64, now: Mono) {
+        let session = &self.sessions[key.0];
+        let history = session.history.as_deref();
+        let conn = |key: &ConnKey| self.pool.get(*key);
+        if session.owned.iter().filter_map(conn).any(|conn| conn.is_closing() || conn.retire.is_some()) {
+            return;
+        }
+        let seen = |digest| history.map_or(0, |history| history.frequency(digest));
+        let frequency = |key: &ConnKey| conn(key).map_or(0, |conn| seen(conn.header_digest));
+        let idle = |key: &&ConnKey| conn(key).is_some_and(Conn::is_idle);
+        let on_probation = session.probation.filter(|probation| session.owned.contains(probation));
+        let rarest = session
+            .owned
+            .iter()
+            .filter(|key| Some(**key) != on_probation)
+            .filter(idle)
+            .min_by_key(|key| frequency(key))
+            .copied();
+        let victim = match on_probation {
+            Some(probation) if conn(&probation).is_some_and(Conn::is_idle) => {
+                rarest.filter(|rarest| frequency(&probation) > frequency(rarest)).or(Some(probation))
+            }
+            Some(_) => rarest.filter(|rarest| frequency(rarest) <= 1 || frequency(rarest) < seen(digest)),
+            None => rarest,
+        };
+        if let Some(victim) = victim {
+            self.pool.close(victim, CloseReason::Evicted, now);
+            self.after_pool(now);
+        }
+    }
+
+    fn is_fresh(&self, key: ConnKey) -> bool {
+        self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Connecting)
+    }
+
+    /// Decides to open a connection, if the caps allow.
+    fn open(
+        &mut self,
+        key: SessionKey,
+        pool: u16,
+        backend: BackendIndex,
+        wanted: Wanted,
+        how: How,
+        now: Mono,
+    ) -> Route {
+        // Who came later does not overtake who waits.
+        if !matches!(how, How::FromQueue { .. }) && !self.waits[usize::from(backend)].is_empty() {
+            return Route::Wait(backend);
+        }
+        if !self.may_open(key, now) {
+            return Route::Fail(FailReason::NoCapacity);
+        }
+        let permit = match self.shared.caps.acquire(backend) {
+            Ok(permit) => permit,
+            Err(cap) => {
+                self.evict(backend, cap, now);
+                return Route::Wait(backend);
+            }
+        };
+        let session = &mut self.sessions[key.0];
+        let owner = matches!(wanted.kind, ConnKind::Owned) || (wanted.kind == ConnKind::OneShot);
+        let conn = self.pool.open(
+            NewConn {
+                backend,
+                kind: wanted.kind,
+                owner: owner.then_some(key),
+                owner_serial: if owner { session.serial } else { 0 },
+                header_digest: wanted.digest,
+                header: wanted.header,
+                permit,
+                max_in_flight: if wanted.kind == ConnKind::OneShot {
+                    1
+                } else {
+                    self.plan.backends[usize::from(backend)].max_in_flight
+                },
+                seed: self.random.u32(..),
+                max_age: self.plan.connections.max_age,
+            },
+            now,
+        );
+        if owner {
+            session.owned.push(conn);
+            if session.owned.len() == self.plan.connections.max_owned_per_client {
+                session.probation = Some(conn);
+            }
+        }
+        if self.plan.pools[usize::from(pool)].proxy.is_some()
+            && let Some(opened) = self.pool.get_mut(conn)
+        {
+            opened.out.append(&mut self.spares).extend_from_slice(&self.header);
+        }
+        self.wakes.open.push(conn);
+        self.settle_conn(conn);
+        Route::Use(conn)
+    }
+
+    /// Holds `max_opens_per_client`.
+    fn may_open(&mut self, key: SessionKey, now: Mono) -> bool {
+        let limit = self.plan.connections.max_opens_per_client;
+        if limit == 0 {
+            return true;
+        }
+        if now.since(self.opens_since) >= std::time::Duration::from_secs(1) {
+            self.opens.clear();
+            self.opens_since = now;
+        }
+        let opened = self.opens.entry(self.sessions[key.0].client.ip().to_canonical()).or_default();
+        *opened += 1;
+        *opened <= limit
+    }
+
+    /// A cap is reached: an idle connection of this worker goes, or another worker is asked for one of its own.
+    fn evict(&mut self, backend: BackendIndex, cap: AtCap, now: Mono) {
+        if self.pool.closing(backend) > 0 {
+            // A place is about to come free; whoever else waits then asks again.
+            return;
+        }
+        let (victim, scope) = match cap {
+            AtCap::Backend => (self.pool.longest_idle(backend), Some(backend)),
+            AtCap::Total => (self.pool.longest_idle_of_all(), None),
+        };
+        match victim {
+            Some(victim) => {
+                self.pool.close(victim, CloseReason::Evicted, now);
+                self.after_pool(now);
+            }
+            None => self.wakes.ask_eviction.push(scope),
+        }
+    }
+
+    /// Another worker waits for a place.
+    pub(crate) fn evict_for_other(&mut self, backend: Option<BackendIndex>, now: Mono) {
+        let victim = match backend {
+            Some(backend) => self.pool.longest_idle(backend),
+            None => self.pool.longest_idle_of_all(),
+        };
+        if let Some(victim) = victim {
+            self.pool.close(victim, CloseReason::Evicted, now);
+            self.after_pool(now);
+        }
+    }
+
+    /// Sends a query where its route leads.
+    pub(crate) fn follow(&mut self, query: QueryKey, route: Route, now: Mono) {
+        match route {
+            Route::Use(conn) => self.send(query, conn, now),
+            Route::Wait(backend) => self.wait(query, backend, now),
+            Route::Blocked => {
+                if let Some(entry) = self.queries.get(query) {
+                    let session = entry.session;
+                    self.sessions[session.0].stalled.push(query);
+                }
+            }
+            Route::Fail(reason) => {
+                if let Some(entry) = self.queries.get(query) {
+                    self.count_acquired(entry.pool, Acquired::Refused);
+                }
+                self.fail(query, reason);
+            }
+        }
+    }
+
+    fn send(&mut self, query: QueryKey, key: ConnKey, now: Mono) {
+        let Some(id) = self.pool.assign(key, query, now) else {
+            // The route was found in this very step: only a connection without IDs left can refuse.
+            self.fail(query, FailReason::NoCapacity);
+            return;
+        };
+        let (Some(entry), Some(conn)) = (self.queries.get_mut(query), self.pool.get_mut(key)) else { return };
+        entry.place = Place::Sent { conn: key, id };
+        entry.sent = now;
+        conn.out.push_message(&mut self.spares, &entry.message, id);
+        let acquired = match (conn.carried, conn.kind) {
+            (1, ConnKind::OneShot) => Acquired::OneShot,
+            (1, _) => Acquired::New,
+            _ => Acquired::Hit,
+        };
+        let pool = entry.pool;
+        let stats = &self.stats.backends[usize::from(conn.backend)];
+        stats.queries.add(1);
+        if acquired == Acquired::Hit {
+            stats.reused.add(1);
+        }
+        self.count_acquired(pool, acquired);
+        if self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Open) {
+            self.wake_conn(key);
+        }
+    }
+
+    fn wait(&mut self, query: QueryKey, backend: BackendIndex, now: Mono) {
+        let limit = self.plan.connections.max_waiting;
+        let counted = self
+            .shared
+            .waiting
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| (waiting < limit).then_some(waiting + 1));
+        let Some(entry) = self.queries.get_mut(query) else {
+            if counted.is_ok() {
+                self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            }
+            return;
+        };
+        let pool = entry.pool;
+        if counted.is_err() {
+            self.count_acquired(pool, Acquired::Refused);
+            self.fail(query, FailReason::NoCapacity);
+            return;
+        }
+        entry.place = Place::Waiting;
+        let session = entry.session;
+        self.waits[usize::from(backend)].push(session, query, now.after(self.plan.connections.max_wait));
+        self.stats.waiting.add(1);
+        self.count_acquired(pool, Acquired::Wait);
+    }
+
+    /// A place may have become free: serves those that wait for this backend, in turn.
+    pub(crate) fn serve_waiting(&mut self, backend: BackendIndex, now: Mono) {
+        while let Some((session, query)) = self.waits[usize::from(backend)].pop() {
+            let Some((message, pool, how)) = self.queries.get_mut(query).map(|entry| {
+                let how = How::FromQueue { fresh_only: entry.fresh_only, avoid: entry.avoid };
+                (std::mem::take(&mut entry.message), entry.pool, how)
+            }) else {
+                continue;
+            };
+            let question = crate::dns::message::first_question(&message).and_then(Result::ok);
+            let route = self.route(session, pool, question, how, now);
+            let Some(entry) = self.queries.get_mut(query) else { continue };
+            entry.message = message;
+            if let Route::Wait(still) = route {
+                if still == backend {
+                    self.waits[usize::from(backend)].put_back(session, query);
+                } else {
+                    // Another backend has become the better choice, and is at its cap as well.
+                    let until = entry.deadline;
+                    self.waits[usize::from(still)].push(session, query, until);
+                }
+                return;
+            }
+            entry.place = Place::Nowhere;
+            self.waited();
+            self.follow(query, route, now);
+        }
+    }
+
+    /// Looks for another connection for a query that has none any more.
+    pub(crate) fn reroute(&mut self, query: QueryKey, now: Mono) {
+        let Some(entry) = self.queries.get_mut(query) else { return };
+        entry.place = Place::Nowhere;
+        let (session, pool) = (entry.session, entry.pool);
+        let how = if entry.fresh_only {
+            How::Again { avoid: entry.avoid }
+        } else {
+            How::FromQueue { fresh_only: false, avoid: None }
+        };
+        let message = std::mem::take(&mut entry.message);
+        let question = crate::dns::message::first_question(&message).and_then(Result::ok);
+        let route = self.route(session, pool, question, how, now);
+        if let Some(entry) = self.queries.get_mut(query) {
+            entry.message = message;
+        }
+        self.follow(query, route, now);
+    }
+}

@@ -1,0 +1,194 @@
+//! What the tasks of a worker share: the state machine, the wakers of all tasks, the scratch buffer, the ledger.
+//!
+//! Everything here belongs to one thread. Tasks wake each other by key, without channels: a session puts a query into a
+//! connection's buffer and wakes that connection's task, which sends what all sessions have put there in one write.
+
+use std::cell::{Cell, RefCell};
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::core::Core;
+use crate::backend::conn::ConnTask;
+use crate::backend::pool::ConnKey;
+use crate::client::session::SessionKey;
+use crate::clock::{self, Mono};
+use crate::control::{Control, Controls};
+use crate::ledger::{RowId, ShardWriter};
+use crate::stats::WorkerStats;
+
+/// Octets read at once.
+pub(crate) const SCRATCH: usize = 64 * 1024;
+/// The longest incomplete message that can be kept from the read before.
+const LONGEST_REST: usize = 2 + u16::MAX as usize;
+/// Between two log lines about the same kind of trouble.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// What the tasks of a worker share.
+pub(crate) struct Shell {
+    pub(crate) core: RefCell<Core>,
+    pub(crate) stats: Arc<WorkerStats>,
+    pub(crate) ledger: ShardWriter,
+    pub(crate) scratch: RefCell<Box<[u8]>>,
+    /// Woken when a deadline is armed that is earlier than the housekeeper's.
+    pub(crate) nudge: Notify,
+    pub(crate) sleeps_until: Cell<Mono>,
+    index: usize,
+    controls: Controls,
+    workers: usize,
+    sessions: RefCell<Vec<Option<Waker>>>,
+    conns: RefCell<Vec<Option<Waker>>>,
+    rows: RefCell<Vec<Option<RowId>>>,
+    sources: Cell<usize>,
+    complained: Cell<Mono>,
+    held_back: Cell<u64>,
+    this: std::rc::Weak<Shell>,
+}
+
+impl Shell {
+    pub(crate) fn new(
+        core: Core,
+        stats: Arc<WorkerStats>,
+        ledger: ShardWriter,
+        index: usize,
+        workers: usize,
+        controls: Controls,
+    ) -> Rc<Self> {
+        Rc::new_cyclic(|this| Self {
+            core: RefCell::new(core),
+            stats,
+            ledger,
+            scratch: RefCell::new(vec![0; SCRATCH + LONGEST_REST].into_boxed_slice()),
+            nudge: Notify::new(),
+            sleeps_until: Cell::new(Mono::ZERO),
+            index,
+            controls,
+            workers,
+            sessions: RefCell::default(),
+            conns: RefCell::default(),
+            rows: RefCell::default(),
+            sources: Cell::new(0),
+            complained: Cell::new(Mono::ZERO),
+            held_back: Cell::new(0),
+            this: this.clone(),
+        })
+    }
+
+    /// A session's task runs: it can be woken through this context from now on.
+    pub(crate) fn session_runs(&self, key: SessionKey, cx: &Context<'_>) {
+        remember(&mut self.sessions.borrow_mut(), key.0, cx);
+    }
+
+    /// A connection's task runs: it can be woken through this context from now on.
+    pub(crate) fn conn_runs(&self, key: ConnKey, cx: &Context<'_>) {
+        remember(&mut self.conns.borrow_mut(), key.0, cx);
+        if let Some(conn) = self.core.borrow_mut().pool.get_mut(key) {
+            conn.woken = false;
+        }
+    }
+
+    /// Where the ledger has a connection.
+    pub(crate) fn note_row(&self, key: ConnKey, row: RowId) {
+        let mut rows = self.rows.borrow_mut();
+        if rows.len() <= key.0 {
+            rows.resize(key.0 + 1, None);
+        }
+        rows[key.0] = Some(row);
+    }
+
+    /// The connection that the ledger has there.
+    pub(crate) fn conn_at(&self, row: RowId) -> Option<ConnKey> {
+        self.rows.borrow().iter().position(|noted| *noted == Some(row)).map(ConnKey)
+    }
+
+    /// The configured local addresses, in turn.
+    pub(crate) fn next_source(&self, sources: &[IpAddr]) -> Option<IpAddr> {
+        if sources.is_empty() {
+            return None;
+        }
+        let turn = self.sources.get();
+        self.sources.set(turn.wrapping_add(1));
+        sources.get(turn % sources.len()).copied()
+    }
+
+    /// Wakes the tasks that have something to do, and opens the connections that were decided on.
+    pub(crate) fn flush(&self) {
+        let mut core = self.core.borrow_mut();
+        core.after_pool(Mono::ZERO);
+        let core = &mut *core;
+        wake(&self.sessions.borrow(), core.wakes.sessions.drain(..).map(|key| key.0));
+        wake(&self.conns.borrow(), core.wakes.conns.drain(..).map(|key| key.0));
+        for key in core.wakes.open.drain(..) {
+            if let Some(waker) = self.conns.borrow_mut().get_mut(key.0) {
+                // Left by a connection that had the same place in the table.
+                *waker = None;
+            }
+            if let Some(shell) = self.this.upgrade() {
+                tokio::task::spawn_local(ConnTask::new(shell, key));
+            }
+        }
+        for backend in core.wakes.ask_eviction.drain(..) {
+            self.tell_others(|| Control::EvictIdle { backend });
+        }
+        if std::mem::take(&mut core.wakes.tell_capacity) {
+            self.tell_others(|| Control::CapacityFreed);
+        }
+        if core.next_deadline() < self.sleeps_until.get() {
+            self.nudge.notify_one();
+        }
+    }
+
+    fn tell_others(&self, message: impl Fn() -> Control) {
+        for worker in (0..self.workers).filter(|worker| *worker != self.index) {
+            self.controls.send(worker, message());
+        }
+    }
+
+    /// Logs trouble with a backend, at most once per second.
+    pub(crate) fn complain(&self, backend: &str, address: SocketAddr, trouble: &str) {
+        if let Some(more) = self.may_complain() {
+            tracing::warn!(backend, %address, trouble, more, "backend connection");
+        }
+    }
+
+    /// Logs that no descriptor is left, at most once per second.
+    pub(crate) fn complain_accept(&self, error: &std::io::Error) {
+        if let Some(more) = self.may_complain() {
+            tracing::error!(%error, more, "no descriptor left: shedding client connections");
+        }
+    }
+
+    /// How many lines were held back since the last, or none if this one is to be held back too.
+    fn may_complain(&self) -> Option<u64> {
+        let now = clock::now();
+        if now.since(self.complained.get()) < QUIET && self.complained.get() != Mono::ZERO {
+            self.held_back.set(self.held_back.get() + 1);
+            return None;
+        }
+        self.complained.set(now);
+        Some(self.held_back.replace(0))
+    }
+}
+
+fn remember(wakers: &mut Vec<Option<Waker>>, at: usize, cx: &Context<'_>) {
+    if wakers.len() <= at {
+        wakers.resize(at + 1, None);
+    }
+    match &mut wakers[at] {
+        Some(waker) => waker.clone_from(cx.waker()),
+        empty => *empty = Some(cx.waker().clone()),
+    }
+}
+
+fn wake(wakers: &[Option<Waker>], keys: impl Iterator<Item = usize>) {
+    for key in keys {
+        // A task that has not run yet has no waker, and will run anyway.
+        if let Some(Some(waker)) = wakers.get(key) {
+            waker.wake_by_ref();
+        }
+    }
+}
