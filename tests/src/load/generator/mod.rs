@@ -133,11 +133,15 @@ impl<'a> Generator<'a> {
         }
         let mut events = Events::new();
         let mut buffer = vec![0; READ_LEN];
+        let mut over_since = None;
         loop {
             let now = poll::now();
             let due = self.send_due(now)?;
-            if self.is_over(now) && (self.in_flight() == 0 && self.overdue.is_empty() || now > self.stop + patience) {
-                break;
+            if self.is_over(now) {
+                let since = *over_since.get_or_insert(now);
+                if self.in_flight() == 0 && self.overdue.is_empty() || now > since + patience {
+                    break;
+                }
             }
             if !self.clients.iter().any(Client::is_connected) {
                 break;
