@@ -64,6 +64,12 @@ pub fn instant(at: Mono) -> Instant {
     base.instant + ahead.min(Duration::from_secs(3600 * 24 * 365 * 100))
 }
 
+/// Wall clock time, seconds since 1970: for people and for Prometheus, never for decisions.
+pub fn unix_seconds() -> f64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

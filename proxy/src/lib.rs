@@ -1,6 +1,7 @@
 //! Counterfoil.
 #![deny(unsafe_code)]
 
+pub mod admin;
 pub mod app;
 pub mod backend;
 pub mod cli;
@@ -11,12 +12,15 @@ pub mod config;
 pub mod control;
 pub mod demo;
 pub mod dns;
+pub mod drill;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod kernel;
 pub mod ledger;
+pub mod metrics;
 pub mod proxy_protocol;
 pub mod query;
 pub mod responder;
 pub mod stats;
+pub mod watchdog;
 pub mod worker;

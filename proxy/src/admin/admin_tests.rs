@@ -1,0 +1,177 @@
+//! HTTP and the unix socket from outside, and drills with the real fallback view of this very process.
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests panic, and are clients")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use super::*;
+use crate::clock;
+use crate::config::{ReapMode, View};
+use crate::drill;
+use crate::kernel;
+use crate::metrics;
+use crate::watchdog::{self, Watchdog, fixture};
+
+/// Fields are dropped in this order.
+struct Running {
+    admin: Admin,
+    observed: Observed,
+    _watchdog: Watchdog,
+    _worker: tokio::sync::mpsc::UnboundedReceiver<crate::control::Control>,
+    directory: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn start_with(reap: ReapMode, name: &str) -> Running {
+    let directory = std::env::temp_dir().join(format!("counterfoil-admin-{}-{name}", std::process::id()));
+    let socket = directory.join("below").join("counterfoil.sock");
+    let (observed, setup, worker) = fixture::observed(fixture::config(reap, Some(socket)));
+    let listeners = [setup.address().unwrap()];
+    let (view, ..) = kernel::open(View::SockDiag, &listeners, 1000).unwrap();
+    let watchdog = watchdog::start(observed.clone(), view).unwrap();
+    let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
+    let admin = start(observed.clone(), watchdog.handle(), metrics, setup).unwrap();
+    Running { admin, observed, _watchdog: watchdog, _worker: worker, directory }
+}
+
+fn get(running: &Running, path: &str) -> String {
+    let mut stream = TcpStream::connect(running.admin.http().unwrap()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn ask(running: &Running, request: &str) -> Vec<serde_json::Value> {
+    let mut stream = UnixStream::connect(running.admin.socket().unwrap()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    writeln!(stream, "{request}").unwrap();
+    BufReader::new(stream).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+}
+
+#[test]
+fn http_says_how_it_is() {
+    let running = start_with(ReapMode::Off, "http");
+    assert!(get(&running, "/healthz").starts_with("HTTP/1.1 200 "));
+    assert!(get(&running, "/readyz").starts_with("HTTP/1.1 503 "), "no listener is open yet");
+    running.observed.set_serving(true);
+    assert!(get(&running, "/readyz").starts_with("HTTP/1.1 200 "));
+    let metrics = get(&running, "/metrics");
+    let (head, body) = metrics.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains(metrics::CONTENT_TYPE), "{head}");
+    assert!(body.ends_with("# EOF\n"));
+    assert!(get(&running, "/").starts_with("HTTP/1.1 404 "));
+}
+
+#[test]
+fn silent_clients_do_not_lock_others_out() {
+    let running = start_with(ReapMode::Off, "silent");
+    let address = running.admin.http().unwrap();
+    let silent: Vec<TcpStream> = (0..guard::MAX_CONNECTIONS).map(|_| TcpStream::connect(address).unwrap()).collect();
+    // All places are taken, until the first of them has been silent for too long.
+    let answer = get(&running, "/metrics");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    drop(silent);
+}
+
+#[test]
+fn the_unix_socket_is_its_owners_and_goes_away() {
+    let running = start_with(ReapMode::Off, "socket");
+    let path = running.admin.socket().unwrap().to_owned();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let taken = socket::Bound::new(&path).unwrap_err();
+    assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+    for bad in ["", "no json", "{\"cmd\":\"drill\"}", "{\"cmd\":\"drill\",\"class\":\"stuck\"}", "{\"cmd\":\"other\"}"]
+    {
+        let events = ask(&running, bad);
+        assert_eq!(events.len(), 1, "{events:?}");
+        assert_eq!((&events[0]["event"], &events[0]["ok"]), (&"done".into(), &false.into()), "{events:?}");
+    }
+    drop(running);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_errors_name_the_path() {
+    let directory = std::env::temp_dir().join(format!("counterfoil-stale-{}", std::process::id()));
+    let path = directory.join("a.sock");
+    drop(socket::Bound::new(&path).unwrap());
+    assert!(!path.exists());
+    // A process that was killed leaves its file.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    drop(socket::Bound::new(&path).unwrap());
+    std::fs::write(&path, "no socket").unwrap();
+    assert_eq!(
+        socket::Bound::new(&path).unwrap_err().kind(),
+        io::ErrorKind::AlreadyExists,
+        "only sockets are replaced"
+    );
+    let below = path.join("b.sock");
+    let (observed, setup, _worker) = fixture::observed(fixture::config(ReapMode::Off, Some(below.clone())));
+    let (view, ..) = kernel::open(View::None, &[], 10).unwrap();
+    let watchdog = watchdog::start(observed.clone(), view).unwrap();
+    let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
+    let error = start(observed, watchdog.handle(), metrics, setup).unwrap_err().to_string();
+    assert!(error.contains(&below.display().to_string()), "{error}");
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// The steps of a drill over the fallback view, which finds every class but reaps zombies only.
+#[test]
+fn a_zombie_is_drilled_found_and_released() {
+    let running = start_with(ReapMode::On, "zombie");
+    let mut output = Vec::new();
+    let ok = drill::client("zombie", running.admin.socket().unwrap(), &mut output).unwrap();
+    let output = String::from_utf8(output).unwrap();
+    assert!(ok, "{output}");
+    for step in ["leaked", "condition", "finding", "alarm", "rung: ask_owner", "outcome: released", "clear", "done"] {
+        assert!(output.contains(step), "{step} is missing: {output}");
+    }
+    assert_eq!(running.observed.ledger.caps().total().1, 0, "nothing is left");
+}
+
+#[test]
+fn every_class_is_found_and_leaves_nothing() {
+    let running = start_with(ReapMode::DryRun, "all");
+    for class in ["orphan", "ghost", "zombie", "hoard"] {
+        let events = ask(&running, &format!("{{\"cmd\":\"drill\",\"class\":\"{class}\"}}"));
+        let names: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+        assert_eq!(names[..5], ["start", "leaked", "condition", "finding", "alarm"], "{events:?}");
+        assert!(names.contains(&"clear"), "{events:?}");
+        // Without eBPF the others are held back, and the drill says so instead of success.
+        let done = events.last().unwrap();
+        assert_eq!(done["ok"], class == "zombie", "{events:?}");
+    }
+    assert_eq!(running.observed.ledger.caps().total().1, 0, "nothing is left");
+}
+
+#[test]
+fn a_drill_ends_with_its_client() {
+    let running = start_with(ReapMode::Off, "gone");
+    let mut stream = UnixStream::connect(running.admin.socket().unwrap()).unwrap();
+    writeln!(stream, "{{\"cmd\":\"drill\",\"class\":\"hoard\"}}").unwrap();
+    let used = || running.observed.ledger.caps().total().1;
+    wait_until(|| used() == 1);
+    let second = ask(&running, "{\"cmd\":\"drill\",\"class\":\"hoard\"}");
+    assert_eq!(second[0]["message"], "another drill is running");
+    drop(stream);
+    wait_until(|| used() == 0);
+}
+
+fn wait_until(mut condition: impl FnMut() -> bool) {
+    let deadline = clock::now().after(Duration::from_secs(10));
+    while !condition() {
+        assert!(clock::now() < deadline);
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,54 @@
+//! `/metrics`, `/healthz` and `/readyz`: read only.
+
+use std::sync::atomic::Ordering;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use tokio::net::TcpListener;
+
+use super::Served;
+use super::guard::Guarded;
+use crate::config::Health;
+use crate::metrics;
+
+/// Serves until its task is dropped.
+pub(super) async fn serve(listener: TcpListener, served: Served) {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(health))
+        .route("/readyz", get(ready))
+        .with_state(served);
+    // Never returns: errors of `accept(2)` are handled by the listener.
+    if let Err(error) = axum::serve(Guarded::new(listener), router).await {
+        tracing::error!(%error, "admin: http has ended");
+    }
+}
+
+async fn metrics(State(served): State<Served>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], served.metrics.render())
+}
+
+/// Alive: this thread answers, and at least one worker runs.
+async fn health(State(served): State<Served>) -> (StatusCode, &'static str) {
+    let stalled = &served.watchdog.report().stalled;
+    if !stalled.is_empty() && stalled.iter().all(|stalled| *stalled) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "every worker is stalled\n");
+    }
+    (StatusCode::OK, "ok\n")
+}
+
+/// Ready: clients are being served, and a backend is up.
+async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
+    if !served.observed.serving.load(Ordering::Relaxed) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "not serving\n");
+    }
+    let up = served.observed.config.pools.iter().flat_map(|pool| &pool.backends).any(|b| b.health == Health::Up);
+    if !up {
+        return (StatusCode::SERVICE_UNAVAILABLE, "no backend is up\n");
+    }
+    (StatusCode::OK, "ready\n")
+}

@@ -1,0 +1,154 @@
+//! The operator's side: `/metrics`, `/healthz` and `/readyz` over HTTP, and commands over a unix socket.
+//!
+//! One thread with a runtime of its own. It reads atomics and the watchdog's reports, so it can neither block a worker
+//! nor be blocked by one; what a peer can make it hold is bounded ([`guard`]).
+
+mod guard;
+mod http;
+mod socket;
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
+use tokio::task::LocalSet;
+
+use crate::drill::Setup;
+use crate::metrics::Metrics;
+use crate::watchdog::{Handle, Observed};
+use socket::Bound;
+
+/// Why the admin side cannot start; names the address or the path.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The HTTP address cannot be bound.
+    #[error("admin.http {address}: {source}")]
+    Http {
+        /// `[admin] http`
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The unix socket cannot be made.
+    #[error("admin.socket {}: {source}", .path.display())]
+    Socket {
+        /// `[admin] socket`
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The thread or its runtime cannot be started, or the drill's shard is taken.
+    #[error("admin: {0}")]
+    Start(#[from] io::Error),
+}
+
+/// The running admin side; ends, and removes its socket, when it is dropped.
+pub struct Admin {
+    http: Option<SocketAddr>,
+    socket: Option<PathBuf>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admin").field("http", &self.http).field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+impl Admin {
+    /// Where HTTP is served, with the real port.
+    pub fn http(&self) -> Option<SocketAddr> {
+        self.http
+    }
+
+    /// The unix socket.
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_deref()
+    }
+}
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        // Dropping the sender is the signal.
+        self.stop.take();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the admin thread has panicked");
+        }
+    }
+}
+
+/// What requests are answered from.
+#[derive(Clone, Debug)]
+struct Served {
+    observed: Observed,
+    watchdog: Handle,
+    metrics: Arc<Metrics>,
+}
+
+/// Binds what `[admin]` asks for, then starts the thread that serves it. Drills belong to it, too.
+///
+/// # Errors
+/// An address or a path cannot be bound, or the thread cannot be started.
+pub fn start(observed: Observed, watchdog: Handle, metrics: Arc<Metrics>, drill: Setup) -> Result<Admin, AdminError> {
+    let config = Arc::clone(&observed.config);
+    let http = config.admin.http.map(bind_http).transpose()?;
+    let bound = match &config.admin.socket {
+        None => None,
+        Some(path) => Some(Bound::new(path).map_err(|source| AdminError::Socket { path: path.clone(), source })?),
+    };
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let address = http.as_ref().map(TcpListener::local_addr).transpose()?;
+    let path = bound.as_ref().map(|bound| bound.path().to_owned());
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = Served { observed, watchdog, metrics };
+    let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
+        if let Err(error) = serve(&runtime, served, http, bound, drill, stopped) {
+            tracing::error!(%error, "the admin side has ended");
+        }
+    })?;
+    Ok(Admin { http: address, socket: path, stop: Some(stop), thread: Some(thread) })
+}
+
+fn bind_http(address: SocketAddr) -> Result<TcpListener, AdminError> {
+    TcpListener::bind(address)
+        .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+        .map_err(|source| AdminError::Http { address, source })
+}
+
+/// Until `stopped` resolves. Everything that was spawned ends with the `LocalSet`.
+fn serve(
+    runtime: &Runtime,
+    served: Served,
+    http: Option<TcpListener>,
+    bound: Option<Bound>,
+    drill: Setup,
+    stopped: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    let local = LocalSet::new();
+    local.block_on(runtime, async {
+        let drill = drill.start(served.observed.clone(), served.watchdog.clone(), Arc::clone(&served.metrics))?;
+        if let Some(listener) = http {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            tokio::task::spawn_local(http::serve(listener, served.clone()));
+        }
+        if let Some(bound) = bound {
+            tokio::task::spawn_local(socket::serve(bound.listen()?, served, Rc::clone(&drill)));
+        }
+        // The sender is never used, only dropped.
+        let _ = stopped.await;
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+#[path = "admin_tests.rs"]
+mod tests;

@@ -1,0 +1,208 @@
+//! The unix socket: one JSON object per line each way; one request per connection.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::time::timeout;
+
+use super::Served;
+use crate::drill::Drill;
+
+/// Connections at once.
+const MAX_CONNECTIONS: usize = 8;
+
+/// Longest request, bytes.
+const MAX_REQUEST: u64 = 4096;
+
+/// For a request to arrive, and for a client to take a line of the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Between two looks at whether the client is still there.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A socket file that goes when this is dropped.
+#[derive(Debug)]
+pub(super) struct Bound {
+    listener: Option<StdListener>,
+    file: SocketFile,
+}
+
+/// The path and the inode behind it, so that nobody else's socket is removed.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Bound {
+    /// Makes the socket, for its owner only, and the directory above it if it is missing. A file that nobody listens
+    /// on any more is replaced.
+    pub(super) fn new(path: &Path) -> io::Result<Self> {
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+        }
+        if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket()) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file that is no socket is in the way"));
+        }
+        match StdStream::connect(path) {
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(error) => return Err(error),
+        }
+        // Made under another name, closed to others, then moved: nobody can connect in between, and a stale file is
+        // replaced in one step.
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".{}", std::process::id()));
+        let temporary = PathBuf::from(temporary);
+        let listener = StdListener::bind(&temporary)?;
+        let moved = fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
+            .and_then(|()| fs::rename(&temporary, path))
+            .and_then(|()| inode(path));
+        match moved {
+            Ok(inode) => {
+                listener.set_nonblocking(true)?;
+                Ok(Self { listener: Some(listener), file: SocketFile { path: path.to_owned(), inode } })
+            }
+            Err(error) => {
+                let _ = fs::remove_file(&temporary);
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Registers the listener with the runtime.
+    pub(super) fn listen(mut self) -> io::Result<Listening> {
+        let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
+        Ok(Listening { listener: UnixListener::from_std(listener)?, _file: self.file })
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|now| now == self.inode)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "the admin socket cannot be removed");
+        }
+    }
+}
+
+/// The socket on the runtime.
+#[derive(Debug)]
+pub(super) struct Listening {
+    listener: UnixListener,
+    _file: SocketFile,
+}
+
+/// Serves until its task is dropped.
+pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // The semaphore is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listening.listener.accept().await {
+            Ok((stream, _)) => {
+                let (served, drill) = (served.clone(), Rc::clone(&drill));
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = session(stream, &served, drill).await {
+                        tracing::debug!(%error, "admin socket");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "admin socket: accept");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+/// A request line.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
+enum Request {
+    /// One drill.
+    Drill { class: String },
+    /// Blocks a worker's thread, as a bug would.
+    #[cfg(feature = "test-hooks")]
+    Hang { worker: usize, millis: u64 },
+}
+
+async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut reader = BufReader::new(read.take(MAX_REQUEST));
+    let mut line = String::new();
+    timeout(PATIENCE, reader.read_line(&mut line)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    let (events, mut received) = unbounded_channel();
+    let answer = async {
+        answer(&line, served, drill, events).await;
+        io::Result::Ok(())
+    };
+    let send = async {
+        while let Some(event) = received.recv().await {
+            timeout(PATIENCE, write.write_all(format!("{event}\n").as_bytes()))
+                .await
+                .map_err(|_| io::ErrorKind::TimedOut)??;
+        }
+        io::Result::Ok(())
+    };
+    // When the client is gone, or too slow, the answer's future is dropped: a drill's leak ends with it.
+    tokio::select! {
+        biased;
+        ended = async { tokio::try_join!(answer, send) } => ended.map(|((), ())| ()),
+        gone = gone(reader.into_inner().into_inner()) => gone,
+    }
+}
+
+/// Resolves when the client is gone; one that has only finished writing still listens.
+async fn gone(read: OwnedReadHalf) -> io::Result<()> {
+    while !read.ready(Interest::WRITABLE).await?.is_write_closed() {
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: UnboundedSender<Value>) {
+    match serde_json::from_str::<Request>(line) {
+        Ok(Request::Drill { class }) => drill.run(&class, &events).await,
+        #[cfg(feature = "test-hooks")]
+        Ok(Request::Hang { worker, millis }) => {
+            let hang = crate::control::Control::Hang(Duration::from_millis(millis));
+            let sent = worker < served.observed.policy.workers && served.observed.controls.send(worker, hang);
+            done(&events, sent, if sent { "sent" } else { "there is no such worker" });
+        }
+        Err(error) => {
+            tracing::debug!(http = ?served.observed.config.admin.http, %error, "admin socket: bad request");
+            done(&events, false, &format!("the request cannot be read: {error}"));
+        }
+    }
+}
+
+fn done(events: &UnboundedSender<Value>, ok: bool, message: &str) {
+    // The client is gone: then nobody needs to know.
+    let _ = events.send(json!({"event": "done", "ok": ok, "message": message}));
+}

@@ -1,0 +1,67 @@
+//! `/metrics`: the only place where names and labels of metrics exist.
+//!
+//! Everything is read when it is scraped: counters from the workers, gauges from the ledger (I11), findings from the
+//! watchdog's last report. Labels come from the configuration and from closed enums only, so their number is bounded.
+
+mod encode;
+mod kernel;
+mod process;
+mod traffic;
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+
+use crate::watchdog::{Handle, Observed};
+use encode::Families;
+use kernel::Kernel;
+use process::Process;
+use traffic::Traffic;
+
+/// The media type of what [`Metrics::render`] gives. As `text/plain`, Prometheus refuses metrics of type info.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// All metrics of the process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+}
+
+/// The metrics of what is observed.
+pub fn registry(observed: Observed, watchdog: Handle) -> Metrics {
+    let mut registry = Registry::default();
+    let own = registry.sub_registry_with_prefix("counterfoil");
+    own.register_collector(Box::new(Build));
+    own.register_collector(Box::new(Traffic { observed: observed.clone() }));
+    own.register_collector(Box::new(Kernel { observed, watchdog }));
+    registry.register_collector(Box::new(Process));
+    Metrics { registry }
+}
+
+impl Metrics {
+    /// The exposition as of now, OpenMetrics 1.0, up to and including `# EOF`.
+    pub fn render(&self) -> String {
+        let mut text = String::with_capacity(64 * 1024);
+        if let Err(error) = encode(&mut text, &self.registry) {
+            // Writing to a string cannot fail, so this is a bug; the truncated text makes the scrape fail visibly.
+            tracing::error!(%error, "metrics cannot be encoded");
+        }
+        text
+    }
+}
+
+#[derive(Debug)]
+struct Build;
+
+impl Collector for Build {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        Families(encoder).info("build", "The program", &[("version", env!("CARGO_PKG_VERSION"))])
+    }
+}
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod tests;

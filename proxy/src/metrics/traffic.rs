@@ -1,0 +1,219 @@
+//! The user's view: clients, queries and backend connections, from the workers' counters and the ledger (I11).
+
+use std::collections::HashMap;
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+
+use super::encode::{Durations, Families};
+use crate::clock;
+use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::ledger::{ConnKind, RowState};
+use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal};
+use crate::watchdog::Observed;
+
+/// Reads everything when it is scraped.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    pub(super) observed: Observed,
+}
+
+impl Collector for Traffic {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut families = Families(encoder);
+        self.clients(&mut families)?;
+        self.queries(&mut families)?;
+        self.connections(&mut families)?;
+        self.backends(&mut families)?;
+        self.pools(&mut families)
+    }
+}
+
+impl Traffic {
+    /// A counter of a listener, summed over the workers.
+    fn listener(&self, index: usize, counter: impl Fn(&ListenerStats) -> &Counter) -> u64 {
+        self.observed.stats.iter().filter_map(|worker| worker.listeners.get(index)).map(|l| counter(l).get()).sum()
+    }
+
+    fn pool(&self, index: usize, counter: impl Fn(&PoolStats) -> &Counter) -> u64 {
+        self.observed.stats.iter().filter_map(|worker| worker.pools.get(index)).map(|p| counter(p).get()).sum()
+    }
+
+    fn backend(&self, index: usize, counter: impl Fn(&BackendStats) -> &Counter) -> u64 {
+        self.observed.stats.iter().filter_map(|worker| worker.backends.get(index)).map(|b| counter(b).get()).sum()
+    }
+
+    fn listeners(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.observed.config.listeners.iter().map(|listener| listener.name.as_str()).enumerate()
+    }
+
+    fn backend_names(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.observed.policy.backends.iter().map(|backend| backend.name.as_str()).enumerate()
+    }
+
+    fn clients(&self, families: &mut Families<'_>) -> fmt::Result {
+        families.gauges(
+            "client_connections",
+            "Client connections open now",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.connections) as f64)),
+        )?;
+        families.counters(
+            "client_connections_opened",
+            "Client connections accepted",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.opened))),
+        )?;
+        families.counters(
+            "client_connections_closed",
+            "Client connections closed, by reason",
+            self.listeners().flat_map(|(i, name)| {
+                ClientCloseReason::ALL.iter().map(move |reason| {
+                    let labels = [("listener", name), ("reason", reason.label())];
+                    (labels, self.listener(i, |l| &l.closed[*reason as usize]))
+                })
+            }),
+        )?;
+        families.counters(
+            "client_connections_refused",
+            "Client connections not accepted, by reason",
+            self.listeners().flat_map(|(i, name)| {
+                Refusal::ALL.into_iter().map(move |refusal| {
+                    let labels = [("listener", name), ("reason", refusal.label())];
+                    (labels, self.listener(i, |l| &l.refused[refusal as usize]))
+                })
+            }),
+        )
+    }
+
+    fn queries(&self, families: &mut Families<'_>) -> fmt::Result {
+        families.counters(
+            "queries",
+            "Queries accepted: answers, failed, abandoned and in flight add up to them",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.queries))),
+        )?;
+        families.counters(
+            "answers",
+            "Queries that a backend answered",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.answers))),
+        )?;
+        families.counters(
+            "queries_failed",
+            "Queries that got an answer of the forwarder's own, by reason",
+            self.listeners().flat_map(|(i, name)| {
+                FailReason::ALL.iter().map(move |reason| {
+                    let labels = [("listener", name), ("reason", reason.label())];
+                    (labels, self.listener(i, |l| &l.failed[*reason as usize]))
+                })
+            }),
+        )?;
+        families.counters(
+            "queries_abandoned",
+            "Queries whose client left first",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.abandoned))),
+        )?;
+        families.counters(
+            "messages_ignored",
+            "Messages of clients that are no queries (QR set) and get no answer",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.ignored))),
+        )?;
+        let in_flight: u64 = self.listeners().map(|(i, _)| self.listener(i, |l| &l.in_flight)).sum();
+        families.gauge("queries_in_flight", "Queries in flight now", in_flight as f64)?;
+        let waiting: u64 = self.observed.stats.iter().map(|worker| worker.waiting.get()).sum();
+        families.gauge("queries_waiting", "Queries that wait for a connection now", waiting as f64)
+    }
+
+    /// Backend connections as the ledger has them: gauges are read there, never counted twice.
+    fn connections(&self, families: &mut Families<'_>) -> fmt::Result {
+        let mut now: HashMap<(usize, ConnKind, RowState), u64> = HashMap::new();
+        for row in self.observed.ledger.snapshot(clock::now()).rows {
+            *now.entry((usize::from(row.backend), row.kind, row.state)).or_insert(0) += 1;
+        }
+        families.gauges(
+            "backend_connections",
+            "Backend connections in the ledger now",
+            self.backend_names().flat_map(|(i, name)| {
+                let now = &now;
+                ConnKind::ALL.into_iter().flat_map(move |kind| {
+                    RowState::ALL.into_iter().map(move |state| {
+                        let labels = [("backend", name), ("kind", kind.label()), ("state", state.label())];
+                        (labels, now.get(&(i, kind, state)).copied().unwrap_or(0) as f64)
+                    })
+                })
+            }),
+        )?;
+        let caps = self.observed.ledger.caps();
+        families.gauges(
+            "backend_connections_limit",
+            "Backend connections allowed",
+            self.backend_names().filter_map(|(i, name)| {
+                let (limit, _) = caps.backend(u16::try_from(i).ok()?)?;
+                Some(([("backend", name)], limit as f64))
+            }),
+        )?;
+        let totals = self.observed.ledger.totals();
+        families.counters(
+            "backend_connections_opened",
+            "Backend connections opened",
+            self.backend_names().zip(&totals).flat_map(|((_, name), totals)| {
+                ConnKind::ALL
+                    .into_iter()
+                    .map(move |kind| ([("backend", name), ("kind", kind.label())], totals.opened[kind as usize]))
+            }),
+        )?;
+        families.counters(
+            "backend_connections_closed",
+            "Backend connections closed, by reason",
+            self.backend_names().zip(&totals).flat_map(|((_, name), totals)| {
+                CloseReason::ALL.iter().map(move |reason| {
+                    ([("backend", name), ("reason", reason.label())], totals.closed[*reason as usize])
+                })
+            }),
+        )
+    }
+
+    fn backends(&self, families: &mut Families<'_>) -> fmt::Result {
+        families.counters(
+            "backend_connections_reused",
+            "Queries given to a connection that had carried one before",
+            self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.reused))),
+        )?;
+        families.counters(
+            "backend_connect_failures",
+            "Backend connections that could not be opened",
+            self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.connect_failures))),
+        )?;
+        families.counters(
+            "backend_queries",
+            "Queries written to a backend, retries included",
+            self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.queries))),
+        )
+    }
+
+    fn pools(&self, families: &mut Families<'_>) -> fmt::Result {
+        let names = || self.observed.config.pools.iter().map(|pool| pool.name.as_str()).enumerate();
+        families.counters(
+            "pool_retries",
+            "Queries sent again on a fresh connection",
+            names().map(|(i, name)| ([("pool", name)], self.pool(i, |p| &p.retries))),
+        )?;
+        families.counters(
+            "pool_acquire",
+            "How queries came to a connection",
+            names().flat_map(|(i, name)| {
+                Acquired::ALL.into_iter().map(move |result| {
+                    let labels = [("pool", name), ("result", result.label())];
+                    (labels, self.pool(i, |p| &p.acquired[result as usize]))
+                })
+            }),
+        )?;
+        families.histograms(
+            "query_duration_seconds",
+            "From the arrival of a query to its backend's answer",
+            names().map(|(i, name)| {
+                let counts = (0..=LATENCY_BOUNDS.len()).map(|bucket| self.pool(i, |p| &p.latency.buckets[bucket]));
+                let sum = self.pool(i, |p| &p.latency.sum);
+                ([("pool", name)], Durations::new(&LATENCY_BOUNDS, counts, sum))
+            }),
+        )
+    }
+}

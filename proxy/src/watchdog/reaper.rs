@@ -1,0 +1,249 @@
+//! The reaper: the only consumer of findings that may act, and only through [`Hands`].
+//!
+//! What it decides is in [`ladder`](super::ladder); here is whom it starts on (mode, classes, rate), the fresh facts for
+//! each step, and the line in the log that each reaping leaves.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt::Write as _;
+use std::io;
+use std::time::Duration;
+
+use super::finding::Finding;
+use super::ladder::{Action, Facts, Ladder, Outcome, Rung};
+use super::policy::Policy;
+use super::reconcile::Joined;
+use crate::clock::Mono;
+use crate::config::{Class, ReapMode, Watchdog};
+use crate::kernel::KernelSocket;
+use crate::ledger::RowId;
+
+/// What the reaper can do to the world.
+pub trait Hands {
+    /// Asks the owner of a row to close it. False if the owner has ended.
+    fn ask(&mut self, row: RowId) -> bool;
+    /// `shutdown(2)` on a row's socket. False if its owner has let go of it.
+    fn shut_down(&mut self, row: RowId) -> bool;
+    /// SOCK_DESTROY.
+    ///
+    /// # Errors
+    /// The kernel refuses: no CAP_NET_ADMIN, no such socket any more, or not offered.
+    fn destroy(&mut self, socket: &KernelSocket) -> io::Result<()>;
+    /// Retires a ghost's row. False if its socket turns out to exist, or the slot has moved on.
+    fn retire(&mut self, row: RowId, cookie: u64) -> bool;
+}
+
+/// A reaping that is over, for logs, metrics and drills.
+#[derive(Clone, Debug)]
+pub struct ReapRecord {
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// The finding's class.
+    pub class: Class,
+    /// The last rung that was taken.
+    pub rung: Option<Rung>,
+    /// What the kernel showed; none: withdrawn.
+    pub outcome: Option<Outcome>,
+    /// Why it was withdrawn, or why a rung failed.
+    pub note: String,
+    /// When it was over.
+    pub at: Mono,
+}
+
+/// Records kept for drills and for `ctl`.
+const RECENT: usize = 256;
+
+/// An ineffective reaping is tried again after this long.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+struct Active {
+    finding: Finding,
+    ladder: Ladder,
+    note: String,
+}
+
+/// The state of all reapings.
+#[derive(Debug)]
+pub struct Reaper {
+    mode: ReapMode,
+    classes: Vec<Class>,
+    per_minute: usize,
+    started: VecDeque<Mono>,
+    active: HashMap<u64, Active>,
+    /// Sockets that outlived their reaping, whatever class they are in by now, and when to try again; none: never.
+    outlived: HashMap<u64, Option<Mono>>,
+    /// What dry run has counted and is still a finding.
+    rehearsed: HashSet<(u64, Class)>,
+    /// By class and outcome.
+    pub counts: [[u64; Outcome::ALL.len()]; Class::ALL.len()],
+    /// The latest reapings, oldest first.
+    pub recent: VecDeque<ReapRecord>,
+}
+
+impl Reaper {
+    /// A reaper as configured.
+    pub fn new(config: &Watchdog) -> Self {
+        Self {
+            mode: config.reap,
+            classes: config.classes.clone(),
+            per_minute: config.max_reaps_per_minute as usize,
+            started: VecDeque::new(),
+            active: HashMap::new(),
+            outlived: HashMap::new(),
+            rehearsed: HashSet::new(),
+            counts: Default::default(),
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// Whether a reaping is under way.
+    pub fn is_busy(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// Takes up the findings of one sweep, as far as the mode, the classes and the rate allow.
+    pub fn admit(&mut self, findings: &[Finding], joined: &Joined<'_>, policy: &Policy, now: Mono) {
+        self.outlived.retain(|cookie, again| again.is_none_or(|again| now < again) && joined.pair(*cookie).exists());
+        let current: HashSet<_> = findings.iter().map(|finding| (finding.cookie, finding.class)).collect();
+        self.rehearsed.retain(|rehearsed| current.contains(rehearsed));
+        if self.mode == ReapMode::Off {
+            return;
+        }
+        for finding in findings {
+            if finding.held_back.is_some()
+                || !self.classes.contains(&finding.class)
+                || self.active.contains_key(&finding.cookie)
+                || self.outlived.contains_key(&finding.cookie)
+                || self.rehearsed.contains(&(finding.cookie, finding.class))
+            {
+                continue;
+            }
+            if !self.take_place(now) {
+                tracing::warn!(per_minute = self.per_minute, "the rate cap of the reaper is reached, the rest waits");
+                return;
+            }
+            let active =
+                Active { finding: finding.clone(), ladder: Ladder::new(finding.class, now), note: String::new() };
+            if self.mode == ReapMode::DryRun {
+                self.rehearsed.insert((finding.cookie, finding.class));
+                self.finish(active, Some(Outcome::DryRun), policy, now);
+            } else {
+                self.active.insert(finding.cookie, active);
+            }
+        }
+    }
+
+    fn take_place(&mut self, now: Mono) -> bool {
+        while self.started.front().is_some_and(|at| now.since(*at) >= Duration::from_secs(60)) {
+            self.started.pop_front();
+        }
+        let free = self.started.len() < self.per_minute;
+        if free {
+            self.started.push_back(now);
+        }
+        free
+    }
+
+    /// One step of every reaping, on snapshots that were taken for it.
+    pub fn step(&mut self, fresh: &Joined<'_>, policy: &Policy, hands: &mut impl Hands, now: Mono) {
+        let mut over = Vec::new();
+        for (cookie, active) in &mut self.active {
+            let facts = facts(*cookie, fresh, policy, &active.finding);
+            match active.ladder.step(&facts, now) {
+                Action::Wait => {}
+                Action::Act(rung, row) => act(active, rung, row, fresh, hands),
+                Action::Done(outcome) => over.push((*cookie, Some(outcome))),
+                Action::Withdraw(why) => {
+                    why.clone_into(&mut active.note);
+                    over.push((*cookie, None));
+                }
+            }
+        }
+        for (cookie, outcome) in over {
+            if let Some(active) = self.active.remove(&cookie) {
+                self.finish(active, outcome, policy, now);
+            }
+        }
+    }
+
+    fn finish(&mut self, active: Active, outcome: Option<Outcome>, policy: &Policy, now: Mono) {
+        let Active { finding, ladder, note } = active;
+        if let Some(outcome) = outcome {
+            self.counts[finding.class as usize][outcome as usize] += 1;
+        }
+        match outcome {
+            Some(Outcome::Severed) => drop(self.outlived.insert(finding.cookie, None)),
+            Some(Outcome::Ineffective) => drop(self.outlived.insert(finding.cookie, Some(now.after(TRY_AGAIN)))),
+            // Gone, only rehearsed, or healthy again.
+            Some(Outcome::Released | Outcome::DryRun) | None => {}
+        }
+        let record =
+            ReapRecord { cookie: finding.cookie, class: finding.class, rung: ladder.rung(), outcome, note, at: now };
+        log(&finding, &record, policy, now);
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(record);
+    }
+}
+
+/// What is known of a finding's socket now, its class's predicate included.
+fn facts(cookie: u64, fresh: &Joined<'_>, policy: &Policy, finding: &Finding) -> Facts {
+    let pair = fresh.pair(cookie);
+    Facts {
+        whole: fresh.is_whole(),
+        free: fresh.stalled_owner(pair.row, finding.first_seen, policy).is_none(),
+        held: pair.socket.map(|socket| socket.state),
+        class: fresh.condition(cookie, policy).map(|condition| condition.class),
+        row: pair.row.map(|row| row.id),
+    }
+}
+
+fn act(active: &mut Active, rung: Rung, row: Option<RowId>, fresh: &Joined<'_>, hands: &mut impl Hands) {
+    let cookie = active.finding.cookie;
+    let done = match (rung, row) {
+        (Rung::Ask, Some(row)) => hands.ask(row),
+        (Rung::ShutDown, Some(row)) => hands.shut_down(row),
+        (Rung::Retire, Some(row)) => hands.retire(row, cookie),
+        (Rung::Destroy, _) => match fresh.pair(cookie).socket.map(|socket| hands.destroy(socket)) {
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                // The outcome says the rest; the reason is needed to understand it.
+                let _ = write!(active.note, "SOCK_DESTROY: {error}");
+                false
+            }
+            None => false,
+        },
+        (Rung::Ask | Rung::ShutDown | Rung::Retire, None) => false,
+    };
+    tracing::debug!(cookie, class = active.finding.class.name(), rung = rung.name(), done, "reaping");
+    if !done {
+        active.ladder.failed();
+    }
+}
+
+fn log(finding: &Finding, record: &ReapRecord, policy: &Policy, now: Mono) {
+    let addresses = finding.socket.as_ref().map(|socket| (socket.local.to_string(), socket.remote.to_string()));
+    let (local, remote) = addresses.unwrap_or_default();
+    let opened = finding.row.map(|row| row.opened).or_else(|| finding.socket.as_ref()?.opened.map(Mono));
+    tracing::warn!(
+        cookie = finding.cookie,
+        local,
+        remote,
+        class = finding.class.name(),
+        backend = policy.label(finding.backend),
+        owner = finding.row.map_or(0, |row| row.owner),
+        age_seconds = opened.map_or(0.0, |opened| now.since(opened).as_secs_f64()),
+        since_seconds = now.since(finding.since).as_secs_f64(),
+        sweeps = finding.sweeps,
+        evidence = finding.evidence(now),
+        rung = record.rung.map_or("none", Rung::name),
+        outcome = record.outcome.map_or("withdrawn", Outcome::label),
+        note = record.note,
+        "reaped"
+    );
+}
+
+#[cfg(test)]
+#[path = "reaper_tests.rs"]
+mod tests;

@@ -1,0 +1,513 @@
+//! Each class by example, then all of them at random against a model that knows which connection is healthy.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::net::SocketAddr;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::close::CloseReason;
+use crate::ledger::{RowId, RowState};
+use crate::watchdog::policy::BackendPolicy;
+
+const SECOND: u64 = 1_000_000_000;
+const BACKEND: &str = "127.0.0.1:15302";
+
+fn policy() -> Policy {
+    let backend = |name: &str, address: &str| BackendPolicy {
+        name: name.to_owned(),
+        address: address.parse().unwrap(),
+        hoard_after: Duration::from_secs(31),
+        spent_after: Duration::from_secs(1),
+        stuck_after: Duration::from_secs(31),
+        embryo_after: Duration::from_secs(3),
+    };
+    Policy {
+        backends: vec![backend("unbound", BACKEND), backend("drill", "127.0.0.1:1")],
+        workers: 1,
+        grace: Duration::from_secs(3),
+        sweeps: 3,
+        stalled_after: Duration::from_secs(3),
+        max_pause: Duration::from_secs(5),
+    }
+}
+
+fn socket(cookie: u64, state: TcpState, last: u64) -> KernelSocket {
+    KernelSocket {
+        cookie,
+        state,
+        held: true,
+        opened: Some(SECOND),
+        local: "127.0.0.1:40000".parse::<SocketAddr>().unwrap(),
+        remote: BACKEND.parse().unwrap(),
+        last_received_ns: Some(last),
+        last_sent_ns: None,
+        bytes_sent: None,
+        bytes_received: None,
+        unread: None,
+        netns: 0,
+    }
+}
+
+fn row(cookie: u64, opened: u64, last: u64) -> LedgerRow {
+    LedgerRow {
+        id: RowId { shard: 0, slot: 0, generation: 2 },
+        cookie,
+        backend: 0,
+        kind: ConnKind::Shared,
+        state: RowState::Idle,
+        opened: Mono(opened),
+        last_byte: Mono(last),
+        in_flight: 0,
+        queries: 1,
+        owner: 0,
+        header: 0,
+    }
+}
+
+fn kernel(at: u64, sockets: Vec<KernelSocket>) -> KernelSnapshot {
+    KernelSnapshot { taken_ns: at, sockets, missed: 0, uncertain: None }
+}
+
+/// A ledger read just after `at`, whose worker has just shown that it runs.
+fn ledger(at: u64, rows: Vec<LedgerRow>) -> LedgerSnapshot {
+    LedgerSnapshot { taken: Mono(at), rows, tombstones: Vec::new(), heartbeats: vec![Mono(at), Mono::ZERO] }
+}
+
+/// Sweeps once a second with the same two halves; the time of the first finding, and the finding.
+fn sweep_until_found(
+    from: u64,
+    trust: Trust,
+    halves: impl Fn(u64) -> (KernelSnapshot, LedgerSnapshot),
+) -> Option<(u64, Finding)> {
+    let mut history = History::default();
+    (0..60).find_map(|sweep| {
+        let at = from + sweep * SECOND;
+        let (kernel, ledger) = halves(at);
+        let finding = reconcile(&Joined::new(&kernel, trust, &ledger), &mut history, &policy()).pop()?;
+        Some((at, finding))
+    })
+}
+
+#[test]
+fn each_class_is_found_after_grace_and_sweeps() {
+    let start = 100 * SECOND;
+    let fresh = |at: u64| at;
+    // (class, socket and row, earliest time)
+    type Case = (Class, fn(u64) -> (Option<KernelSocket>, Option<LedgerRow>), u64);
+    let cases: [Case; 8] = [
+        (Class::Orphan, |at| (Some(socket(7, TcpState::Established, at)), None), start + 3 * SECOND),
+        (Class::Ghost, |_| (None, Some(row(7, SECOND, SECOND))), start + 3 * SECOND),
+        (Class::Zombie, |at| (Some(socket(7, TcpState::CloseWait, at)), Some(row(7, SECOND, at))), start + 3 * SECOND),
+        // Held after a reset: TCP's state is CLOSE, and `sock_diag` would not even show it.
+        (Class::Zombie, |at| (Some(socket(7, TcpState::Close, at)), Some(row(7, SECOND, at))), start + 3 * SECOND),
+        // The ledger says that a byte moved just now; the kernel knows better.
+        (
+            Class::Hoard,
+            |at| (Some(socket(7, TcpState::Established, 100 * SECOND)), Some(row(7, SECOND, at))),
+            start + 34 * SECOND,
+        ),
+        (
+            Class::Stuck,
+            |at| {
+                let busy = LedgerRow { in_flight: 1, ..row(7, SECOND, at) };
+                (Some(socket(7, TcpState::Established, 100 * SECOND)), Some(busy))
+            },
+            start + 34 * SECOND,
+        ),
+        (
+            Class::Embryo,
+            |at| {
+                let opened = Some(100 * SECOND);
+                (Some(KernelSocket { opened, ..socket(7, TcpState::SynSent, at) }), Some(row(7, SECOND, at)))
+            },
+            start + 6 * SECOND,
+        ),
+        (
+            Class::Lingering,
+            |at| (Some(socket(7, TcpState::FinWait2, at)), Some(row(7, SECOND, at))),
+            start + 3 * SECOND,
+        ),
+    ];
+    for (class, halves, earliest) in cases {
+        let (at, finding) = sweep_until_found(start, Trust::Full, |at| {
+            let (socket, row) = halves(fresh(at));
+            (kernel(at, socket.into_iter().collect()), ledger(at, row.into_iter().collect()))
+        })
+        .unwrap();
+        assert_eq!(finding.class, class);
+        assert_eq!(at, earliest, "{class:?}");
+        assert_eq!(finding.backend, Some(0), "{class:?}");
+        assert_eq!(finding.held_back, None, "{class:?}");
+    }
+}
+
+#[test]
+fn a_spent_one_shot_connection_is_a_hoard_at_once() {
+    let start = 100 * SECOND;
+    let (at, finding) = sweep_until_found(start, Trust::Full, |at| {
+        let spent = LedgerRow { kind: ConnKind::OneShot, ..row(7, SECOND, at) };
+        (kernel(at, vec![socket(7, TcpState::Established, start)]), ledger(at, vec![spent]))
+    })
+    .unwrap();
+    assert_eq!((finding.class, at), (Class::Hoard, start + 4 * SECOND));
+}
+
+#[test]
+fn a_young_row_and_a_young_tombstone_explain() {
+    let at = 100 * SECOND;
+    let taken = Mono(at);
+    let row = row(7, at, at);
+    assert_eq!(condition(&Pair { row: Some(&row), ..Pair::default() }, taken, Trust::Full, &policy()), None);
+    let socket = socket(7, TcpState::Established, at);
+    let tombstone = |closed| Tombstone { cookie: 7, backend: 0, closed, reason: CloseReason::MaxAge };
+    let young = tombstone(Mono(at + 1));
+    let pair = Pair { socket: Some(&socket), tombstone: Some(&young), row: None };
+    assert_eq!(condition(&pair, taken, Trust::Full, &policy()), None);
+    let old = tombstone(Mono(at - 1));
+    let pair = Pair { socket: Some(&socket), tombstone: Some(&old), row: None };
+    let orphan = Condition { class: Class::Orphan, since: Some(old.closed) };
+    assert_eq!(condition(&pair, taken, Trust::Full, &policy()), Some(orphan));
+}
+
+#[test]
+fn an_orphan_that_we_closed_says_why() {
+    let closed = 100 * SECOND;
+    let (at, finding) = sweep_until_found(closed + 1, Trust::Full, |at| {
+        let mut ledger = ledger(at, Vec::new());
+        let reason = CloseReason::MaxAge;
+        ledger.tombstones.push(Tombstone { cookie: 7, backend: 1, closed: Mono(closed), reason });
+        (kernel(at, vec![socket(7, TcpState::Established, at)]), ledger)
+    })
+    .unwrap();
+    assert_eq!(at, closed + 1 + 3 * SECOND, "the grace counts from the close");
+    assert_eq!(finding.tombstone.map(|tombstone| tombstone.reason), Some(CloseReason::MaxAge));
+    assert_eq!(finding.backend, Some(1), "the ledger's word on the backend");
+}
+
+#[test]
+fn an_unheld_socket_is_no_socket() {
+    let unheld = |at| KernelSocket { held: false, ..socket(7, TcpState::FinWait2, at) };
+    let found = |rows: fn() -> Vec<LedgerRow>| {
+        sweep_until_found(100 * SECOND, Trust::Full, |at| (kernel(at, vec![unheld(at)]), ledger(at, rows())))
+    };
+    assert!(found(Vec::new).is_none());
+    assert_eq!(found(|| vec![row(7, SECOND, SECOND)]).map(|(_, finding)| finding.class), Some(Class::Ghost));
+}
+
+#[test]
+fn without_ebpf_the_ledger_tells_the_time_and_only_zombies_are_reaped() {
+    let start = 100 * SECOND;
+    let silent = |at| KernelSocket { last_received_ns: None, ..socket(7, TcpState::Established, at) };
+    let (_, hoard) = sweep_until_found(start, Trust::Fallback, |at| {
+        (kernel(at, vec![silent(at)]), ledger(at, vec![row(7, SECOND, start)]))
+    })
+    .unwrap();
+    assert_eq!((hoard.class, hoard.held_back), (Class::Hoard, Some(HeldBack::Fallback)));
+    let (_, zombie) = sweep_until_found(start, Trust::Fallback, |at| {
+        (kernel(at, vec![socket(7, TcpState::CloseWait, at)]), ledger(at, vec![row(7, SECOND, start)]))
+    })
+    .unwrap();
+    assert_eq!((zombie.class, zombie.held_back), (Class::Zombie, None));
+}
+
+#[test]
+fn an_uncertain_view_reports_and_holds_back_until_it_was_whole_for_long_enough() {
+    let mut history = History::default();
+    let mut held = Vec::new();
+    for sweep in 0..12 {
+        let at = (100 + sweep) * SECOND;
+        let mut kernel = kernel(at, vec![socket(7, TcpState::CloseWait, at)]);
+        kernel.uncertain = (sweep == 6).then(|| "storage failed".to_owned());
+        let ledger = ledger(at, vec![row(7, SECOND, SECOND)]);
+        let findings = reconcile(&Joined::new(&kernel, Trust::Full, &ledger), &mut history, &policy());
+        held.push(findings.first().map(|finding| finding.held_back));
+    }
+    let uncertain = Some(Some(HeldBack::Uncertain));
+    let free = Some(None);
+    assert_eq!(
+        held,
+        [None, None, None, free, free, free, uncertain, uncertain, uncertain, free, free, free],
+        "three whole sweeps after the doubt"
+    );
+}
+
+#[test]
+fn a_worker_that_has_not_run_since_is_not_reaped() {
+    let start = 100 * SECOND;
+    let hung = |beat: u64, shard: usize, with_row: bool| {
+        let halves = move |at| {
+            let mut row = row(7, SECOND, SECOND);
+            row.id.shard = shard;
+            let mut ledger = ledger(at, if with_row { vec![row] } else { Vec::new() });
+            ledger.heartbeats = vec![Mono(beat), Mono::ZERO];
+            (kernel(at, vec![socket(7, TcpState::CloseWait, at)]), ledger)
+        };
+        sweep_until_found(start, Trust::Full, halves).unwrap().1.held_back
+    };
+    assert_eq!(hung(start, 0, true), Some(HeldBack::WorkerStalled(0)));
+    assert_eq!(hung(start, 0, false), Some(HeldBack::WorkerStalled(0)), "an orphan might be anybody's");
+    assert_eq!(hung(start, 1, true), None, "the drill's shard has no worker");
+    assert_eq!(hung(start + 2 * SECOND, 0, true), None, "it ran after the condition began");
+    let mut quiet = ledger(start, Vec::new());
+    quiet.heartbeats = vec![Mono::ZERO];
+    assert_eq!(stalled(&quiet, Mono(start - 2 * SECOND), &policy()), [false], "it has only just started");
+    assert_eq!(stalled(&quiet, Mono(start - 4 * SECOND), &policy()), [true]);
+}
+
+#[test]
+fn a_pause_of_the_whole_process_starts_the_count_again() {
+    let mut history = History::default();
+    let mut sweep = |at: u64| {
+        let ledger = ledger(at, vec![row(7, SECOND, SECOND)]);
+        let kernel = kernel(at, vec![socket(7, TcpState::CloseWait, at)]);
+        reconcile(&Joined::new(&kernel, Trust::Full, &ledger), &mut history, &policy()).len()
+    };
+    assert_eq!([sweep(100 * SECOND), sweep(101 * SECOND)], [0, 0]);
+    let later = 200 * SECOND;
+    assert_eq!([0, 1, 2, 3].map(|n| sweep(later + n * SECOND)), [0, 0, 0, 1]);
+}
+
+#[test]
+fn a_foreign_peer_is_reported_and_left_alone() {
+    let (_, finding) = sweep_until_found(100 * SECOND, Trust::Full, |at| {
+        let foreign = KernelSocket { remote: "192.0.2.1:443".parse().unwrap(), ..socket(7, TcpState::Established, at) };
+        (kernel(at, vec![foreign]), ledger(at, Vec::new()))
+    })
+    .unwrap();
+    assert_eq!((finding.backend, finding.held_back), (None, Some(HeldBack::ForeignPeer)));
+}
+
+/// What happens to the model's connections between two sweeps, or between the two reads of one.
+#[derive(Clone, Debug)]
+enum Event {
+    Open,
+    /// A byte moves.
+    Move(usize),
+    Close(usize),
+    /// The peer closes; a healthy owner follows before the next sweep but one.
+    PeerCloses(usize),
+    /// The next kernel snapshot misses it, as an iterator over a changing table may.
+    Miss(usize),
+    Leak(usize, Class),
+}
+
+fn event(leaks: bool) -> impl Strategy<Value = Event> {
+    let index = 0..32usize;
+    let leak = prop::sample::select(vec![Class::Orphan, Class::Ghost, Class::Zombie, Class::Hoard]);
+    prop_oneof![
+        4 => Just(Event::Open),
+        4 => index.clone().prop_map(Event::Move),
+        3 => index.clone().prop_map(Event::Close),
+        2 => index.clone().prop_map(Event::PeerCloses),
+        2 => index.clone().prop_map(Event::Miss),
+        u32::from(leaks) => (index, leak).prop_map(|(index, class)| Event::Leak(index, class)),
+    ]
+}
+
+#[derive(Clone, Debug)]
+struct Model {
+    cookie: u64,
+    opened: u64,
+    moved: u64,
+    /// Whether the kernel and the ledger have it.
+    held: bool,
+    row: bool,
+    closed: Option<u64>,
+    state: TcpState,
+    /// The sweep by which a healthy owner follows the peer's close.
+    follows: Option<u64>,
+    /// Whether the next snapshot misses it, and how many did in a row.
+    miss: bool,
+    missed: u32,
+    leak: Option<(Class, u64)>,
+}
+
+#[derive(Debug, Default)]
+struct World {
+    now: u64,
+    conns: Vec<Model>,
+}
+
+impl World {
+    fn alive(&mut self, index: usize) -> Option<&mut Model> {
+        let mut alive: Vec<&mut Model> =
+            self.conns.iter_mut().filter(|conn| conn.leak.is_none() && conn.closed.is_none()).collect();
+        let index = index.checked_rem(alive.len())?;
+        Some(alive.swap_remove(index))
+    }
+
+    fn apply(&mut self, event: &Event) {
+        let now = self.now;
+        match *event {
+            Event::Open => self.conns.push(Model {
+                cookie: self.conns.len() as u64 + 1,
+                opened: now,
+                moved: now,
+                held: true,
+                row: true,
+                closed: None,
+                state: TcpState::Established,
+                follows: None,
+                miss: false,
+                missed: 0,
+                leak: None,
+            }),
+            Event::Move(index) => {
+                if let Some(conn) = self.alive(index) {
+                    conn.moved = now;
+                }
+            }
+            Event::Close(index) => {
+                if let Some(conn) = self.alive(index) {
+                    close(conn, now);
+                }
+            }
+            Event::PeerCloses(index) => {
+                if let Some(conn) = self.alive(index) {
+                    conn.state = TcpState::CloseWait;
+                    conn.follows.get_or_insert(now + SECOND);
+                }
+            }
+            Event::Miss(index) => {
+                if let Some(conn) = self.alive(index) {
+                    conn.miss = true;
+                }
+            }
+            Event::Leak(index, class) => {
+                let Some(conn) = self.alive(index) else { return };
+                if conn.state != TcpState::Established {
+                    return;
+                }
+                conn.leak = Some((class, now));
+                match class {
+                    Class::Orphan => conn.row = false,
+                    Class::Ghost => conn.held = false,
+                    Class::Zombie => conn.state = TcpState::CloseWait,
+                    // Nobody will close it.
+                    _ => conn.moved = now,
+                }
+            }
+        }
+    }
+
+    /// What healthy owners do in time.
+    fn run_owners(&mut self) {
+        let now = self.now;
+        for conn in self.conns.iter_mut().filter(|conn| conn.leak.is_none() && conn.closed.is_none()) {
+            if conn.follows.is_some_and(|by| by <= now) || now - conn.moved >= 31 * SECOND {
+                close(conn, now);
+            }
+        }
+    }
+
+    fn kernel(&mut self) -> KernelSnapshot {
+        let mut sockets = Vec::new();
+        for conn in self.conns.iter_mut().filter(|conn| conn.held) {
+            // An iterator may miss a socket now and then; not the same one in `sweeps` sweeps running.
+            if std::mem::take(&mut conn.miss) && conn.leak.is_none() && conn.missed + 1 < policy().sweeps {
+                conn.missed += 1;
+            } else {
+                conn.missed = 0;
+                sockets.push(socket(conn.cookie, conn.state, conn.moved));
+            }
+        }
+        kernel(self.now, sockets)
+    }
+
+    fn ledger(&self) -> LedgerSnapshot {
+        let mut read = ledger(self.now, Vec::new());
+        for conn in &self.conns {
+            if conn.row {
+                read.rows.push(row(conn.cookie, conn.opened, conn.moved));
+            }
+            if let Some(closed) = conn.closed {
+                let reason = CloseReason::IdleTimeout;
+                read.tombstones.push(Tombstone { cookie: conn.cookie, backend: 0, closed: Mono(closed), reason });
+            }
+        }
+        read
+    }
+}
+
+fn close(conn: &mut Model, now: u64) {
+    (conn.held, conn.row, conn.closed) = (false, false, Some(now));
+}
+
+/// When a leak must have become a finding at the latest: grace or the sweeps, whichever is longer, and one interval
+/// because it begins between two sweeps; a hoard is one only when its time is over.
+fn due(class: Class, at: u64) -> u64 {
+    let condition = if class == Class::Hoard { 31 } else { 0 };
+    at + (condition + 3 + 1) * SECOND + SECOND / 10
+}
+
+/// The findings of each sweep, with its time.
+type Sweeps = Vec<(u64, Vec<(Class, u64)>)>;
+
+/// Runs the world, one list of events per sweep, half of each between the sweeps and half between the two reads.
+fn run(steps: &[Vec<Event>], shuffle: bool) -> Result<Sweeps, TestCaseError> {
+    let mut world = World { now: 1000 * SECOND, conns: Vec::new() };
+    let mut history = History::default();
+    let mut all = Vec::new();
+    for events in steps {
+        let (before, between) = events.split_at(events.len() / 2);
+        for event in before {
+            world.now += 1_000_000;
+            world.apply(event);
+        }
+        world.run_owners();
+        let mut kernel = world.kernel();
+        for event in between {
+            world.now += 1_000_000;
+            world.apply(event);
+        }
+        let mut ledger = world.ledger();
+        if shuffle {
+            kernel.sockets.reverse();
+            ledger.rows.reverse();
+            ledger.tombstones.reverse();
+        }
+        let findings = reconcile(&Joined::new(&kernel, Trust::Full, &ledger), &mut history, &policy());
+        for finding in &findings {
+            let conn = world.conns.iter().find(|conn| conn.cookie == finding.cookie).unwrap();
+            prop_assert_eq!(conn.leak.map(|(class, _)| class), Some(finding.class), "healthy: {:?}", conn);
+        }
+        for conn in &world.conns {
+            if let Some((class, at)) = conn.leak
+                && due(class, at) <= kernel.taken_ns
+            {
+                let found = findings.iter().any(|finding| finding.cookie == conn.cookie && finding.class == class);
+                prop_assert!(found, "not found by {}: {:?}", kernel.taken_ns, conn);
+            }
+        }
+        all.push((kernel.taken_ns, findings.iter().map(|finding| (finding.class, finding.cookie)).collect()));
+        // Sweeps keep their rhythm whatever happens in between.
+        world.now = (world.now / SECOND + 1) * SECOND;
+    }
+    Ok(all)
+}
+
+proptest! {
+    #[test]
+    fn no_healthy_connection_is_ever_a_finding(
+        steps in prop::collection::vec(prop::collection::vec(event(false), 0..12), 1..60),
+    ) {
+        for (at, findings) in run(&steps, false)? {
+            prop_assert!(findings.is_empty(), "at {}: {:?}", at, findings);
+        }
+    }
+
+    #[test]
+    fn every_leak_becomes_a_finding_in_time_and_nothing_else_does(
+        steps in prop::collection::vec(prop::collection::vec(event(true), 0..12), 40..80),
+    ) {
+        run(&steps, false)?;
+    }
+
+    #[test]
+    fn the_order_of_the_snapshots_does_not_matter(
+        steps in prop::collection::vec(prop::collection::vec(event(true), 0..12), 1..50),
+    ) {
+        prop_assert_eq!(run(&steps, false)?, run(&steps, true)?);
+    }
+}

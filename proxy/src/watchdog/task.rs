@@ -1,0 +1,281 @@
+//! The watchdog's thread: reads both halves, joins them, publishes what it found, and lets the reaper act.
+//!
+//! It only reads the ledger's atomics and sends requests that nobody waits for, so it can neither block a worker nor be
+//! blocked by one.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+
+use super::Observed;
+use super::finding::Finding;
+use super::policy::Policy;
+use super::reaper::{Hands, Reaper};
+use super::reconcile::{History, Joined, Trust, reconcile, stalled};
+use super::report::{Published, Report, groups};
+use crate::clock::{self, Mono};
+use crate::close::CloseReason;
+use crate::config::Class;
+use crate::control::Control;
+use crate::kernel::{self, Destroyed, KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
+use crate::ledger::{LedgerSnapshot, RowId};
+
+/// Between two steps of the reaper while it is busy.
+const STEP: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// What others ask of the watchdog.
+#[derive(Debug)]
+pub(super) enum Request {
+    /// Sweep at once.
+    Sweep,
+    /// End.
+    Stop,
+}
+
+/// The state of the thread.
+pub(super) struct Task {
+    observed: Observed,
+    view: Box<dyn KernelView>,
+    published: Arc<Published>,
+    report: Report,
+    history: History,
+    reaper: Reaper,
+    started: Mono,
+    next_crosscheck: Mono,
+    /// What the last cross-check found wrong.
+    disagreement: Option<String>,
+    /// A ghost's socket turned out to exist: the view is wrong about something.
+    doubt: bool,
+    known: HashSet<(u64, Class)>,
+}
+
+impl Task {
+    pub(super) fn new(observed: Observed, view: Box<dyn KernelView>, published: Arc<Published>) -> Self {
+        let now = clock::now();
+        let watchdog = &observed.config.watchdog;
+        Self {
+            report: Report::new(view.source(), observed.policy.workers),
+            reaper: Reaper::new(watchdog),
+            next_crosscheck: now.after(watchdog.crosscheck_interval),
+            observed,
+            view,
+            published,
+            history: History::default(),
+            started: now,
+            disagreement: None,
+            doubt: false,
+            known: HashSet::new(),
+        }
+    }
+
+    /// Until somebody says stop, or nobody is left who could.
+    pub(super) fn run(mut self, requests: &Receiver<Request>) {
+        let interval = self.observed.config.watchdog.interval;
+        let mut next_sweep = clock::now();
+        loop {
+            let now = clock::now();
+            let wake = if self.reaper.is_busy() { next_sweep.min(now.after(STEP)) } else { next_sweep };
+            let requested = match requests.recv_timeout(wake.since(now)) {
+                Ok(Request::Sweep) => true,
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => false,
+            };
+            let now = clock::now();
+            if requested || now >= next_sweep {
+                self.sweep();
+                // From now, not from when it was due: sweeps do not bunch up after a pause.
+                next_sweep = now.after(interval);
+            }
+            if self.reaper.is_busy() {
+                self.reap();
+            }
+        }
+    }
+
+    fn sweep(&mut self) {
+        let began = clock::now();
+        self.report.sweeps += 1;
+        match self.read() {
+            Ok((kernel, ledger)) => self.join(&kernel, &ledger, began),
+            Err(ViewError::Off) => self.blind(None),
+            Err(error) => self.blind(Some(error)),
+        }
+        let now = clock::now();
+        self.report.record_duration(now.since(began));
+        self.publish();
+    }
+
+    /// The kernel first, then the ledger.
+    fn read(&mut self) -> Result<(KernelSnapshot, LedgerSnapshot), ViewError> {
+        let now = clock::now();
+        if self.view.source() != Source::None
+            && (now >= self.next_crosscheck || self.disagreement.is_some() || self.doubt)
+        {
+            self.next_crosscheck = now.after(self.observed.config.watchdog.crosscheck_interval);
+            self.doubt = false;
+            let crosscheck = self.view.crosscheck()?;
+            if crosscheck.disagreement != self.disagreement {
+                match &crosscheck.disagreement {
+                    Some(disagreement) => tracing::warn!(disagreement, "the kernel view's witnesses disagree"),
+                    None => tracing::info!(compared = ?crosscheck.compared, "the kernel view's witnesses agree again"),
+                }
+            }
+            self.disagreement = crosscheck.disagreement;
+        }
+        let mut kernel = self.view.snapshot()?;
+        if kernel.uncertain.is_none() {
+            kernel.uncertain.clone_from(&self.disagreement);
+        }
+        let ledger = self.observed.ledger.snapshot(clock::now());
+        Ok((kernel, ledger))
+    }
+
+    fn join(&mut self, kernel: &KernelSnapshot, ledger: &LedgerSnapshot, began: Mono) {
+        let policy = Arc::clone(&self.observed.policy);
+        let joined = Joined::new(kernel, self.trust(), ledger);
+        let findings = reconcile(&joined, &mut self.history, &policy);
+        self.announce(&findings, &policy, began);
+        self.watch_workers(ledger, &policy);
+        self.reaper.admit(&findings, &joined, &policy, began);
+        if kernel.uncertain != self.report.uncertain {
+            match &kernel.uncertain {
+                Some(reason) => tracing::warn!(reason, "the kernel view is uncertain, nothing is reaped"),
+                None => tracing::info!("the kernel view is whole again"),
+            }
+        }
+        self.report.sockets = groups(kernel, &joined, &policy);
+        self.report.findings = findings;
+        self.report.uncertain.clone_from(&kernel.uncertain);
+        self.report.missed = kernel.missed;
+        self.report.taken = joined.taken();
+        self.report.last_success = clock::unix_seconds();
+        if joined.is_whole() {
+            self.observed.ledger.retire_tombstones(|tombstone| {
+                tombstone.closed < joined.taken() && joined.pair(tombstone.cookie).socket.is_none()
+            });
+        }
+    }
+
+    /// A sweep without a kernel view: only the workers can be watched.
+    fn blind(&mut self, error: Option<ViewError>) {
+        self.history.interrupt();
+        let ledger = self.observed.ledger.snapshot(clock::now());
+        let policy = Arc::clone(&self.observed.policy);
+        self.watch_workers(&ledger, &policy);
+        self.report.sockets.clear();
+        self.report.findings.clear();
+        match error {
+            // Off by configuration: that is all this sweep can do.
+            None => self.report.last_success = clock::unix_seconds(),
+            Some(error) => {
+                tracing::warn!(%error, "the kernel view cannot be read");
+                self.report.uncertain = Some(error.to_string());
+            }
+        }
+    }
+
+    fn trust(&self) -> Trust {
+        if self.view.source() == Source::Ebpf { Trust::Full } else { Trust::Fallback }
+    }
+
+    /// One line for each finding that is new, and one for each that is over.
+    fn announce(&mut self, findings: &[Finding], policy: &Policy, now: Mono) {
+        for finding in findings.iter().filter(|finding| !self.known.contains(&(finding.cookie, finding.class))) {
+            tracing::warn!(
+                cookie = finding.cookie,
+                class = finding.class.name(),
+                backend = policy.label(finding.backend),
+                sweeps = finding.sweeps,
+                since_seconds = now.since(finding.since).as_secs_f64(),
+                evidence = finding.evidence(now),
+                held_back = finding.held_back.map(|held_back| held_back.to_string()),
+                "finding"
+            );
+        }
+        let current: HashSet<_> = findings.iter().map(|finding| (finding.cookie, finding.class)).collect();
+        for (cookie, class) in self.known.difference(&current) {
+            tracing::info!(cookie, class = class.name(), "finding is over");
+        }
+        self.known = current;
+    }
+
+    fn watch_workers(&mut self, ledger: &LedgerSnapshot, policy: &Policy) {
+        let stalled = stalled(ledger, self.started, policy);
+        for (worker, (now, before)) in stalled.iter().zip(&self.report.stalled).enumerate() {
+            match (now, before) {
+                (true, false) => tracing::error!(worker, "worker is stalled, nothing of it is reaped"),
+                (false, true) => tracing::info!(worker, "worker runs again"),
+                _ => {}
+            }
+        }
+        self.report.stalled = stalled;
+    }
+
+    /// One step of every reaping, on snapshots of its own: fresher than the rung before (I10).
+    fn reap(&mut self) {
+        let Ok((kernel, ledger)) = self.read() else { return };
+        let policy = Arc::clone(&self.observed.policy);
+        let joined = Joined::new(&kernel, self.trust(), &ledger);
+        let mut hands = Grip { observed: &self.observed, doubt: false };
+        self.reaper.step(&joined, &policy, &mut hands, clock::now());
+        self.doubt |= hands.doubt;
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        self.report.reaped = self.reaper.counts;
+        self.report.recent.clone_from(&self.reaper.recent);
+        self.published.put(self.report.clone());
+    }
+}
+
+/// The reaper's hands on this process.
+struct Grip<'a> {
+    observed: &'a Observed,
+    doubt: bool,
+}
+
+impl Hands for Grip<'_> {
+    fn ask(&mut self, row: RowId) -> bool {
+        self.observed.controls.send(row.shard, Control::Close { row, reason: CloseReason::Reaped })
+    }
+
+    fn shut_down(&mut self, row: RowId) -> bool {
+        let shut = self.observed.ledger.with_socket(row, |socket| socket.shutdown(std::net::Shutdown::Both));
+        match shut {
+            // ENOTCONN: the connection is gone already, and its owner sleeps on.
+            Some(Err(error)) if error.kind() != io::ErrorKind::NotConnected => {
+                tracing::debug!(%error, "shutdown(2)");
+                false
+            }
+            Some(_) => true,
+            None => false,
+        }
+    }
+
+    fn destroy(&mut self, socket: &KernelSocket) -> io::Result<()> {
+        let why = match kernel::destroy(socket).map_err(io::Error::other)? {
+            Destroyed::Severed => return Ok(()),
+            Destroyed::Gone => "there is no such connection any more",
+            Destroyed::NotPermitted => "CAP_NET_ADMIN is missing",
+            Destroyed::NotOffered => "the kernel was built without CONFIG_INET_DIAG_DESTROY",
+            Destroyed::Refused(error) => return Err(error),
+        };
+        Err(io::Error::other(why))
+    }
+
+    fn retire(&mut self, row: RowId, cookie: u64) -> bool {
+        let exists = self
+            .observed
+            .ledger
+            .with_socket(row, |socket| socket.cookie().is_ok_and(|found| found == cookie))
+            .unwrap_or(false);
+        if exists {
+            tracing::error!(cookie, "no ghost: its socket exists, so the kernel view is wrong");
+            self.doubt = true;
+            return false;
+        }
+        self.observed.ledger.retire_row(row)
+    }
+}
