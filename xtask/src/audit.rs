@@ -22,8 +22,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
         say(format_args!("audit: {manifest}"));
         let mut command = command::program(&deny);
-        command.args(["--locked", "--manifest-path", manifest, "check", "--config"]);
-        command.arg(workspace::root().join("deny.toml")).args(["licenses", "bans", "sources"]);
+        command.args(["--locked", "--manifest-path", manifest, "--config", "deny.toml", "check"]);
+        command.args(["--hide-inclusion-graph", "--allow", "unmatched-skip", "licenses", "bans", "sources"]);
         if arguments.advisories {
             command.arg("advisories");
         }
@@ -40,7 +40,7 @@ fn cargo_deny() -> Result<PathBuf> {
         say(format_args!("building cargo-deny {RELEASE} below {}", directory.display()));
         let mut cargo = command::cargo();
         command::without_compiler_settings(&mut cargo)
-            .args(["install", "--quiet", "--locked", "--debug", "cargo-deny", "--version", RELEASE])
+            .args(["install", "--locked", "--debug", "cargo-deny", "--version", RELEASE])
             .args(["--no-track", "--root"])
             .arg(&directory)
             .arg("--target-dir")

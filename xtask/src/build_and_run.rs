@@ -23,9 +23,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut cargo = command::cargo();
-    cargo
-        .args(["build", "--quiet", "--locked", "--release", "--package", "counterfoil"])
-        .current_dir(workspace::root());
+    cargo.args(["build", "--locked", "--release", "--package", "counterfoil"]).current_dir(workspace::root());
     if arguments.no_ebpf {
         say("eBPF object: left out (--no-ebpf)");
     } else {

@@ -91,8 +91,8 @@ impl Unpacked {
 
         let mut download = self.apt_get();
         download.args(["install", "--yes", "--download-only", "--no-install-recommends"]).args(packages);
-        if let Err(error) = command::output(&mut download) {
-            say(format_args!("this machine's package lists do not serve ({error:#}); fetching fresh ones of our own"));
+        if command::output(&mut download).is_err() {
+            say("this machine's package lists are missing or stale: fetching fresh ones, below target/ too");
             let own_lists = format!("Dir::State::lists={}", lists.display());
             command::output(self.apt_get().args(["-o", &own_lists, "update"]))?;
             command::output(download.args(["-o", &own_lists]))?;

@@ -62,7 +62,7 @@ impl Linker {
         let mut cargo = command::cargo();
         // Without optimisation it is built in less than half the time; the work is done by LLVM, which is ready-made.
         command::without_compiler_settings(&mut cargo)
-            .args(["install", "--quiet", "--locked", "--debug", "bpf-linker", "--version", self.release])
+            .args(["install", "--locked", "--debug", "bpf-linker", "--version", self.release])
             .args(["--no-default-features", "--features", &format!("rust-llvm-{}", self.llvm_major)])
             .args(["--no-track", "--root"])
             .arg(self.directory())

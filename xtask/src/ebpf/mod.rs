@@ -66,7 +66,7 @@ fn cargo(compiler: &Compiler, linker: &Linker, directory: &Path, subcommand: &st
     let mut command = compiler.cargo();
     command
         .arg(subcommand)
-        .args(["--quiet", "--locked", "--release", "--target", TARGET, "--target-dir"])
+        .args(["--locked", "--release", "--target", TARGET, "--target-dir"])
         .arg(directory)
         .current_dir(workspace::root().join("proxy-ebpf"))
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker.path())
