@@ -1,7 +1,9 @@
 //! Takes the eBPF object into the program.
 //!
-//! The object is built apart, for another target by another compiler (`cargo xtask build`), and named by
+//! The object is built apart, for another target by another compiler (by xtask), and named by
 //! `COUNTERFOIL_EBPF_OBJECT`. Without it the program is built without eBPF, and says so when it runs.
+
+#![expect(clippy::disallowed_methods, reason = "a build script is steered by its environment")]
 
 use std::env;
 use std::error::Error;

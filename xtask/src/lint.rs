@@ -1,8 +1,10 @@
 //! `cargo xtask lint`: what a change must pass before its tests are run.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
-use crate::command::{self, say};
+use crate::command::{self, EBPF_OBJECT, say};
 use crate::{ebpf, tidy, workspace};
 
 /// Linted one by one: together, Cargo would unify their features, and `test-hooks` of the tests would be on in the
@@ -40,7 +42,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         results.push(("conventions".to_owned(), tidy::run()));
     }
     if wanted(Part::UserSpace) {
-        results.extend(PACKAGES.iter().map(|it| (format!("clippy of {it}"), clippy(it))));
+        // With the object, so that the code that loads it is linted too.
+        match ebpf::object() {
+            Ok(object) => {
+                results.extend(PACKAGES.iter().map(|it| (format!("clippy of {it}"), clippy(it, &object))));
+            }
+            Err(error) => results.push(("clippy of user space".to_owned(), Err(error))),
+        }
     }
     if wanted(Part::Ebpf) {
         results.push(("clippy of the eBPF program".to_owned(), ebpf::lint()));
@@ -65,10 +73,11 @@ fn format(manifest: &str) -> Result<()> {
     command::run(&mut fmt)
 }
 
-fn clippy(package: &str) -> Result<()> {
+fn clippy(package: &str, object: &Path) -> Result<()> {
     say(format_args!("lint: {package}"));
     let mut clippy = command::cargo();
     clippy
+        .env(EBPF_OBJECT, object)
         .args(["clippy", "--quiet", "--locked", "--all-targets", "--package", package, "--", "--deny", "warnings"])
         .current_dir(workspace::root());
     command::run(&mut clippy)
