@@ -4,12 +4,16 @@
 pub(crate) mod answer;
 pub mod buffer;
 pub mod core;
+#[cfg(test)]
+mod core_tests;
 mod house;
 pub(crate) mod links;
 pub mod plan;
 pub mod queries;
 pub(crate) mod route;
 pub(crate) mod shell;
+#[cfg(test)]
+mod sim;
 mod timers;
 
 use std::net::TcpListener;

@@ -1,0 +1,323 @@
+//! A worker without sockets: clients and backends that are plain tables, for tests of [`Core`].
+
+#![expect(clippy::expect_used, clippy::panic, reason = "tests panic")]
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use super::answer::Partial;
+use super::core::{Core, Shared};
+use super::plan::Plan;
+use crate::backend::pool::{ConnKey, Phase};
+use crate::client::session::{Addresses, SessionKey};
+use crate::clock::Mono;
+use crate::close::{ClientCloseReason, CloseReason};
+use crate::config::{self, Config};
+use crate::dns::frame::Frames;
+use crate::ledger::caps::{Caps, Permit};
+use crate::stats::WorkerStats;
+
+/// A query as the backend got it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Arrived {
+    pub(crate) id: u16,
+    pub(crate) message: Vec<u8>,
+}
+
+/// The backend's side of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Wire {
+    pub(crate) header: Vec<u8>,
+    pub(crate) unanswered: VecDeque<Arrived>,
+    bytes: Vec<u8>,
+    connected: bool,
+    permit: Option<Permit>,
+}
+
+/// The client's side of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Client {
+    /// Messages that were not taken yet.
+    backlog: Vec<u8>,
+    pub(crate) answers: Vec<Vec<u8>>,
+    pub(crate) asked: u64,
+}
+
+impl Client {
+    /// Octets that were sent and not taken.
+    pub(crate) fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+}
+
+/// The worker and what surrounds it.
+pub(crate) struct Sim {
+    pub(crate) core: Core,
+    pub(crate) now: Mono,
+    pub(crate) clients: BTreeMap<SessionKey, Client>,
+    pub(crate) wires: BTreeMap<ConnKey, Wire>,
+    pub(crate) opened: usize,
+    pub(crate) closed: HashMap<CloseReason, usize>,
+    pub(crate) most_owned: usize,
+    header: bool,
+    proxy_len: fn(&[u8]) -> Option<usize>,
+    max_owned: usize,
+    max_per_backend: usize,
+}
+
+impl Sim {
+    pub(crate) fn new(configuration: &str) -> Self {
+        let config: Config = config::from_str("test", configuration).expect("a good configuration");
+        let caps = config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.max_connections);
+        let shared = Arc::new(Shared {
+            caps: Arc::new(Caps::new(caps, config.connections.max_total)),
+            waiting: AtomicUsize::new(0),
+            serial: AtomicU64::new(0),
+        });
+        let plan = Rc::new(Plan::new(&config, |_, _| SocketAddr::from(([127, 0, 0, 9], 0))));
+        let stats = Arc::new(WorkerStats::new(plan.listeners.len(), plan.pools.len(), plan.backends.len()));
+        let now = Mono(1_000_000_000);
+        Self {
+            max_owned: config.connections.max_owned_per_client,
+            max_per_backend: config.pools[0].backends[0].max_connections,
+            header: config.pools[0].proxy_protocol.is_some(),
+            core: Core::new(plan, stats, shared, 7, now),
+            now,
+            clients: BTreeMap::new(),
+            wires: BTreeMap::new(),
+            opened: 0,
+            closed: HashMap::new(),
+            most_owned: 0,
+            proxy_len: |bytes| {
+                let length = bytes.get(14..16)?;
+                let len = 16 + usize::from(u16::from_be_bytes([length[0], length[1]]));
+                (bytes.len() >= len).then_some(len)
+            },
+        }
+    }
+
+    pub(crate) fn connect_client(&mut self, address: &str) -> SessionKey {
+        let addresses =
+            Addresses { client: address.parse().expect("an address"), local: SocketAddr::from(([127, 0, 0, 1], 53)) };
+        let key = self.core.session_opened(0, addresses, self.now);
+        self.clients.insert(key, Client::default());
+        key
+    }
+
+    pub(crate) fn ask(&mut self, key: SessionKey, id: u16, name: &str) {
+        let message = query(id, name);
+        let client = self.clients.get_mut(&key).expect("a client");
+        client.backlog.extend_from_slice(&(message.len() as u16).to_be_bytes());
+        client.backlog.extend_from_slice(&message);
+        client.asked += 1;
+        self.run_session(key);
+        self.settle();
+    }
+
+    /// What a session's task does.
+    fn run_session(&mut self, key: SessionKey) {
+        self.core.resume(key, self.now);
+        let Some(client) = self.clients.get_mut(&key) else { return };
+        let taken = self.core.client_bytes(key, &client.backlog, self.now);
+        client.backlog.drain(..taken);
+        let Core { sessions, spares, .. } = &mut self.core;
+        let Some(session) = sessions.get_mut(key.0) else { return };
+        let out = session.out.pending().to_vec();
+        session.out.advance(out.len(), spares);
+        session.wrote(true, self.now);
+        client.answers.extend(Frames::new(&out).map(|frame| frame.expect("whole frames").to_vec()));
+        self.core.settle_session(key, self.now);
+        if let Some(reason) = self.core.sessions[key.0].finished() {
+            self.close_client(key, reason);
+        }
+    }
+
+    pub(crate) fn close_client(&mut self, key: SessionKey, reason: ClientCloseReason) {
+        if self.clients.remove(&key).is_some() {
+            self.core.session_closed(key, reason, self.now);
+        }
+        self.settle();
+    }
+
+    /// Runs all tasks that were woken, until none is.
+    pub(crate) fn settle(&mut self) {
+        for _ in 0..100_000 {
+            self.core.after_pool(self.now);
+            if let Some(key) = self.core.wakes.open.pop() {
+                let permit = self.core.pool.get_mut(key).and_then(|conn| conn.permit.take());
+                assert!(permit.is_some(), "a connection is opened under the caps");
+                self.wires.insert(key, Wire { permit, ..Wire::default() });
+                self.opened += 1;
+            } else if let Some(key) = self.core.wakes.conns.pop() {
+                if let Some(conn) = self.core.pool.get_mut(key) {
+                    conn.woken = false;
+                }
+                self.run_conn(key);
+            } else if let Some(key) = self.core.wakes.sessions.pop() {
+                self.run_session(key);
+            } else {
+                self.check();
+                return;
+            }
+        }
+        panic!("tasks wake each other for ever");
+    }
+
+    /// What a connection's task does, but for reading.
+    fn run_conn(&mut self, key: ConnKey) {
+        let Some(conn) = self.core.pool.get(key) else { return };
+        if let Phase::Closing(reason) = conn.phase {
+            self.close_wire(key, reason, Partial::None);
+            return;
+        }
+        let Some(wire) = self.wires.get_mut(&key) else { return };
+        if !wire.connected {
+            return;
+        }
+        let Core { pool, spares, .. } = &mut self.core;
+        let Some(conn) = pool.get_mut(key) else { return };
+        wire.bytes.extend_from_slice(conn.out.pending());
+        let len = conn.out.len();
+        conn.out.advance(len, spares);
+        if self.header && wire.header.is_empty() {
+            let len = (self.proxy_len)(&wire.bytes).expect("the header comes in one piece, and first");
+            wire.header = wire.bytes.drain(..len).collect();
+        }
+        let mut frames = Frames::new(&wire.bytes);
+        for message in frames.by_ref() {
+            let message = message.expect("whole frames").to_vec();
+            wire.unanswered.push_back(Arrived { id: u16::from_be_bytes([message[0], message[1]]), message });
+        }
+        let consumed = frames.consumed();
+        wire.bytes.drain(..consumed);
+    }
+
+    fn close_wire(&mut self, key: ConnKey, reason: CloseReason, partial: Partial) {
+        // The descriptor first: its place is free before anybody is told.
+        drop(self.wires.remove(&key));
+        *self.closed.entry(reason).or_default() += 1;
+        self.core.conn_closed(key, reason, partial, self.now);
+    }
+
+    pub(crate) fn accept(&mut self, key: ConnKey) {
+        if let Some(wire) = self.wires.get_mut(&key)
+            && !wire.connected
+        {
+            wire.connected = true;
+            self.core.conn_connected(key, self.now);
+            self.run_conn(key);
+        }
+        self.settle();
+    }
+
+    pub(crate) fn accept_all(&mut self) {
+        loop {
+            let Some(key) = self.wires.iter().find(|(_, wire)| !wire.connected).map(|(key, _)| *key) else { return };
+            self.accept(key);
+        }
+    }
+
+    /// The backend answers the `nth` query that it has on a connection.
+    pub(crate) fn answer(&mut self, key: ConnKey, nth: usize) {
+        let Some(wire) = self.wires.get_mut(&key) else { return };
+        let Some(arrived) = wire.unanswered.remove(nth) else { return };
+        let bytes = answer_to(&arrived.message);
+        match self.core.backend_bytes(key, &bytes, self.now) {
+            Ok(taken) => assert_eq!(taken, bytes.len()),
+            Err(violation) => panic!("a right answer was refused: {violation}"),
+        }
+        self.settle();
+    }
+
+    pub(crate) fn answer_all(&mut self) {
+        for _ in 0..1_000_000 {
+            self.accept_all();
+            let Some(key) = self.wires.iter().find(|(_, wire)| !wire.unanswered.is_empty()).map(|(key, _)| *key) else {
+                return;
+            };
+            self.answer(key, 0);
+        }
+        panic!("queries without end");
+    }
+
+    /// The backend closes a connection, or refuses it.
+    pub(crate) fn hang_up(&mut self, key: ConnKey) {
+        let Some(wire) = self.wires.get(&key) else { return };
+        let reason = if wire.connected { CloseReason::PeerClosed } else { CloseReason::ConnectFailed };
+        self.close_wire(key, reason, Partial::None);
+        self.settle();
+    }
+
+    pub(crate) fn pass(&mut self, time: Duration) {
+        let end = self.now.after(time);
+        // From deadline to deadline, as the housekeeper does.
+        while self.core.next_deadline() <= end {
+            self.now = self.now.max(self.core.next_deadline());
+            self.core.tick(self.now);
+            self.settle();
+        }
+        self.now = end;
+    }
+
+    /// What must hold at all times.
+    fn check(&mut self) {
+        for (_, conn) in self.core.pool.iter() {
+            assert!(conn.pending.in_flight() <= conn.max_in_flight);
+        }
+        for (_, session) in &self.core.sessions {
+            assert!(session.owned.len() <= self.max_owned, "a client owns more than it may");
+            assert!(session.in_flight() <= session.limits.max_in_flight);
+            self.most_owned = self.most_owned.max(session.owned.len());
+        }
+        assert!(self.wires.len() <= self.max_per_backend, "more connections than the backend's limit");
+        assert_eq!(self.core.shared.caps.total().1, self.core.pool.len());
+        let stats = &self.core.stats.listeners[0];
+        let failed: u64 = stats.failed.iter().map(crate::stats::Counter::get).sum();
+        assert_eq!(
+            stats.queries.get(),
+            stats.answers.get() + failed + stats.abandoned.get() + self.core.queries.len() as u64,
+            "accepted = answered + failed + abandoned + in flight (I8)"
+        );
+        assert_eq!(stats.in_flight.get(), self.core.queries.len() as u64);
+        let waiting = self.core.stats.waiting.get();
+        assert_eq!(self.core.shared.waiting.load(Ordering::Relaxed) as u64, waiting);
+    }
+
+    /// Everybody leaves: nothing may be left.
+    pub(crate) fn assert_quiescent(&mut self) {
+        for key in self.clients.keys().copied().collect::<Vec<_>>() {
+            self.close_client(key, ClientCloseReason::ClientClosed);
+        }
+        self.core.close_all(self.now);
+        self.settle();
+        assert!(self.wires.is_empty() && self.core.pool.is_empty() && self.core.sessions.is_empty());
+        assert_eq!(self.core.queries.len(), 0);
+        assert_eq!(self.core.shared.caps.total().1, 0);
+        assert_eq!(self.core.stats.waiting.get(), 0);
+        assert!(self.core.waits.iter().all(crate::backend::wait::WaitQueue::is_empty));
+    }
+}
+
+/// A query for the A record of `name`.
+pub(crate) fn query(id: u16, name: &str) -> Vec<u8> {
+    let mut message = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    message[..2].copy_from_slice(&id.to_be_bytes());
+    for label in name.split('.') {
+        message.push(label.len() as u8);
+        message.extend_from_slice(label.as_bytes());
+    }
+    message.extend_from_slice(&[0, 0, 1, 0, 1]);
+    message
+}
+
+/// A framed answer without records.
+pub(crate) fn answer_to(query: &[u8]) -> Vec<u8> {
+    let mut answer = (query.len() as u16).to_be_bytes().to_vec();
+    answer.extend_from_slice(query);
+    answer[4] |= 0x80;
+    answer
+}
