@@ -74,6 +74,8 @@ pub struct Reaper {
     outlived: HashMap<u64, Option<Mono>>,
     /// What dry run has counted and is still a finding.
     rehearsed: HashSet<(u64, Class)>,
+    /// The findings of the sweep before: what is reaped was published for a whole interval, so that a scrape sees it.
+    published: HashSet<(u64, Class)>,
     /// By class and outcome.
     pub counts: [[u64; Outcome::ALL.len()]; Class::ALL.len()],
     /// The latest reapings, oldest first.
@@ -91,6 +93,7 @@ impl Reaper {
             active: HashMap::new(),
             outlived: HashMap::new(),
             rehearsed: HashSet::new(),
+            published: HashSet::new(),
             counts: Default::default(),
             recent: VecDeque::new(),
         }
@@ -106,11 +109,13 @@ impl Reaper {
         self.outlived.retain(|cookie, again| again.is_none_or(|again| now < again) && joined.pair(*cookie).exists());
         let current: HashSet<_> = findings.iter().map(|finding| (finding.cookie, finding.class)).collect();
         self.rehearsed.retain(|rehearsed| current.contains(rehearsed));
+        let published = std::mem::replace(&mut self.published, current);
         if self.mode == ReapMode::Off {
             return;
         }
         for finding in findings {
             if finding.held_back.is_some()
+                || !published.contains(&(finding.cookie, finding.class))
                 || !self.classes.contains(&finding.class)
                 || self.active.contains_key(&finding.cookie)
                 || self.outlived.contains_key(&finding.cookie)
