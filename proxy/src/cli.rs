@@ -77,7 +77,9 @@ fn run(args: &RunArgs) -> ExitCode {
         Some(file) => match config::load(file) {
             Ok(config) => (config, None),
             Err(errors) => {
-                complain(&errors);
+                for error in errors.iter() {
+                    complain(&format_args!("error: {error}\n"));
+                }
                 return ExitCode::from(EX_USAGE);
             }
         },

@@ -172,11 +172,11 @@ fn out_of_range() {
         ("[server]", "workers = 1025", 11, "server.workers", "0 to 1024"),
         ("[server]", "workers = -1", 11, "server.workers", "0 to 1024"),
         ("[server]", "workers = 99999999999999999999999999999999999999999", 11, "server.workers", "0 to 1024"),
-        ("[server]", "max_connections = 0", 19, "server.max_connections", "1 to 16777216"),
-        ("[connections]", "max_owned_per_client = 0", 24, "connections.max_owned_per_client", "1 to 16777216"),
+        ("[server]", "max_connections = 0", 19, "server.max_connections", "1 to 1048576"),
+        ("[connections]", "max_owned_per_client = 0", 24, "connections.max_owned_per_client", "1 to 1048576"),
         ("[connections]", "idle_timeout = \"0s\"", 16, "connections.idle_timeout", "\"1ms\" to \"8760h\""),
         ("[connections]", "cleanup_interval = \"9ms\"", 20, "connections.cleanup_interval", "\"10ms\" to \"8760h\""),
-        ("[kernel]", "max_sockets = 0", 15, "kernel.max_sockets", "1 to 16777216"),
+        ("[kernel]", "max_sockets = 0", 15, "kernel.max_sockets", "1 to 1048576"),
         ("[watchdog]", "sweeps = 0", 10, "watchdog.sweeps", "1 to 1000"),
         ("[watchdog]", "interval = \"0s\"", 12, "watchdog.interval", "\"10ms\" to \"8760h\""),
         ("[pool.proxy_protocol]", "subnet_v4 = 33", 13, "pool.proxy_protocol.subnet_v4", "1 to 32"),
@@ -201,7 +201,7 @@ fn out_of_range() {
     assert_eq!(
         pool(POOL, &format!("{BACKEND}\nmax_in_flight = 65537\nmax_connections = 0\nconnect_timeout = \"0s\"")),
         "f.toml:10:17: key `pool.backend.max_in_flight`: must be from 1 to 65536\n\
-         f.toml:11:19: key `pool.backend.max_connections`: must be from 1 to 16777216\n\
+         f.toml:11:19: key `pool.backend.max_connections`: must be from 1 to 1048576\n\
          f.toml:12:19: key `pool.backend.connect_timeout`: must be from \"1ms\" to \"8760h\""
     );
 }

@@ -22,8 +22,9 @@ const MAX_FILE: u64 = 1 << 20;
 /// Most worker threads; more than any machine has cores.
 const MAX_WORKERS: usize = 1024;
 
-/// Most of what is counted one by one (connections, sockets, queries): what one process could hold at all.
-pub(super) const MAX_COUNT: usize = 1 << 24;
+/// Most of what is counted one by one (connections, sockets, queries): as many descriptors as the kernel lets one process
+/// have (`fs.nr_open`, 1,048,576 unless it was raised). Tables of this size must still fit the memory.
+pub(super) const MAX_COUNT: usize = 1 << 20;
 
 /// The shortest of the timeouts that must not be zero, and of the intervals.
 pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
@@ -193,7 +194,7 @@ fn read_kernel(section: &Section<'_, '_>) -> Kernel {
     let default = Kernel::default();
     Kernel {
         view: section.choice("view", default.view),
-        max_sockets: section.integer("max_sockets", default.max_sockets, 1..=1 << 24),
+        max_sockets: section.integer("max_sockets", default.max_sockets, 1..=1 << 20),
     }
 }
 
