@@ -180,6 +180,8 @@ pub struct Load<'a> {
     pub qtype: u16,
     /// Without any answer for this long, the connection counts as hung.
     pub stall: Duration,
+    /// After this long in all it ends, whatever is open.
+    pub deadline: Duration,
 }
 
 impl Default for Load<'_> {
@@ -191,6 +193,7 @@ impl Default for Load<'_> {
             name: &|n| format!("n{n}.example.test"),
             qtype: qtype::A,
             stall: Duration::from_secs(15),
+            deadline: Duration::from_secs(60),
         }
     }
 }
@@ -244,6 +247,10 @@ impl Load<'_> {
         let mut batch = Vec::new();
         while outcome.sent < self.count || !open.is_empty() {
             batch.clear();
+            if start.elapsed() >= self.deadline {
+                outcome.ended = Some(format!("not done after {:?}", self.deadline));
+                break;
+            }
             let due = self.rate.map_or(self.count, |rate| (start.elapsed().as_secs_f64() * rate) as usize + 1);
             while outcome.sent < self.count.min(due) && open.len() < self.in_flight {
                 // Walks through all 65,536 IDs, so that one is reused only after all others.

@@ -80,8 +80,8 @@ fn soak_two_namespaces() {
     let sampler = Sampler::start(counterfoil.pid(), unbound.address.port());
     let (outcome, mut client) = near.run(|| {
         let mut client = Client::connect(counterfoil.address, None);
-        let count = RATE as usize * SECONDS;
-        (Load { count, in_flight: 20, rate: Some(RATE), ..Load::default() }.run(&mut client), client)
+        let (count, deadline) = (RATE as usize * SECONDS, Duration::from_secs(2 * SECONDS as u64));
+        (Load { count, in_flight: 20, rate: Some(RATE), deadline, ..Load::default() }.run(&mut client), client)
     });
     let time_wait = sockets::time_wait_towards(counterfoil.pid(), unbound.address.port());
     wait::until("no socket towards the backend 1 s after the last answer", Duration::from_secs(1), || {
