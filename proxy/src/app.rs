@@ -14,34 +14,38 @@ use tokio::sync::mpsc;
 use crate::client::limits::ClientLimits;
 use crate::config::Config;
 use crate::control::{Control, Controls};
+use crate::kernel::Opened;
 use crate::ledger::Ledger;
 use crate::ledger::caps::Caps;
 use crate::stats::WorkerStats;
+use crate::watchdog::Observed;
 use crate::worker::Worker;
 use crate::worker::core::Shared;
+use crate::{admin, drill, kernel, metrics, watchdog};
 
 /// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
+/// Beyond `drain_timeout`, before a worker that does not end is given up.
+const LAST_CALL: Duration = Duration::from_secs(5);
 /// Connections that drills may have open at one time.
 const DRILL_CONNECTIONS: usize = 16;
 
 /// A forwarder that is ready to run.
-#[derive(Debug)]
 pub struct App {
-    config: Arc<Config>,
-    ledger: Arc<Ledger>,
+    observed: Observed,
     workers: Vec<Worker>,
-    controls: Controls,
     addresses: Vec<SocketAddr>,
+    view: Opened,
+    drill: drill::Setup,
 }
 
 impl App {
-    /// Binds everything.
+    /// Binds everything and opens the kernel view. `others` are addresses on which other parts of the process listen.
     ///
     /// # Errors
     ///
-    /// An address can't be listened on; the error names it.
-    pub fn build(config: Config) -> Result<Self> {
+    /// An address can't be listened on, or the configured kernel view can't be had; the error says which and why.
+    pub fn build(config: Config, others: &[SocketAddr]) -> Result<Self> {
         raise_descriptor_limit();
         let config = Arc::new(config);
         let count = config.server.workers;
@@ -63,10 +67,11 @@ impl App {
                     .with_context(|| format!("listener `{}` cannot listen on {}", listener.name, listener.address))?,
             );
         }
-        let addresses = bound.iter().map(|(address, _)| *address).collect();
+        let addresses: Vec<SocketAddr> = bound.iter().map(|(address, _)| *address).collect();
         let mut sockets: Vec<_> = bound.into_iter().map(|(_, sockets)| sockets.into_iter()).collect();
+        let mut receivers = receivers.into_iter();
         let mut workers = Vec::with_capacity(count);
-        for (index, requests) in receivers.into_iter().take(count).enumerate() {
+        for (index, requests) in receivers.by_ref().take(count).enumerate() {
             workers.push(Worker {
                 index,
                 workers: count,
@@ -79,7 +84,15 @@ impl App {
                 controls: controls.clone(),
             });
         }
-        Ok(Self { config, ledger, workers, controls, addresses })
+        let requests = receivers.next().context("the drill's shard comes after those of the workers")?;
+        let drill = drill::Setup::bind(requests).context("the drill's peer can't listen on 127.0.0.1")?;
+        // Sockets that these addresses accepted are clients', not connections to backends.
+        let listening = [addresses.as_slice(), others, &[drill.address()?]].concat();
+        let view = kernel::open(config.kernel.view, &listening, config.kernel.max_sockets)
+            .with_context(|| format!("key `kernel.view`: {:?}", config.kernel.view))?;
+        let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
+        let observed = Observed::new(config, ledger, stats, controls, drill.address()?);
+        Ok(Self { observed, workers, addresses, view, drill })
     }
 
     /// Serves until SIGTERM or SIGINT, then drains.
@@ -88,19 +101,28 @@ impl App {
     ///
     /// A thread can't be started, or a worker failed.
     pub fn run(self) -> Result<()> {
-        let Self { config, ledger, workers, controls, addresses } = self;
+        let Self { observed, workers, addresses, view: (view, source, reason), drill } = self;
+        let config = Arc::clone(&observed.config);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
             // Before the workers: a signal that comes early must not be lost.
             let mut terminate = signal(SignalKind::terminate())?;
             let mut interrupt = signal(SignalKind::interrupt())?;
+            tracing::info!(source = source.as_str(), reason, "kernel view");
+            let watchdog = watchdog::start(observed.clone(), view)?;
+            let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
+            let admin = admin::start(observed.clone(), watchdog.handle(), metrics, drill)?;
+            let http = admin.http().map_or_else(|| "off".to_owned(), |address| address.to_string());
+            let socket = admin.socket().map_or_else(|| "off".to_owned(), |path| path.display().to_string());
+            tracing::info!(http, socket, "admin");
             let mut threads = Vec::new();
             for worker in workers {
-                threads.push(start(worker, &ledger)?);
+                threads.push(start(worker, &observed.ledger)?);
             }
             for (listener, address) in config.listeners.iter().zip(&addresses) {
                 tracing::info!(listener = listener.name, %address, "listening");
             }
+            observed.set_serving(true);
             tracing::info!("ready");
             let ended = watch(threads);
             tokio::pin!(ended);
@@ -109,18 +131,20 @@ impl App {
                 _ = terminate.recv() => tracing::info!(signal = "SIGTERM", "draining"),
                 _ = interrupt.recv() => tracing::info!(signal = "SIGINT", "draining"),
             }
+            observed.set_serving(false);
             for worker in 0..config.server.workers {
-                controls.send(worker, Control::Drain { over: config.server.drain_timeout });
+                observed.controls.send(worker, Control::Drain { over: config.server.drain_timeout });
             }
             tokio::select! {
                 ended = &mut ended => ended?,
                 // A second signal, or a worker that does not come to its end.
                 _ = terminate.recv() => return Err(anyhow!("stopped before everything was drained")),
                 _ = interrupt.recv() => return Err(anyhow!("stopped before everything was drained")),
-                () = tokio::time::sleep(config.server.drain_timeout + Duration::from_secs(5)) => {
+                () = tokio::time::sleep(config.server.drain_timeout + LAST_CALL) => {
                     return Err(anyhow!("a worker did not end within drain_timeout"));
                 }
             }
+            drop((admin, watchdog));
             tracing::info!("drained");
             Ok(())
         })

@@ -31,6 +31,14 @@ enum Command {
         /// The configuration.
         file: PathBuf,
     },
+    /// Make one bounded leak in the running process and follow it until it is gone.
+    Drill {
+        /// orphan, ghost, zombie or hoard.
+        class: String,
+        /// The running process's `[admin] socket`.
+        #[arg(long, default_value = "/run/counterfoil/counterfoil.sock")]
+        socket: PathBuf,
+    },
     /// Ask a DNS server over TCP, with a PROXY v2 header if wanted.
     Query(QueryArgs),
 }
@@ -68,6 +76,14 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run(&args),
         Command::CheckConfig { file } => config::check::run(&file),
+        Command::Drill { class, socket } => match crate::drill::client(&class, &socket, &mut std::io::stdout()) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => {
+                complain(&format_args!("error: {error:#}\n"));
+                ExitCode::FAILURE
+            }
+        },
         Command::Query(args) => crate::query::run(&args),
     }
 }
@@ -106,7 +122,8 @@ fn run(args: &RunArgs) -> ExitCode {
 }
 
 fn serve(config: config::Config, demo: Option<Demo>) -> anyhow::Result<()> {
-    let app = App::build(config)?;
+    let others: Vec<_> = demo.iter().map(|demo| demo.responder.addr()).collect();
+    let app = App::build(config, &others)?;
     let _responder = match demo {
         Some(demo) => {
             let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("counterfoil"));

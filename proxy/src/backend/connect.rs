@@ -9,6 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
 use crate::clock::Mono;
+use crate::kernel::sys;
 use crate::ledger::caps::Permit;
 use crate::ledger::{OpenInfo, ReserveError, ShardWriter, Tracked};
 
@@ -34,10 +35,6 @@ pub(crate) enum OpenError {
 /// Begins to connect. The row is in the ledger before `connect(2)` is called, so the kernel never has a connection of
 /// ours that the ledger has not (I2).
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
-#[expect(
-    deprecated,
-    reason = "sound here: what is registered is an Arc of a socket, which gives the same descriptor always"
-)]
 pub(crate) fn connect(
     ledger: &ShardWriter,
     permit: Permit,
@@ -56,6 +53,7 @@ pub(crate) fn connect(
     // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8).
     socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
     if let Some(source) = source {
+        sys::bind_address_no_port(socket).map_err(|error| OpenError::Bind(source, error))?;
         socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;
     }
     match socket.connect(&address.into()) {
@@ -64,7 +62,7 @@ pub(crate) fn connect(
         Err(error) => return Err(OpenError::Connect(error)),
     }
     let (socket, entry) = opened.into_parts();
-    match AsyncFd::try_new(socket) {
+    match sys::register(socket) {
         Ok(io) => Ok(Tracked::new(io, entry)),
         Err(error) => {
             let (socket, error) = error.into_parts();

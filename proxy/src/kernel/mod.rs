@@ -26,7 +26,7 @@ mod log;
 mod netlink;
 mod open;
 mod state;
-mod sys;
+pub(crate) mod sys;
 mod tcp_info;
 mod view;
 

@@ -2,7 +2,8 @@
 //!
 //! * an iterator link with its parameters, and its file (`aya` cannot pass the parameters),
 //! * the array of records, mapped,
-//! * `getsockopt` on a descriptor that another thread owns.
+//! * `getsockopt` on a descriptor that another thread owns,
+//! * a socket option that no crate knows, and the registration of a shared socket with tokio.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::ffi::{c_int, c_void};
@@ -12,8 +13,10 @@ use std::mem::{size_of, zeroed};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::Arc;
 
 use counterfoil_common::SocketRecord;
+use tokio::io::unix::{AsyncFd, AsyncFdRegisterError};
 
 const BPF_LINK_CREATE: c_int = 28;
 const BPF_ITER_CREATE: c_int = 33;
@@ -189,4 +192,30 @@ pub(super) fn local_address(fd: RawFd) -> io::Result<SocketAddr> {
         }
         _ => Err(io::ErrorKind::Unsupported.into()),
     }
+}
+
+/// `IP_BIND_ADDRESS_NO_PORT` (ip(7)): `bind(2)` with port 0 leaves the choice of a port to `connect(2)`, which may then
+/// use a port again that is in use towards another destination.
+pub(crate) fn bind_address_no_port(socket: &socket2::Socket) -> io::Result<()> {
+    let on: c_int = 1;
+    let len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of `on`, and the descriptor is open while `socket` is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            len,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Registers a socket with the runtime of this thread.
+pub(crate) fn register(
+    socket: Arc<socket2::Socket>,
+) -> Result<AsyncFd<Arc<socket2::Socket>>, AsyncFdRegisterError<Arc<socket2::Socket>>> {
+    // SAFETY: an `Arc` of a socket gives the same descriptor for as long as it lives, and the descriptor stays open.
+    unsafe { AsyncFd::register(socket) }
 }
