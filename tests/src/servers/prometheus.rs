@@ -58,13 +58,14 @@ impl Prometheus {
         answer["data"].take()
     }
 
-    /// The state of the target as `(health, last error)`.
+    /// The state of the target as `(health, last error)`; `unknown` until it was discovered and scraped.
     #[track_caller]
     pub fn target(&self) -> (String, String) {
         let targets = self.api("/api/v1/targets");
         let target = &targets["activeTargets"][0];
         let text = |name: &str| target[name].as_str().unwrap_or_default().to_owned();
-        (text("health"), text("lastError"))
+        let health = text("health");
+        (if health.is_empty() { "unknown".to_owned() } else { health }, text("lastError"))
     }
 
     /// Names of the alerts in state `state` (`pending` or `firing`).
