@@ -61,7 +61,8 @@ impl Metrics {
 
     /// Their sum; 0 if there are none (a series appears with its first event).
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.samples(name, labels).map(|sample| sample.value).sum()
+        // The sum of nothing is -0 by itself.
+        self.samples(name, labels).map(|sample| sample.value).fold(0.0, |sum, value| sum + value)
     }
 
     /// The one sample of this name and these labels.
