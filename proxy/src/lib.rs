@@ -4,6 +4,8 @@
 pub mod admin;
 pub mod app;
 pub mod backend;
+#[cfg(feature = "test-hooks")]
+pub mod churn;
 pub mod cli;
 pub mod client;
 pub mod clock;
