@@ -276,3 +276,7 @@ pub fn stalled(ledger: &LedgerSnapshot, started: Mono, policy: &Policy) -> Vec<b
 #[cfg(test)]
 #[path = "reconcile_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "reconcile_model.rs"]
+mod model;
