@@ -183,11 +183,11 @@ impl<'a> KernelTypes<'a> {
             if name == wanted {
                 return Ok(Some(Found { bits, bit_field, type_id }));
             }
-            if name.is_empty() {
-                if let Some(inner) = self.member(self.resolve(type_id)?, wanted, depth + 1)? {
-                    let bits = bits.checked_add(inner.bits).ok_or(BtfError::Damaged(at))?;
-                    return Ok(Some(Found { bits, ..inner }));
-                }
+            if name.is_empty()
+                && let Some(inner) = self.member(self.resolve(type_id)?, wanted, depth + 1)?
+            {
+                let bits = bits.checked_add(inner.bits).ok_or(BtfError::Damaged(at))?;
+                return Ok(Some(Found { bits, ..inner }));
             }
         }
         Ok(None)

@@ -199,10 +199,10 @@ fn program_error(name: &str, error: &ProgramError) -> ViewError {
 fn failed(what: &str, error: &(dyn Error + 'static)) -> ViewError {
     let mut source = Some(error);
     while let Some(cause) = source {
-        if let Some(io) = cause.downcast_ref::<io::Error>() {
-            if io.kind() == io::ErrorKind::PermissionDenied {
-                return ViewError::NotPermitted { what: what.to_owned(), missing: capability::missing_for_ebpf() };
-            }
+        if let Some(io) = cause.downcast_ref::<io::Error>()
+            && io.kind() == io::ErrorKind::PermissionDenied
+        {
+            return ViewError::NotPermitted { what: what.to_owned(), missing: capability::missing_for_ebpf() };
         }
         source = cause.source();
     }

@@ -228,6 +228,7 @@ fn row(response: &InetResponse) -> Option<Row> {
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests panic")]
+    #![expect(clippy::disallowed_methods, reason = "the test needs a connection of its own")]
 
     use std::net::{TcpListener, TcpStream};
 
