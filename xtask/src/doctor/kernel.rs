@@ -4,6 +4,9 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -89,6 +92,9 @@ fn tried(target: &Path) -> Line {
     }
 }
 
+/// How long the program may take to load its eBPF part.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// A forwarder that nobody knows of, on a port of the kernel's choice.
 const CONFIG: &str = r#"[admin]
 http = ""
@@ -116,14 +122,18 @@ fn kernel_view(target: &Path, program: &Path) -> Result<(String, String)> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = Running(command.spawn().with_context(|| format!("cannot start {}", program.display()))?);
     let stderr = child.0.stderr.take().context("the program's stderr is not ours")?;
+    let (sender, lines) = mpsc::channel();
+    // Ends with the program, whose stderr it reads.
+    thread::spawn(move || BufReader::new(stderr).lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let deadline = Instant::now() + PATIENCE;
     let mut last = String::new();
-    for line in BufReader::new(stderr).lines() {
-        last = line?;
-        if let Some(found) = parse_kernel_view(&last) {
+    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        if let Some(found) = parse_kernel_view(&line) {
             return Ok(found);
         }
+        last = line;
     }
-    anyhow::bail!("it ended without naming its kernel view: {last}")
+    anyhow::bail!("it does not name its kernel view; its last words: {last}")
 }
 
 fn parse_kernel_view(line: &str) -> Option<(String, String)> {
