@@ -13,6 +13,7 @@ use super::limits::Admitted;
 use super::session::{Session, SessionKey};
 use crate::clock::{self, Mono};
 use crate::close::ClientCloseReason;
+use crate::dns::frame::first_frame;
 use crate::worker::core::Core;
 use crate::worker::shell::{SCRATCH, Shell};
 
@@ -42,6 +43,10 @@ impl SessionTask {
         for _ in 0..TURNS {
             self.take_rest(now);
             self.write(cx, now)?;
+            if self.has_takeable_message() {
+                // Writing made room for it. What is read comes after it, and so does the client's end.
+                continue;
+            }
             if let Some(reason) = self.session(Session::finished).unwrap_or(Some(ClientCloseReason::Dropped)) {
                 return Err(reason);
             }
@@ -65,6 +70,11 @@ impl SessionTask {
         let taken = self.shell.core.borrow_mut().client_bytes(self.key, &self.rest, now);
         self.rest.drain(..taken);
         self.shrink();
+    }
+
+    /// Whether the rest begins with a whole message (or a malformed one) and the session takes messages.
+    fn has_takeable_message(&self) -> bool {
+        !matches!(first_frame(&self.rest), Ok(None)) && self.session(Session::takes_messages).unwrap_or(false)
     }
 
     fn shrink(&mut self) {
