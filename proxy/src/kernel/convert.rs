@@ -114,9 +114,11 @@ mod tests {
     #[test]
     fn a_byte_during_the_sweep_is_now_and_an_old_one_is_old() {
         assert_eq!(TICKS.to_ns(1001), Some(TICKS.now_ns));
+        // The counter wraps after 49 days at the earliest, and five minutes after boot.
         let wrapped = Ticks { now: 5, now_ns: u64::MAX / 2, ..TICKS };
-        assert_eq!(wrapped.to_ns(u32::MAX), Some(u64::MAX / 2), "five ticks ahead of zero is ahead, not 49 days old");
-        assert_eq!(wrapped.to_ns(u32::MAX - (1 << 17)), Some(u64::MAX / 2 - ((1 << 17) + 6) * 4_000_000));
+        assert_eq!(wrapped.to_ns(u32::MAX), Some(u64::MAX / 2 - 6 * 4_000_000));
+        assert_eq!(wrapped.to_ns(7), Some(u64::MAX / 2));
+        assert_eq!(wrapped.to_ns(6 + (1 << 16)), Some(u64::MAX / 2 - (u64::from(u32::MAX) - (1 << 16)) * 4_000_000));
         assert_eq!(wrapped.to_ns(0), None);
     }
 
