@@ -245,7 +245,11 @@ fn log(finding: &Finding, record: &ReapRecord, policy: &Policy, now: Mono) {
         rung = record.rung.map_or("none", Rung::name),
         outcome = record.outcome.map_or("withdrawn", Outcome::label),
         note = record.note,
-        "reaped"
+        message = match record.outcome {
+            Some(Outcome::DryRun) => "would be reaped",
+            Some(_) => "reaped",
+            None => "reaping withdrawn",
+        },
     );
 }
 

@@ -279,3 +279,7 @@ impl Hands for Grip<'_> {
         self.observed.ledger.retire_row(row)
     }
 }
+
+#[cfg(test)]
+#[path = "task_tests.rs"]
+mod tests;
