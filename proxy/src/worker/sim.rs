@@ -35,7 +35,7 @@ pub(crate) struct Wire {
     pub(crate) unanswered: VecDeque<Arrived>,
     bytes: Vec<u8>,
     connected: bool,
-    permit: Option<Permit>,
+    _permit: Option<Permit>,
 }
 
 /// The client's side of a connection.
@@ -150,7 +150,7 @@ impl Sim {
             if let Some(key) = self.core.wakes.open.pop() {
                 let permit = self.core.pool.get_mut(key).and_then(|conn| conn.permit.take());
                 assert!(permit.is_some(), "a connection is opened under the caps");
-                self.wires.insert(key, Wire { permit, ..Wire::default() });
+                self.wires.insert(key, Wire { _permit: permit, ..Wire::default() });
                 self.opened += 1;
             } else if let Some(key) = self.core.wakes.conns.pop() {
                 if let Some(conn) = self.core.pool.get_mut(key) {
