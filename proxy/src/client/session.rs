@@ -68,6 +68,8 @@ pub struct Session {
     /// The client has sent FIN.
     pub(crate) read_closed: bool,
     pub(crate) close: Option<ClientCloseReason>,
+    /// It must close whether or not it is quiet: the time to drain is over.
+    pub(crate) forced: bool,
     /// When the last whole message came or the last answer left.
     pub(crate) last_message: Mono,
     /// Since when a message is incomplete.
@@ -101,6 +103,7 @@ impl Session {
             recorded: false,
             read_closed: false,
             close: None,
+            forced: false,
             last_message: now,
             partial_since: Mono::ZERO,
             unwritable_since: Mono::ZERO,
@@ -163,7 +166,7 @@ impl Session {
         if self.partial_since != Mono::ZERO {
             deadline = deadline.min(self.partial_since.after(self.limits.message_timeout));
         }
-        if self.in_flight() == 0 && self.out.is_empty() {
+        if self.is_quiet() {
             deadline = deadline.min(self.last_message.after(self.limits.idle_timeout));
             if self.drain_at != Mono::ZERO {
                 deadline = deadline.min(self.drain_at);
@@ -178,7 +181,7 @@ impl Session {
             return;
         }
         let over = |since: Mono, limit: Duration| since != Mono::ZERO && since.after(limit) <= now;
-        let quiet = self.in_flight() == 0 && self.out.is_empty();
+        let quiet = self.is_quiet();
         self.close = if over(self.unwritable_since, self.limits.write_timeout) {
             Some(ClientCloseReason::WriteTimeout)
         } else if over(self.partial_since, self.limits.message_timeout) {
@@ -199,10 +202,23 @@ impl Session {
             // Whatever was answered before the malformed message is still delivered.
             Some(ClientCloseReason::Malformed) if !self.out.is_empty() || self.in_flight() > 0 => None,
             Some(reason) => Some(reason),
-            None if self.read_closed && self.in_flight() == 0 && self.out.is_empty() => {
-                Some(ClientCloseReason::ClientClosed)
-            }
+            None if self.read_closed && self.is_quiet() => Some(ClientCloseReason::ClientClosed),
             None => None,
+        }
+    }
+
+    /// Whether it owes the client nothing and has taken everything that was read.
+    fn is_quiet(&self) -> bool {
+        self.in_flight() == 0 && self.out.is_empty() && !self.blocked
+    }
+
+    /// It was to be closed because it is quiet. If so, its task looks once more whether something has come meanwhile.
+    pub(crate) fn reconsider(&mut self) -> Option<ClientCloseReason> {
+        match self.close {
+            Some(ClientCloseReason::IdleTimeout | ClientCloseReason::Drained) if !self.read_closed && !self.forced => {
+                self.close.take()
+            }
+            _ => None,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -48,6 +49,9 @@ impl SessionTask {
                 continue;
             }
             if let Some(reason) = self.session(Session::finished).unwrap_or(Some(ClientCloseReason::Dropped)) {
+                if self.looks_once_more() {
+                    continue;
+                }
                 return Err(reason);
             }
             if !self.session(Session::reads).unwrap_or(false) || self.read(cx, now)?.is_pending() {
@@ -56,6 +60,20 @@ impl SessionTask {
         }
         cx.waker().wake_by_ref();
         Ok(())
+    }
+
+    /// A quiet connection is about to be closed by us. A query that came in this very moment must not be lost with it:
+    /// true if something is there to be read, of which the event loop has not told yet.
+    fn looks_once_more(&self) -> bool {
+        let mut core = self.shell.core.borrow_mut();
+        let (Some(session), Some(stream)) = (core.sessions.get_mut(self.key.0), &self.stream) else { return false };
+        let Some(reason) = session.reconsider() else { return false };
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let there = matches!(rustix::net::recv(stream, &mut [0u8; 1], flags), Ok((1.., _)));
+        if !there {
+            session.close = Some(reason);
+        }
+        there
     }
 
     fn session<T>(&self, ask: impl FnOnce(&Session) -> T) -> Option<T> {

@@ -166,6 +166,7 @@ impl Core {
         let keys: Vec<usize> = self.sessions.iter().map(|(key, _)| key).collect();
         for key in keys {
             self.sessions[key].close.get_or_insert(crate::close::ClientCloseReason::Drained);
+            self.sessions[key].forced = true;
             self.wake_session(crate::client::session::SessionKey(key));
         }
     }
