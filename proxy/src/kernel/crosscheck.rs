@@ -107,8 +107,13 @@ impl EbpfView {
     /// socket has left its hashed state by now.
     fn still_hashed(&mut self, record: &SocketRecord) -> Result<bool, ViewError> {
         let Some(diag) = &mut self.diag else { return Ok(true) };
-        if diag.find(convert::local(record), convert::remote(record), record.cookie)?.is_some() {
-            return Ok(true);
+        match diag.find(convert::local(record), convert::remote(record), record.cookie) {
+            Ok(None) => {}
+            Ok(Some(_)) => return Ok(true),
+            Err(error) => {
+                tracing::warn!(%error, "sock_diag cannot witness");
+                return Ok(true);
+            }
         }
         let now = self.sweep()?;
         Ok(!now.records.iter().any(|other| other.cookie == record.cookie && is_hashed(other)))

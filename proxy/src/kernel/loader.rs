@@ -70,7 +70,8 @@ pub(super) fn load(max_sockets: u32) -> Result<Loaded, ViewError> {
     let Map::SkStorage(tags) = tags else { return Err(abi(&"TAGS is no socket storage")) };
     let [sweep, descriptors] = programs;
     let sweep = iterator_link(&ebpf, sweep, Walk::Map(tags.fd().as_fd()))?;
-    let descriptors = iterator_link(&ebpf, descriptors, Walk::Process(std::process::id()))
+    // All threads share the first one's descriptors.
+    let descriptors = iterator_link(&ebpf, descriptors, Walk::Task(std::process::id()))
         .or_else(|_| iterator_link(&ebpf, descriptors, Walk::Everything))?;
 
     let records = take(&mut ebpf, names::RECORDS)?;

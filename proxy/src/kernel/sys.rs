@@ -27,8 +27,8 @@ const BPF_TRACE_ITER: u32 = 28;
 pub(super) enum Walk<'a> {
     /// The entries of a map.
     Map(BorrowedFd<'a>),
-    /// One process, by its id in this pid namespace (Linux 6.1 and later).
-    Process(u32),
+    /// One task, by its id in this pid namespace (Linux 6.1 and later).
+    Task(u32),
     /// Everything: all that kernels before 6.1 can do for tasks.
     Everything,
 }
@@ -68,12 +68,12 @@ pub(super) fn iterator_link(program: BorrowedFd<'_>, walk: Walk<'_>) -> io::Resu
     // `map.map_fd`, or `task.{tid, pid, pid_fd}`.
     let info = match walk {
         Walk::Map(map) => [map.as_raw_fd().cast_unsigned(), 0, 0],
-        Walk::Process(pid) => [0, pid, 0],
+        Walk::Task(tid) => [tid, 0, 0],
         Walk::Everything => [0; 3],
     };
     let info_len = match walk {
         Walk::Map(_) => 4,
-        Walk::Process(_) => 12,
+        Walk::Task(_) => 12,
         Walk::Everything => 0,
     };
     let attr = LinkCreate {

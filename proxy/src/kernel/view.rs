@@ -16,6 +16,9 @@ use super::loader::{self, Loaded};
 use super::netlink::SockDiag;
 use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError, sys};
 
+/// As much as the kernel gives in one read.
+const ITERATOR_BUFFER: usize = 32 * 1024;
+
 /// One sweep over the tagged sockets.
 pub(super) struct Sweep {
     pub(super) taken_ns: u64,
@@ -73,7 +76,10 @@ impl EbpfView {
         let map = |error: aya::maps::MapError| ViewError::Incomplete { what: "the header", detail: error.to_string() };
         let taken_ns = now_ns();
         self.loaded.pass.set(0, PassHeader::default(), 0).map_err(map)?;
-        let output = read_iterator(self.loaded.sweep.as_fd()).map_err(ViewError::io("sweeping the sockets"))?;
+        // The walk happens inside this one read, which has nothing to return: the records are in the array.
+        let output = sys::iterator_open(self.loaded.sweep.as_fd())
+            .and_then(|mut iterator| iterator.read(&mut [0; 8]))
+            .map_err(ViewError::io("sweeping the sockets"))?;
         let pass = self.loaded.pass.get(&0, 0).map_err(map)?;
         let incomplete = |detail: &str| ViewError::Incomplete { what: "the sockets", detail: detail.to_owned() };
         if pass.complete != 1 {
@@ -82,7 +88,7 @@ impl EbpfView {
         if pass.abi != ABI_VERSION {
             return Err(ViewError::Abi { object: pass.abi.to_string(), program: ABI_VERSION });
         }
-        if !output.is_empty() {
+        if output != 0 {
             return Err(incomplete("the walk was interrupted"));
         }
         let mut records = self.loaded.records.copy(pass.records as usize);
@@ -95,17 +101,33 @@ impl EbpfView {
 
     /// Reads the TCP sockets behind this process's descriptors, each once.
     pub(super) fn descriptors(&mut self) -> Result<Vec<SocketRecord>, ViewError> {
-        let what = "the descriptors";
-        let output =
-            read_iterator(self.loaded.descriptors.as_fd()).map_err(ViewError::io("walking the descriptors"))?;
-        let cut = || ViewError::Incomplete { what, detail: "the walk did not reach its end".to_owned() };
-        let mut records = sys::records(&output).ok_or_else(cut)?;
-        if records.pop().is_none_or(|end| end.cookie != 0) {
-            return Err(cut());
-        }
+        let mut records =
+            self.walk_descriptors().map_err(ViewError::io("walking the descriptors"))?.ok_or_else(|| {
+                ViewError::Incomplete { what: "the descriptors", detail: "the walk did not reach its end".to_owned() }
+            })?;
         let mut seen = HashSet::with_capacity(records.len());
         records.retain(|record| seen.insert(record.cookie));
         Ok(records)
+    }
+
+    /// The records up to the one that marks the end; `None` if the output ends without it.
+    fn walk_descriptors(&self) -> io::Result<Option<Vec<SocketRecord>>> {
+        let mut iterator = sys::iterator_open(self.loaded.descriptors.as_fd())?;
+        let mut output = Vec::new();
+        let mut buffer = [0; ITERATOR_BUFFER];
+        loop {
+            let len = iterator.read(&mut buffer)?;
+            output.extend_from_slice(&buffer[..len]);
+            // The kernel ends a read after the mark. Linux 6.1 would begin anew in the next one.
+            let tail = output.len().saturating_sub(size_of::<SocketRecord>());
+            let last = sys::records(&output[tail..]).and_then(|mut last| last.pop());
+            if last.is_some_and(|last| last.cookie == 0) {
+                return Ok(sys::records(&output[..tail]));
+            }
+            if len == 0 {
+                return Ok(None);
+            }
+        }
     }
 
     /// Tags the sockets with these cookies, as far as they are still behind a descriptor.
@@ -196,13 +218,6 @@ impl KernelView for EbpfView {
         let (check, _) = self.compare()?;
         self.settle(check)
     }
-}
-
-/// Reads an iterator to its end.
-fn read_iterator(link: std::os::fd::BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    let mut output = Vec::new();
-    sys::iterator_open(link)?.read_to_end(&mut output)?;
-    Ok(output)
 }
 
 /// `CLOCK_MONOTONIC` now, nanoseconds.
