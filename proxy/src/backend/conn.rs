@@ -94,13 +94,8 @@ impl ConnTask {
             Poll::Pending => return Ok(Poll::Pending),
             Poll::Ready(ready) => ready.map_err(|_| CloseReason::ConnectFailed)?,
         };
-        let error = ready.get_inner().take_error().unwrap_or_else(Some);
-        if let Some(error) = error {
-            let core = self.shell.core.borrow();
-            if let Some(conn) = core.pool.get(self.key) {
-                let backend = &core.plan.backends[usize::from(conn.backend)];
-                self.shell.complain(&backend.name, backend.address, &error.to_string());
-            }
+        if let Some(error) = ready.get_inner().take_error().unwrap_or_else(Some) {
+            self.complain(&error);
             return Err(CloseReason::ConnectFailed);
         }
         self.connected = true;
@@ -173,13 +168,17 @@ impl ConnTask {
             }
             Err(violation) => {
                 self.rest.clear();
-                let core = self.shell.core.borrow();
-                if let Some(conn) = core.pool.get(self.key) {
-                    let backend = &core.plan.backends[usize::from(conn.backend)];
-                    self.shell.complain(&backend.name, backend.address, &violation.to_string());
-                }
+                self.complain(&violation);
                 Err(CloseReason::ProtocolViolation)
             }
+        }
+    }
+
+    fn complain(&self, trouble: &dyn std::fmt::Display) {
+        let core = self.shell.core.borrow();
+        if let Some(conn) = core.pool.get(self.key) {
+            let backend = &core.plan.backends[usize::from(conn.backend)];
+            self.shell.complain(&backend.name, backend.address, &trouble.to_string());
         }
     }
 

@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use crate::clock::Mono;
 use crate::kernel::sys;
 use crate::ledger::caps::Permit;
-use crate::ledger::{OpenInfo, ReserveError, ShardWriter, Tracked};
+use crate::ledger::{ConnKind, OpenInfo, ReserveError, ShardWriter, Tracked};
 
 /// A backend connection's descriptor, registered with the worker's event loop. The ledger holds a weak handle to the
 /// socket, which the watchdog upgrades for one system call (I4).
@@ -50,8 +50,11 @@ pub(crate) fn connect(
     // From here on the pair is dropped in order: the descriptor, then the row.
     let opened = Tracked::new(socket, entry);
     let socket = opened.io();
-    // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8).
-    socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
+    if info.kind != ConnKind::OneShot {
+        // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8). A one-shot
+        // connection writes once, which waits for nothing.
+        socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
+    }
     if let Some(source) = source {
         sys::bind_address_no_port(socket).map_err(|error| OpenError::Bind(source, error))?;
         socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;

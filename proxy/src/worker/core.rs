@@ -1,5 +1,6 @@
 //! The worker's state, and what the tasks tell it. A pure state machine (I13): events in, wake-ups out, no I/O and no
-//! clock. `route.rs` finds a connection for a query, `answer.rs` brings answers and failures back, `house.rs` sees to
+//! clock. `route.rs` finds a connection for a query, `place.rs` acts
+//! on what it found, `answer.rs` brings answers and failures back, `house.rs` sees to
 //! what only time brings about.
 
 use std::collections::HashMap;

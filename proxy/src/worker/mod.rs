@@ -8,6 +8,7 @@ pub mod core;
 mod core_tests;
 mod house;
 pub(crate) mod links;
+mod place;
 pub mod plan;
 pub mod queries;
 pub(crate) mod route;
