@@ -199,6 +199,8 @@ fn inverse(odd: u16) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
     use std::collections::{HashMap, VecDeque};
 
     use proptest::prelude::*;

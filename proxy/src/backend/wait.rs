@@ -88,6 +88,8 @@ impl WaitQueue {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
     use super::*;
 
     fn key(index: u32) -> QueryKey {

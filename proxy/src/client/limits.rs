@@ -65,6 +65,8 @@ impl Drop for Admitted {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
     use super::*;
 
     #[test]
