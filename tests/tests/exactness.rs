@@ -1,4 +1,5 @@
 //! Ledger and kernel view are equal as sets of socket cookies, at every moment at which the process stands still.
+#![expect(clippy::expect_used, reason = "tests panic")]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
