@@ -93,6 +93,7 @@ fn soak_two_namespaces() {
     assert!(outcome.elapsed < Duration::from_secs_f64(SECONDS as f64 * 1.1), "the rate holds: {:?}", outcome.elapsed);
     assert!(observed.most <= MAX_OWNED_PER_CLIENT, "{observed:?}");
     assert!(observed.longest_close_wait <= Duration::from_secs(1), "{observed:?}");
+    assert!(time_wait < 100, "{time_wait} in TIME_WAIT: each holds a port for a minute");
     near.run(|| {
         let metrics = counterfoil.metrics();
         assert_eq!(metrics.sum("backend_connect_failures_total", &[]), 0.0, "EADDRNOTAVAIL would be one");
