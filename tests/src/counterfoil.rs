@@ -178,6 +178,8 @@ impl Counterfoil {
             restless.is_empty().then_some(())
         });
         assert!(rested.is_some(), "not at rest: {restless:?}; its log:\n{}", self.process.tail());
+        let panicked = self.process.lines().into_iter().find(|line| line.contains("panicked at"));
+        assert!(panicked.is_none(), "{panicked:?}");
     }
 
     /// Ends it with SIGTERM and returns how it ended.
@@ -213,6 +215,11 @@ fn unrest(metrics: &Metrics) -> Vec<String> {
     if connections("opened") != connections("closed") {
         let (opened, closed) = (connections("opened"), connections("closed"));
         found.push(format!("(client, backend) connections opened {opened:?}, closed {closed:?}"));
+    }
+    for change in ["client_connections_closed_total", "backend_connections_closed_total"] {
+        if metrics.sum(change, &[("reason", "dropped")]) != 0.0 {
+            found.push(format!("{change} without a reason: a bug"));
+        }
     }
     found
 }
