@@ -50,8 +50,8 @@ impl App {
         let config = Arc::new(config);
         let count = config.server.workers;
         let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();
-        let limits = backends.iter().map(|backend| backend.max_connections).chain([DRILL_CONNECTIONS]);
-        let caps = Arc::new(Caps::new(limits, config.connections.max_total + DRILL_CONNECTIONS));
+        let limits = backends.iter().map(|backend| backend.max_connections);
+        let caps = Arc::new(Caps::new(limits, config.connections.max_total).with_drill(DRILL_CONNECTIONS));
         let slots = config.connections.max_total + DRILL_CONNECTIONS;
         let ledger = Arc::new(Ledger::new(count + 1, slots, backends.len() + 1, Arc::clone(&caps)));
 

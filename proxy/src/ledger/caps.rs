@@ -19,6 +19,8 @@ pub enum AtCap {
 pub struct Caps {
     backends: Box<[Counted]>,
     total: Counted,
+    /// Backends from this index on are not part of the total.
+    beside: usize,
 }
 
 #[derive(Debug)]
@@ -46,7 +48,17 @@ impl Counted {
 impl Caps {
     /// Limits per backend, in the order of the backend indexes, and in total.
     pub fn new(backends: impl IntoIterator<Item = usize>, total: usize) -> Self {
-        Self { backends: backends.into_iter().map(Counted::new).collect(), total: Counted::new(total) }
+        let backends: Box<[Counted]> = backends.into_iter().map(Counted::new).collect();
+        let beside = backends.len();
+        Self { backends, total: Counted::new(total), beside }
+    }
+
+    /// One more backend, the last, whose connections are not part of the total: drills must not take what is the
+    /// clients', nor leave them more.
+    #[must_use]
+    pub fn with_drill(self, limit: usize) -> Self {
+        let backends = self.backends.into_iter().chain([Counted::new(limit)]).collect();
+        Self { backends, ..self }
     }
 
     /// Counts one more connection, or says which limit forbids it.
@@ -55,7 +67,7 @@ impl Caps {
         if !counted.take() {
             return Err(AtCap::Backend);
         }
-        if !self.total.take() {
+        if usize::from(backend) < self.beside && !self.total.take() {
             counted.give();
             return Err(AtCap::Total);
         }
@@ -92,7 +104,9 @@ impl Drop for Permit {
         if let Some(counted) = self.caps.backends.get(usize::from(self.backend)) {
             counted.give();
         }
-        self.caps.total.give();
+        if usize::from(self.backend) < self.caps.beside {
+            self.caps.total.give();
+        }
     }
 }
 
@@ -116,5 +130,19 @@ mod tests {
         drop((second, third));
         assert_eq!(caps.total(), (3, 0));
         assert_eq!(caps.acquire(7).err(), Some(AtCap::Backend));
+    }
+
+    #[test]
+    fn drills_are_beside_the_total() {
+        let caps = Arc::new(Caps::new([5], 2).with_drill(1));
+        let drill = caps.acquire(1);
+        assert!(drill.is_ok());
+        assert_eq!(caps.acquire(1).err(), Some(AtCap::Backend));
+        let kept = [caps.acquire(0), caps.acquire(0)];
+        assert_eq!(caps.acquire(0).err(), Some(AtCap::Total));
+        assert_eq!(caps.total(), (2, 2));
+        drop(kept);
+        drop(drill);
+        assert_eq!((caps.total(), caps.backend(1)), ((2, 0), Some((1, 0))));
     }
 }
