@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    refuse: AtomicBool,
     accepted: AtomicUsize,
     open: AtomicUsize,
     most_open: AtomicUsize,
@@ -48,7 +49,7 @@ impl FakeBackend {
         let shared = Arc::new(Shared::default());
         let acceptor = {
             let shared = Arc::clone(&shared);
-            std::thread::spawn(move || accept(&listener, &shared, &Arc::new(script)))
+            std::thread::spawn(move || accept(listener, &shared, &Arc::new(script)))
         };
         Self { address, shared, acceptor: Some(acceptor) }
     }
@@ -63,6 +64,17 @@ impl FakeBackend {
                 connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
             }
         })
+    }
+
+    /// From now on connections are refused; those that are open live on.
+    ///
+    /// # Panics
+    /// If it goes on accepting.
+    pub fn refuse(&self) {
+        self.shared.refuse.store(true, Ordering::SeqCst);
+        // Wakes the accepting thread.
+        let _ = TcpStream::connect(self.address);
+        wait::until("connections are refused", PATIENCE, || TcpStream::connect(self.address).is_err());
     }
 
     /// Connections accepted so far.
@@ -86,14 +98,10 @@ impl FakeBackend {
     }
 }
 
-fn accept(
-    listener: &TcpListener,
-    shared: &Arc<Shared>,
-    script: &Arc<impl Fn(&mut Connection) + Send + Sync + 'static>,
-) {
+fn accept(listener: TcpListener, shared: &Arc<Shared>, script: &Arc<impl Fn(&mut Connection) + Send + Sync + 'static>) {
     let mut scripts = Vec::new();
     while let Ok((stream, peer)) = listener.accept() {
-        if shared.stop.load(Ordering::SeqCst) {
+        if shared.stop.load(Ordering::SeqCst) || shared.refuse.load(Ordering::SeqCst) {
             break;
         }
         let number = shared.accepted.fetch_add(1, Ordering::SeqCst);
@@ -112,6 +120,7 @@ fn accept(
             shared.open.fetch_sub(1, Ordering::SeqCst);
         }));
     }
+    drop(listener);
     for thread in scripts {
         // A panic was caught and recorded inside.
         let _ = thread.join();

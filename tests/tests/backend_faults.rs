@@ -275,6 +275,24 @@ fn a_refused_connect_is_servfail_at_once() {
     assert!(counterfoil.metrics().sum("backend_connect_failures_total", &[]) >= 1.0);
 }
 
+/// A backend that refuses new connections for a while answers on those that are open, and nobody may notice.
+#[test]
+fn a_refused_connect_spoils_no_open_connection() {
+    let backend = FakeBackend::answering(true);
+    let config = Config::new(backend.address).identity("address").tlv(0xe0, "{qname_label:1}");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    client.exchange(1, "open.example.test", qtype::A);
+    backend.refuse();
+    for round in 0..20 {
+        let refused = client.exchange(2, &format!("new{round}.example.test"), qtype::A);
+        assert_eq!(message::response_code(&refused), rcode::SERVFAIL);
+        let answered = client.exchange(3, "open.example.test", qtype::A);
+        assert_eq!(message::response_code(&answered), rcode::NOERROR, "round {round}");
+    }
+    assert_eq!(backend.accepted(), 1);
+}
+
 #[test]
 fn one_of_two_backends_down_costs_no_answer() {
     let good = FakeBackend::answering(false);

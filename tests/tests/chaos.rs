@@ -125,6 +125,10 @@ fn chaos(identity: &str, workers: usize, seed: u64) {
         metrics.sum("queries_abandoned_total", &[]),
         metrics.sum("backend_connections_opened_total", &[]),
     );
+    for (name, reason) in [("queries_failed_total", "reason"), ("backend_connections_closed_total", "reason")] {
+        let by_reason = metrics.samples(name, &[]).filter(|sample| sample.value > 0.0);
+        println!("  {name}: {:?}", by_reason.map(|sample| (&sample.labels[reason], sample.value)).collect::<Vec<_>>());
+    }
     assert!(first <= MAX_TOTAL && second <= MAX_SECOND, "the caps hold: {first} and {second} at once");
     assert!(metrics.sum("answers_total", &[]) > metrics.sum("queries_failed_total", &[]), "most went well");
     assert_eq!(metrics.sum("discrepancy_sockets", &[]), 0.0, "and the watchdog saw nothing wrong");

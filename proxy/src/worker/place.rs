@@ -24,6 +24,9 @@ impl Core {
         how: How,
         now: Mono,
     ) -> Route {
+        if self.backoff[usize::from(backend)].holds(now) {
+            return Route::Fail(FailReason::ConnectFailed);
+        }
         // Who came later does not overtake who waits.
         if !matches!(how, How::FromQueue { .. }) && !self.waits[usize::from(backend)].is_empty() {
             return Route::Wait(backend);

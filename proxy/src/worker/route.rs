@@ -69,8 +69,7 @@ impl Core {
     ) -> Route {
         let plan = Rc::clone(&self.plan);
         let Some(backend) = self.choose_backend(pool, how.avoid(), now) else {
-            let up = !plan.pools[usize::from(pool)].backends.is_empty();
-            return Route::Fail(if up { FailReason::ConnectFailed } else { FailReason::NoBackend });
+            return Route::Fail(FailReason::NoBackend);
         };
         let Some(proxy) = &plan.pools[usize::from(pool)].proxy else {
             let found = self.pool.shared(backend).filter(|key| !how.fresh_only() || self.is_fresh(*key));
@@ -100,18 +99,15 @@ impl Core {
         }
     }
 
-    /// The backend with the fewest queries outstanding, the first of equals; not one that just refused connections.
+    /// The backend with the fewest queries outstanding, the first of equals; one that just refused connections only if
+    /// there is no other, as it may have open ones.
     fn choose_backend(&self, pool: u16, avoid: Option<BackendIndex>, now: Mono) -> Option<BackendIndex> {
         let backends = &self.plan.pools[usize::from(pool)].backends;
-        let usable = |backend: &&BackendIndex| !self.backoff[usize::from(**backend)].holds(now);
-        let best = |except: Option<BackendIndex>| {
-            backends
-                .iter()
-                .filter(usable)
-                .filter(|backend| Some(**backend) != except)
-                .min_by_key(|backend| self.pool.outstanding(**backend))
+        let rank = |backend: &&BackendIndex| {
+            let refuses = self.backoff[usize::from(**backend)].holds(now);
+            (refuses, Some(**backend) == avoid, self.pool.outstanding(**backend))
         };
-        best(avoid).or_else(|| best(None)).copied()
+        backends.iter().min_by_key(rank).copied()
     }
 
     /// Writes the query's header into `self.header`; returns its digest. A header that is the same for all queries of
@@ -194,6 +190,11 @@ impl Core {
                 return Route::Use(*found);
             }
         }
+        if self.backoff[usize::from(backend)].holds(now) {
+            // Before room is made for a connection that will not be opened.
+            return Route::Fail(FailReason::ConnectFailed);
+        }
+        let session = &self.sessions[key.0];
         let hopeless = session.history.as_ref().is_some_and(|history| history.is_hopeless());
         let one_shot = proxy.unique || (hopeless && seen == 0);
         if one_shot && hopeless {
