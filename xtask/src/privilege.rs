@@ -7,12 +7,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::command;
 
-/// Capabilities that matter here, by their bit in `CapEff` (capabilities(7)).
+/// Capabilities that matter here: bit in `CapEff` (capabilities(7)), name, and what there is not without it.
 pub(crate) const CAPABILITIES: &[(u32, &str, &str)] = &[
-    (39, "CAP_BPF", "loads the eBPF program"),
-    (38, "CAP_PERFMON", "lets it read the kernel's structures"),
-    (12, "CAP_NET_ADMIN", "severs sockets (SOCK_DESTROY)"),
-    (21, "CAP_SYS_ADMIN", "makes the tests' network namespaces"),
+    (39, "CAP_BPF", "no eBPF: the kernel view comes from sock_diag"),
+    (38, "CAP_PERFMON", "no eBPF: the kernel view comes from sock_diag"),
+    (12, "CAP_NET_ADMIN", "no SOCK_DESTROY: the reaper's last rung is missing"),
+    (21, "CAP_SYS_ADMIN", "no network namespaces, which some tests need"),
 ];
 
 pub(crate) fn is_root() -> bool {

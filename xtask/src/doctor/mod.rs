@@ -109,12 +109,11 @@ fn process() -> Vec<Line> {
     let mut lines = Vec::new();
     match privilege::effective_capabilities() {
         Ok(held) => {
-            for (bit, name, use_) in privilege::CAPABILITIES {
-                let line = format!("{name}: {use_}");
+            for (bit, name, without) in privilege::CAPABILITIES {
                 lines.push(if held >> bit & 1 == 1 {
-                    Line::Good(line)
+                    Line::Good((*name).to_owned())
                 } else {
-                    Line::Note(format!("no {line}; run as root or with `setcap`, else the kernel view is sock_diag"))
+                    Line::Note(format!("no {name}: {without}. Root has it"))
                 });
             }
         }

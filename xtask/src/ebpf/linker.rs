@@ -87,7 +87,9 @@ impl Linker {
             }
             symlink(library, &link).with_context(|| format!("cannot create {}", link.display()))?;
         }
-        let library_path = format!("{}:{}", libraries.display(), compiler.library_path());
+        // Behind it, what that library itself needs.
+        let beside = library.parent().unwrap_or(&libraries);
+        let library_path = format!("{}:{}:{}", libraries.display(), beside.display(), compiler.library_path());
         workspace::write_wrapper(&self.path, &self.binary(), library_path.trim_end_matches(':'))
     }
 
