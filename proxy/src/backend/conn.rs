@@ -190,6 +190,7 @@ impl ConnTask {
                 let _ = io.io().get_ref().set_linger(Some(Duration::ZERO));
             }
             io.close(reason);
+            self.shell.forget_row(self.key);
         }
         let partial = Partial::new(&self.rest);
         let mut core = self.shell.core.borrow_mut();

@@ -100,6 +100,13 @@ impl Shell {
         rows[key.0] = Some(row);
     }
 
+    /// The connection is closed: a late request for its row must not meet the next connection in its place.
+    pub(crate) fn forget_row(&self, key: ConnKey) {
+        if let Some(row) = self.rows.borrow_mut().get_mut(key.0) {
+            *row = None;
+        }
+    }
+
     /// The connection that the ledger has there.
     pub(crate) fn conn_at(&self, row: RowId) -> Option<ConnKey> {
         self.rows.borrow().iter().position(|noted| *noted == Some(row)).map(ConnKey)
