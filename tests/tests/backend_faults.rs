@@ -275,6 +275,26 @@ fn a_refused_connect_is_servfail_at_once() {
     assert!(counterfoil.metrics().sum("backend_connect_failures_total", &[]) >= 1.0);
 }
 
+/// One connection in ten is reset at once: the retry finds another, and no pause makes other queries pay for it.
+#[test]
+fn now_and_then_a_lost_connection_costs_no_answer() {
+    let backend = FakeBackend::start(|connection| {
+        if connection.number % 10 == 3 {
+            return connection.reset();
+        }
+        let Some(_) = connection.header() else { return };
+        while let Some(query) = connection.query() {
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("connection").tlv(0xe0, "{uuid}"));
+    let mut client = counterfoil.client();
+    Load { count: 500, ..Load::default() }.run(&mut client).assert_all_answered(500);
+    drop(client);
+    counterfoil.assert_quiescent();
+    assert!(counterfoil.metrics().sum("pool_retries_total", &[]) >= 50.0);
+}
+
 /// A backend that refuses new connections for a while answers on those that are open, and nobody may notice.
 #[test]
 fn a_refused_connect_spoils_no_open_connection() {

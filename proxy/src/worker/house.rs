@@ -9,7 +9,9 @@ use crate::backend::pool::{ConnKey, Phase};
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
 
-/// The first pause after a backend refused a connection; doubled up to [`LONGEST_PAUSE`].
+/// Failures in a row that make no pause: one lost connection must not fail the queries after it.
+const TOLERATED: u32 = 2;
+/// The first pause after a backend refused connections; doubled up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -18,6 +20,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 pub(crate) struct Backoff {
     until: Mono,
     pause: Duration,
+    /// Failures since the last success.
+    failures: u32,
 }
 
 impl Backoff {
@@ -30,6 +34,10 @@ impl Backoff {
     pub(crate) fn failed(&mut self, now: Mono, jitter: f64) {
         if self.holds(now) {
             // One of several that were under way together.
+            return;
+        }
+        self.failures = self.failures.saturating_add(1);
+        if self.failures <= TOLERATED {
             return;
         }
         self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
