@@ -2,7 +2,6 @@
 //!
 //! Nothing is stopped for it, so each rule needs no clock but only order:
 //!
-//! * A connected socket without a tag was missed, whenever it is seen: the tag is stored before the state changes.
 //! * A descriptor that is there before and after a sweep was there during it: the sweep must have it.
 //! * A socket that two sweeps saw in a hashed state was hashed between them: the dump between them must have it, or the
 //!   look-up of exactly this socket must.
@@ -12,30 +11,40 @@ use std::collections::HashSet;
 
 use counterfoil_common::{SocketRecord, flags};
 
-use super::view::{EbpfView, Sweep, now_ns};
+use super::view::EbpfView;
 use super::{Crosscheck, TcpState, ViewError, convert};
 
 /// How many of the sockets in question a message names.
 const NAMED: usize = 3;
 
 impl EbpfView {
-    /// One comparison; the second sweep is fit to be a snapshot.
-    pub(super) fn compare(&mut self) -> Result<(Crosscheck, Sweep), ViewError> {
-        let mut check = Crosscheck::default();
-        let before = self.descriptors()?;
-        self.take_up(&before, &mut check)?;
+    /// One comparison, and its verdict.
+    pub(super) fn compare(&mut self) -> Result<Crosscheck, ViewError> {
+        let misses = self.reader.misses()?;
+        let before = self.reader.descriptors()?;
+        let taken_up = self.take_up(&before)?;
+        let mut check = Crosscheck {
+            found: taken_up.found.iter().map(|record| record.cookie).collect(),
+            unconnected: taken_up.unconnected.iter().map(|record| record.cookie).collect(),
+            ..Crosscheck::default()
+        };
+        self.compare_witnesses(&before, &mut check)?;
+        self.settle(&taken_up, misses, check.disagreement.as_ref())?;
+        Ok(check)
+    }
 
-        let first = self.sweep()?;
-        let between = self.descriptors()?;
+    fn compare_witnesses(&mut self, before: &[SocketRecord], check: &mut Crosscheck) -> Result<(), ViewError> {
+        let first = self.reader.sweep()?;
+        let between = self.reader.descriptors()?;
         let dump = match &mut self.diag {
             Some(diag) => diag.dump().inspect_err(|error| tracing::warn!(%error, "sock_diag cannot witness")).ok(),
             None => None,
         };
-        let second = self.sweep()?;
+        let second = self.reader.sweep()?;
         check.compared = [second.records.len(), between.len(), dump.as_ref().map_or(0, Vec::len)];
         if second.overflowed > 0 {
             // Sockets are missing, that is known already, and a comparison would only repeat it.
-            return Ok((check, second));
+            return Ok(());
         }
 
         let held = cookies(first.records.iter().filter(|record| is_held(record)));
@@ -74,33 +83,7 @@ impl EbpfView {
                 check.disagreement = Some(format!("sockets that sock_diag does not see: {}", name(&unseen)));
             }
         }
-        Ok((check, second))
-    }
-
-    /// Tags the outgoing sockets among `descriptors` that have no tag.
-    fn take_up(&mut self, descriptors: &[SocketRecord], check: &mut Crosscheck) -> Result<(), ViewError> {
-        let listening = descriptors.iter().filter(|record| is_listening(record)).map(convert::local);
-        self.listeners.saw(listening, now_ns());
-        for record in descriptors {
-            if record.flags & flags::TAGGED != 0 || !self.is_outgoing(record) {
-                continue;
-            }
-            if TcpState::from_kernel(record.state) == Some(TcpState::Close) && record.remote_port == 0 {
-                check.unconnected.push(record.cookie);
-            } else {
-                check.found.push(record.cookie);
-            }
-        }
-        if !check.unconnected.is_empty() || !check.found.is_empty() {
-            self.adopt(check.unconnected.iter().chain(&check.found).copied())?;
-        }
         Ok(())
-    }
-
-    /// Whether this process opened the socket to connect it. One with a tag it did; without, it must be no listener and
-    /// not accepted by one.
-    fn is_outgoing(&self, record: &SocketRecord) -> bool {
-        record.flags & flags::TAGGED != 0 || !is_listening(record) && !self.listeners.accepted(convert::local(record))
     }
 
     /// Asks `sock_diag` for exactly this socket, since a dump steps over some while others come and go. True as well if the
@@ -115,7 +98,7 @@ impl EbpfView {
                 return Ok(true);
             }
         }
-        let now = self.sweep()?;
+        let now = self.reader.sweep()?;
         Ok(!now.records.iter().any(|other| other.cookie == record.cookie && is_hashed(other)))
     }
 }
@@ -126,10 +109,6 @@ fn cookies<'a>(records: impl IntoIterator<Item = &'a SocketRecord>) -> HashSet<u
 
 fn is_held(record: &SocketRecord) -> bool {
     record.flags & flags::HELD != 0
-}
-
-fn is_listening(record: &SocketRecord) -> bool {
-    TcpState::from_kernel(record.state) == Some(TcpState::Listen)
 }
 
 fn is_hashed(record: &SocketRecord) -> bool {

@@ -12,8 +12,8 @@ use std::os::unix::fs::MetadataExt;
 
 use super::listeners::Listeners;
 use super::netlink::{Row, SockDiag};
+use super::reader::now_ns;
 use super::tcp_info::TcpInfo;
-use super::view::now_ns;
 use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError, sys};
 
 /// The kernel's view through `sock_diag`.

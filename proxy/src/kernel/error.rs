@@ -1,11 +1,12 @@
 //! What can go wrong with a kernel view, each with what to do about it.
 
+use std::error::Error;
 use std::io;
 
-use thiserror::Error;
+use thiserror::Error as ThisError;
 
 /// Why a kernel view cannot be had or read.
-#[derive(Debug, Error)]
+#[derive(Debug, ThisError)]
 pub enum ViewError {
     /// `[kernel] view = "none"`.
     #[error("the kernel view is off (`kernel.view = \"none\"`)")]
@@ -84,4 +85,19 @@ impl ViewError {
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }
+}
+
+/// An error and its causes in one line.
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
 }

@@ -12,6 +12,7 @@ use aya_log::EbpfLogger;
 use counterfoil_common::{ABI_VERSION, FieldOffsets, Owner, PassHeader, names};
 
 use super::btf::{KernelTypes, VMLINUX};
+use super::error::chain;
 use super::log::ToTracing;
 use super::sys::{self, RecordArray, Walk};
 use super::{ViewError, capability};
@@ -208,21 +209,6 @@ fn failed(what: &str, error: &(dyn Error + 'static)) -> ViewError {
         source = cause.source();
     }
     ViewError::NotOffered { what: what.to_owned(), detail: chain(error) }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// The last lines of a verifier's log: the reason is there.

@@ -25,6 +25,7 @@ mod loader;
 mod log;
 mod netlink;
 mod open;
+mod reader;
 mod state;
 pub(crate) mod sys;
 mod tcp_info;
@@ -43,7 +44,8 @@ pub trait KernelView: Send {
 
     /// Reads all sockets.
     ///
-    /// Missed events force a [`crosscheck`](Self::crosscheck) inside; its verdict is in [`KernelSnapshot::uncertain`].
+    /// A missed event forces a search of this process's descriptors inside, an uncertain view a
+    /// [`crosscheck`](Self::crosscheck); the verdict is in [`KernelSnapshot::uncertain`].
     ///
     /// # Errors
     /// The view could not be read at all: nothing is known of any socket.
@@ -102,7 +104,7 @@ pub struct KernelSnapshot {
     /// In no order, each cookie once.
     pub sockets: Vec<KernelSocket>,
     /// Since the view was opened: runs of the eBPF programs that the kernel skipped, tags that could not be stored,
-    /// and sockets that only a cross-check found. Misses are normal under load and forced a cross-check.
+    /// and sockets that were found without a tag. Misses are normal under load: the sockets are in the snapshot all the same.
     pub missed: u64,
     /// Why this snapshot must not be acted on; `None` if it is whole.
     pub uncertain: Option<String>,
