@@ -25,7 +25,11 @@ fn recording() -> (FakeBackend, Arc<Mutex<Vec<Header>>>) {
 }
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"500ms\"")
+    Config::new(backend).set("connections", "idle_timeout", "\"500ms\"").set(
+        "connections",
+        "cleanup_interval",
+        "\"100ms\"",
+    )
 }
 
 #[test]

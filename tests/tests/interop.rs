@@ -13,9 +13,13 @@ use counterfoil_tests::process;
 use counterfoil_tests::servers::{Recursor, TlvOracle, Told, Unbound, ZONE};
 use counterfoil_tests::tempdir::TempDir;
 
-/// A client's connection to the backend must not outlive the test's patience.
+/// Idle connections go soon, so that every test can wait for rest.
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"")
+    Config::new(backend).set("connections", "idle_timeout", "\"300ms\"").set(
+        "connections",
+        "cleanup_interval",
+        "\"100ms\"",
+    )
 }
 
 #[test]
@@ -154,8 +158,8 @@ fn every_identity_against_dnsdist() {
 #[test]
 fn the_tlv_of_a_client_is_its_own() {
     let oracle = TlvOracle::start();
-    let counterfoil =
-        Counterfoil::start(&config(oracle.address).identity("connection").tlv(0xe0, "{client_ip}#{client_port}"));
+    let config = Config::new(oracle.address).identity("connection").tlv(0xe0, "{client_ip}#{client_port}");
+    let counterfoil = Counterfoil::start(&config);
     let mut clients: Vec<Client> = ["127.0.0.2", "127.0.0.2", "127.0.0.3"].map(|s| counterfoil.client_from(s)).into();
     for round in 0..3 {
         for client in &mut clients {

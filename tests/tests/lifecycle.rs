@@ -1,6 +1,7 @@
 //! Start, end, and what an operator sees of it.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -86,6 +87,38 @@ fn sigterm_under_load_loses_nothing() {
         assert_eq!(outcome.missing, (outcome.answered..outcome.sent).collect::<Vec<_>>(), "{outcome:?}");
         assert!(outcome.sent - outcome.answered <= 5);
     }
+}
+
+/// A client that is slow to read, and asks on while the process drains, gets all its answers within the time to drain.
+#[test]
+fn sigterm_delivers_to_a_slow_client() {
+    const COUNT: u16 = 50;
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let mut counterfoil = Counterfoil::start(&Config::new(backend.address).set("server", "drain_timeout", "\"8s\""));
+    let mut client = counterfoil.client();
+    for id in 0..COUNT {
+        client.ask(id, "large.example.test", qtype::A);
+    }
+    counterfoil.wait_metrics("all are answered", SOON, |metrics| metrics.sum("answers_total", &[]) == f64::from(COUNT));
+    counterfoil.process.signal(rustix::process::Signal::TERM);
+    let start = Instant::now();
+    let mut sent = COUNT;
+    while start.elapsed() < Duration::from_secs(1) {
+        client.ask(sent, "more.example.test", qtype::A);
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let delivered: BTreeSet<u16> = (0..sent).map(|_| message::id(&client.receive(SOON).message())).collect();
+    assert_eq!(delivered, (0..sent).collect());
+    assert_eq!(client.receive(Duration::from_secs(20)), Received::Closed);
+    let status = counterfoil.process.wait_exit(Duration::from_secs(20));
+    assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
 }
 
 #[test]
