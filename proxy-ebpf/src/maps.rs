@@ -52,11 +52,13 @@ macro_rules! constant {
 }
 pub(crate) use constant;
 
-/// Adds one to a counter of this CPU.
+/// Adds one to a counter of this CPU, and returns its new value; zero if there is no such counter.
 #[inline(always)]
-pub fn count(counter: Counter) {
-    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: the kernel returned this element. No other program writes it, and this one does not nest on a CPU.
-        unsafe { *slot += 1 }
+pub fn count(counter: Counter) -> u64 {
+    let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) else { return 0 };
+    // SAFETY: the kernel returned this element. No other program writes it, and this one does not nest on a CPU.
+    unsafe {
+        *slot += 1;
+        *slot
     }
 }

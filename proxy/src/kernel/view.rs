@@ -81,10 +81,7 @@ impl EbpfView {
         Ok(taken_up)
     }
 
-    /// Judges a search of the descriptors that began when `began` was missed and found these sockets.
-    ///
-    /// A found one is in order if it was skipped or not stored twice, and counted: the view knows of its miss, and has it
-    /// now. One that nothing accounts for says that the view does not know what it misses.
+    /// Closes a search of the descriptors that began when `began` had been missed.
     pub(super) fn settle(
         &mut self,
         taken_up: &TakenUp,
@@ -94,19 +91,10 @@ impl EbpfView {
         let now = self.reader.misses()?;
         let found: HashSet<u64> = taken_up.found.iter().map(|record| record.cookie).collect();
         let new = found.difference(&self.last_found).count() as u64;
-        let accounted = now.tags.saturating_sub(self.searched_at.tags) >= 2 * new;
-        let stored = now.adoptions == began.adoptions;
+        self.uncertain = verdict(new, self.searched_at, began, now, disagreement);
         self.found += new;
         self.last_found = found;
         self.searched_at = began;
-        self.uncertain = match disagreement {
-            Some(reason) => Some(reason.clone()),
-            None if !stored => Some("the kernel has no memory for tags".to_owned()),
-            None if !accounted => {
-                Some(format!("{new} connected sockets without a tag, and no missed event to explain it"))
-            }
-            None => None,
-        };
         if let Some(reason) = &self.uncertain {
             tracing::warn!(reason, "the kernel view is uncertain");
         }
@@ -173,6 +161,60 @@ impl KernelView for EbpfView {
     }
 }
 
+/// Why a view is not to be acted on after a search that found `found` connected sockets without a tag.
+///
+/// One that was missed by both programs, and counted by both, is in order: the view knew of the miss and has the socket
+/// now. One that nothing accounts for says that the view does not know what it misses.
+fn verdict(
+    found: u64,
+    last_search: Misses,
+    began: Misses,
+    ended: Misses,
+    disagreement: Option<&String>,
+) -> Option<String> {
+    let missed = ended.tags.saturating_sub(last_search.tags);
+    match disagreement {
+        Some(reason) => Some(reason.clone()),
+        None if ended.adoptions != began.adoptions => Some("the kernel has no memory for tags".to_owned()),
+        None if missed < 2 * found => {
+            Some(format!("{found} connected sockets without a tag, which {missed} missed events do not explain"))
+        }
+        None => None,
+    }
+}
+
 fn is_listening(record: &SocketRecord) -> bool {
     TcpState::from_kernel(record.state) == Some(TcpState::Listen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn misses(tags: u64) -> Misses {
+        Misses { tags, adoptions: 0 }
+    }
+
+    #[test]
+    fn a_found_socket_must_have_been_missed_twice() {
+        let verdict = |found, missed: u64| verdict(found, misses(10), misses(10 + missed), misses(10 + missed), None);
+        assert_eq!(verdict(0, 0), None);
+        assert_eq!(verdict(0, 5), None, "most misses are of other events");
+        assert_eq!(verdict(2, 4), None);
+        let reason = "2 connected sockets without a tag, which 3 missed events do not explain";
+        assert_eq!(verdict(2, 3).as_deref(), Some(reason));
+    }
+
+    #[test]
+    fn misses_during_the_search_explain_too() {
+        assert_eq!(verdict(1, misses(0), misses(0), misses(2), None), None);
+    }
+
+    #[test]
+    fn memory_and_witnesses_weigh_more() {
+        let full = Misses { tags: 9, adoptions: 1 };
+        assert_eq!(verdict(1, misses(0), misses(9), full, None).as_deref(), Some("the kernel has no memory for tags"));
+        let disagreement = "they disagree".to_owned();
+        assert_eq!(verdict(0, misses(0), misses(0), full, Some(&disagreement)), Some(disagreement));
+    }
 }
