@@ -11,6 +11,9 @@ use crate::{ebpf, tidy, workspace};
 /// program itself.
 const PACKAGES: &[&str] = &["counterfoil-common", "counterfoil", "counterfoil-tests", "xtask"];
 
+/// The eBPF program and the fuzz targets have other compilers, and so workspaces of their own.
+const WORKSPACES: &[&str] = &["Cargo.toml", "proxy-ebpf/Cargo.toml", "proxy/fuzz/Cargo.toml"];
+
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Only this part
@@ -35,7 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut results: Vec<(String, Result<()>)> = Vec::new();
     if wanted(Part::Format) {
         say("lint: format");
-        results.extend(["Cargo.toml", "proxy-ebpf/Cargo.toml"].map(|it| (format!("format of {it}"), format(it))));
+        results.extend(WORKSPACES.iter().map(|it| (format!("format of {it}"), format(it))));
     }
     if wanted(Part::Conventions) {
         say("lint: conventions");
@@ -69,7 +72,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 fn format(manifest: &str) -> Result<()> {
     let mut fmt = command::cargo();
-    fmt.args(["fmt", "--all", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
+    fmt.args(["fmt", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
     command::run(&mut fmt)
 }
 
