@@ -72,7 +72,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 fn format(manifest: &str) -> Result<()> {
     let mut fmt = command::cargo();
-    fmt.args(["fmt", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
+    fmt.args(["fmt", "--all", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
     command::run(&mut fmt)
 }
 
