@@ -186,6 +186,37 @@ fn a_length_below_a_header_ends_the_connection() {
     counterfoil.assert_quiescent();
 }
 
+/// What was asked before the framing broke is answered, also to a client that is slow to read and sends on: a reset would
+/// throw away what the kernel has not sent yet.
+#[test]
+fn answers_before_broken_framing_are_delivered() {
+    const COUNT: u16 = 50;
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    for id in 0..COUNT {
+        client.ask(id, "large.example.test", qtype::A);
+    }
+    client.send_raw(&[0; 20_000]).unwrap();
+    counterfoil.wait_metrics("all are answered", SOON, |metrics| metrics.sum("answers_total", &[]) == f64::from(COUNT));
+    // Whatever it sends after its mistake is nobody's.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(300) && client.send_raw(&[0; 100]).is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for _ in 0..COUNT {
+        client.receive(SOON).message();
+    }
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 /// A client that asks and never reads: its answers are bounded, and others are served all the while.
 #[test]
 fn a_client_that_never_reads_is_ended() {

@@ -10,6 +10,7 @@ use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::farewell;
 use super::limits::Admitted;
 use super::session::{Session, SessionKey};
 use crate::clock::{self, Mono};
@@ -30,12 +31,12 @@ pub(crate) struct SessionTask {
     stream: Option<TcpStream>,
     /// What was read and not taken: part of a message, or messages that can't be taken yet.
     rest: Vec<u8>,
-    _admitted: Admitted,
+    admitted: Option<Admitted>,
 }
 
 impl SessionTask {
     pub(crate) fn new(shell: Rc<Shell>, key: SessionKey, stream: TcpStream, admitted: Admitted) -> Self {
-        Self { shell, key, stream: Some(stream), rest: Vec::new(), _admitted: admitted }
+        Self { shell, key, stream: Some(stream), rest: Vec::new(), admitted: Some(admitted) }
     }
 
     /// Does what can be done now. `Err` is the reason to close.
@@ -126,6 +127,15 @@ impl SessionTask {
         Ok(())
     }
 
+    /// Closes the connection, at once or after a farewell.
+    fn end(&mut self, reason: ClientCloseReason) {
+        let (stream, admitted) = (self.stream.take(), self.admitted.take());
+        let written = self.session(|session| session.out.is_empty()).unwrap_or(false);
+        if let (Some(stream), Some(admitted), true) = (stream, admitted, written && farewell::is_due(reason)) {
+            tokio::task::spawn_local(farewell::take_leave(Rc::clone(&self.shell), stream, admitted));
+        }
+    }
+
     fn read(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, ClientCloseReason> {
         let Some(stream) = &mut self.stream else { return Ok(Poll::Pending) };
         let mut scratch = self.shell.scratch.borrow_mut();
@@ -166,7 +176,7 @@ impl Future for SessionTask {
         match ended {
             Ok(()) => task.shell.core.borrow_mut().settle_session(task.key, now),
             Err(reason) => {
-                drop(task.stream.take());
+                task.end(reason);
                 task.shell.core.borrow_mut().session_closed(task.key, reason, now);
             }
         }

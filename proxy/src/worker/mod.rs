@@ -176,6 +176,7 @@ impl Keeper {
         } else if now >= until {
             core.drain_is_over();
         }
-        !accepting && core.sessions.is_empty() && core.pool.is_empty()
+        let quiet = now >= until || !self.shell.is_anybody_leaving();
+        !accepting && core.sessions.is_empty() && core.pool.is_empty() && quiet
     }
 }

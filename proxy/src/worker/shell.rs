@@ -46,7 +46,19 @@ pub(crate) struct Shell {
     sources: Cell<usize>,
     complained: Cell<Mono>,
     held_back: Cell<u64>,
+    leaving: Cell<usize>,
     this: std::rc::Weak<Shell>,
+}
+
+/// A client connection that takes its leave.
+pub(crate) struct Leaving(Rc<Shell>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.leaving.set(self.0.leaving.get() - 1);
+        // The worker may wait for it to end.
+        self.0.nudge.notify_one();
+    }
 }
 
 impl Shell {
@@ -74,6 +86,7 @@ impl Shell {
             sources: Cell::new(0),
             complained: Cell::new(Mono::ZERO),
             held_back: Cell::new(0),
+            leaving: Cell::new(0),
             this: this.clone(),
         })
     }
@@ -110,6 +123,17 @@ impl Shell {
     /// The connection that the ledger has there.
     pub(crate) fn conn_at(&self, row: RowId) -> Option<ConnKey> {
         self.rows.borrow().iter().position(|noted| *noted == Some(row)).map(ConnKey)
+    }
+
+    /// Counts a client connection as leaving until the result is dropped.
+    pub(crate) fn leaving(self: &Rc<Self>) -> Leaving {
+        self.leaving.set(self.leaving.get() + 1);
+        Leaving(Rc::clone(self))
+    }
+
+    /// Whether client connections are open of which only the farewell is left.
+    pub(crate) fn is_anybody_leaving(&self) -> bool {
+        self.leaving.get() > 0
     }
 
     /// The configured local addresses, in turn.
