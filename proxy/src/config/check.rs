@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use rustix::process::{Resource, getrlimit};
 
 use super::units::format_size;
-use super::{Config, Health, OneShotClose, Pool, ProxyProtocol, defaults, load, print};
+use super::{Backend, Config, Health, OneShotClose, ProxyProtocol, defaults, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -91,7 +91,12 @@ pub fn forecast(config: &Config, limits: Limits) -> Vec<Warning> {
         warnings.extend(usefulness(config, index, &path));
         if let Some(proxy) = &pool.proxy_protocol {
             headers(config, proxy, &path, &mut warnings);
-            ports(pool, proxy, limits, &path, &mut warnings);
+            for (index, backend) in pool.backends.iter().enumerate() {
+                let index = if pool.backends.len() == 1 { String::new() } else { format!("[{index}]") };
+                let path = format!("{path}.backend{index}");
+                warnings.extend(sources(backend, proxy, &path));
+                warnings.extend(ports(backend, proxy, limits, &path));
+            }
         }
     }
     warnings
@@ -167,27 +172,33 @@ fn headers(config: &Config, proxy: &ProxyProtocol, path: &str, warnings: &mut Ve
     }
 }
 
+/// The header names the forwarder's own side, so all who share it must come from one address.
+fn sources(backend: &Backend, proxy: &ProxyProtocol, path: &str) -> Option<Warning> {
+    let first = backend.source.first().filter(|_| backend.source.len() > 1)?;
+    (proxy.identity == Identity::Forwarder).then(|| Warning {
+        key: format!("{path}.source"),
+        message: format!("`identity = \"forwarder\"` names the source, so only the first is used: {first}"),
+    })
+}
+
 /// One connection per query, closed by us in order: each keeps a port for the time of TIME_WAIT.
-fn ports(pool: &Pool, proxy: &ProxyProtocol, limits: Limits, path: &str, warnings: &mut Vec<Warning>) {
-    let Some(ports) = limits.ports.filter(|_| proxy.tlvs.class() == Class::Unique) else { return };
-    for (index, backend) in pool.backends.iter().enumerate() {
-        if backend.one_shot_close == OneShotClose::Fin {
-            let path = if pool.backends.len() == 1 {
-                path.to_owned() + ".backend"
-            } else {
-                format!("{path}.backend[{index}]")
-            };
-            let sources = backend.source.len().max(1) as u64;
-            let rate = ports.saturating_mul(sources) / TIME_WAIT_SECONDS;
-            warnings.push(Warning {
-                key: format!("{path}.one_shot_close"),
-                message: format!(
-                    "with \"fin\" and a connection per query, {ports} ports on {sources} source address(es) last for \
-                     {rate} queries a second: each stays in TIME_WAIT for {TIME_WAIT_SECONDS} s"
-                ),
-            });
-        }
+fn ports(backend: &Backend, proxy: &ProxyProtocol, limits: Limits, path: &str) -> Option<Warning> {
+    let ports = limits.ports.filter(|_| proxy.tlvs.class() == Class::Unique)?;
+    if backend.one_shot_close != OneShotClose::Fin {
+        return None;
     }
+    let sources = match proxy.identity {
+        Identity::Forwarder => 1,
+        _ => backend.source.len().max(1) as u64,
+    };
+    let rate = ports.saturating_mul(sources) / TIME_WAIT_SECONDS;
+    Some(Warning {
+        key: format!("{path}.one_shot_close"),
+        message: format!(
+            "with \"fin\" and a connection per query, {ports} ports on {sources} source address(es) last for {rate} \
+             queries a second: each stays in TIME_WAIT for {TIME_WAIT_SECONDS} s"
+        ),
+    })
 }
 
 #[cfg(test)]
@@ -247,14 +258,25 @@ mod tests {
     fn ports_in_time_wait() {
         let text = "one_shot_close = \"fin\"\nsource = [\"127.0.0.1\", \"127.0.0.2\"]\n".to_owned();
         assert_eq!(
-            warnings(&(text.clone() + &tlv("forwarder", "{uuid}")), ROOMY),
+            warnings(&(text.clone() + &tlv("address", "{uuid}")), ROOMY),
             [
                 "key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection",
                 "key `pool.backend.one_shot_close`: with \"fin\" and a connection per query, 28232 ports on 2 source \
                  address(es) last for 941 queries a second: each stays in TIME_WAIT for 60 s"
             ]
         );
-        assert_eq!(warnings(&(text + &tlv("forwarder", "{qname}")), ROOMY), [""; 0]);
+        assert_eq!(warnings(&(text + &tlv("address", "{qname}")), ROOMY), [""; 0]);
+    }
+
+    #[test]
+    fn one_source_for_the_forwarder() {
+        let text = "source = [\"127.0.0.1\", \"127.0.0.2\"]\n".to_owned();
+        assert_eq!(
+            warnings(&(text.clone() + &tlv("forwarder", "{qname}")), ROOMY),
+            ["key `pool.backend.source`: `identity = \"forwarder\"` names the source, so only the first is used: \
+              127.0.0.1"]
+        );
+        assert_eq!(warnings(&(text + &tlv("subnet", "{qname}")), ROOMY), [""; 0]);
     }
 
     #[test]

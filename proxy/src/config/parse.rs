@@ -16,7 +16,8 @@ use super::section::{Section, Value};
 use super::source::{Path, Source};
 use super::{Admin, Class, Config, Connections, Kernel, Listener, Server, Watchdog, defaults, schema};
 
-/// The longest file that is read, bytes: a hundred times what a large one has.
+/// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
+/// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
 const MAX_FILE: u64 = 1 << 20;
 
 /// Most worker threads; more than any machine has cores.
@@ -51,9 +52,6 @@ pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
     if let Err(error) = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)) {
         unreadable(Problem::Unreadable(error.to_string()))?;
     }
-    if bytes.len() as u64 > MAX_FILE {
-        unreadable(Problem::TooLong(MAX_FILE))?;
-    }
     match std::str::from_utf8(&bytes) {
         Ok(text) => from_str(&name, text),
         Err(error) => {
@@ -73,6 +71,10 @@ pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
 pub fn from_str(name: &str, text: &str) -> Result<Config, ConfigErrors> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let source = Source::new(name, text);
+    if text.len() as u64 > MAX_FILE {
+        source.push(None, None, Problem::TooLong(MAX_FILE));
+        source.result()?;
+    }
     let (root, errors) = DeTable::parse_recoverable(text);
     for error in errors {
         let span = error.span().unwrap_or(text.len()..text.len());
