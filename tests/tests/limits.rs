@@ -9,6 +9,7 @@ use counterfoil_tests::counterfoil::{Counterfoil, Options};
 use counterfoil_tests::driver::{Client, Load, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::sockets::Sampler;
 use counterfoil_tests::wait;
 
 const SOON: Duration = Duration::from_secs(5);
@@ -119,6 +120,63 @@ fn all_is_answered_after_a_half_close_beyond_max_in_flight() {
         client.receive(SOON).message();
     }
     assert_eq!(client.receive(SOON), Received::Closed);
+    counterfoil.assert_quiescent();
+}
+
+/// At a backend's cap queries wait their turn: all are answered, and the cap holds.
+#[test]
+fn at_the_backends_cap_queries_wait_and_are_answered() {
+    let backend = FakeBackend::start(|connection| {
+        let Some(_) = connection.header() else { return };
+        // Slow enough that they pile up: one query a connection, 20 ms each.
+        while let Ok(Some(query)) = connection.query_within(SOON) {
+            std::thread::sleep(Duration::from_millis(20));
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let config = config(backend.address)
+        .identity("connection")
+        .set("connections", "max_wait", "\"4s\"")
+        .backend_key("max_connections", 3)
+        .backend_key("max_in_flight", 1);
+    let counterfoil = Counterfoil::start(&config);
+    let sampler = Sampler::start(counterfoil.pid(), backend.address.port());
+    std::thread::scope(|scope| {
+        for _ in 0..10 {
+            scope.spawn(|| {
+                let mut client = counterfoil.client();
+                Load { count: 10, in_flight: 2, ..Load::default() }.run(&mut client).assert_all_answered(10);
+            });
+        }
+    });
+    let observed = sampler.finish();
+    assert!(observed.most <= 3, "{observed:?}");
+    counterfoil.assert_quiescent();
+    assert!(counterfoil.metrics().sum("pool_acquire_total", &[("result", "wait")]) > 0.0);
+}
+
+/// Who waits too long at a cap is told so by SERVFAIL, and nobody hangs.
+#[test]
+fn a_wait_at_the_cap_ends_at_max_wait() {
+    let backend = FakeBackend::start(|connection| connection.wait_closed());
+    let config = config(backend.address)
+        .identity("connection")
+        .set("pool", "query_timeout", "\"3s\"")
+        .set("connections", "max_wait", "\"300ms\"")
+        .backend_key("max_connections", 1)
+        .backend_key("max_in_flight", 1);
+    let counterfoil = Counterfoil::start(&config);
+    let mut holder = counterfoil.client();
+    holder.ask(1, "holds.example.test", qtype::A);
+    wait::until("the only place is taken", SOON, || backend.accepted() == 1);
+    let mut waiter = counterfoil.client();
+    let start = Instant::now();
+    let answer = waiter.exchange(1, "waits.example.test", qtype::A);
+    let taken = start.elapsed();
+    assert_eq!(message::response_code(&answer), message::rcode::SERVFAIL);
+    assert!(taken >= Duration::from_millis(250) && taken < Duration::from_secs(2), "{taken:?}");
+    assert_eq!(counterfoil.metrics().sum("queries_failed_total", &[("reason", "no_capacity")]), 1.0);
+    drop((holder, waiter));
     counterfoil.assert_quiescent();
 }
 
