@@ -51,7 +51,8 @@ struct Cargo {
 impl Cargo {
     fn prepare(arguments: &Arguments) -> Result<Self> {
         let target = workspace::target()?;
-        let mut environment = vec![("PATH".to_owned(), tools::search_path(&target)?)];
+        let path = tools::search_path(&target)?;
+        let mut environment = Vec::new();
         if arguments.no_ebpf {
             say("eBPF object: left out (--no-ebpf)");
         } else {
@@ -62,10 +63,15 @@ impl Cargo {
             if !privilege::has_sudo() {
                 bail!("the tests load eBPF programs and make network namespaces: run them as root, or install sudo");
             }
-            say("not root: the test programs are started by `sudo -E`");
+            say("not root: the test programs are started by sudo");
+            let runner = target.join("run-as-root");
+            // sudo has a search path of its own.
+            let path = workspace::shell_quote(&path.to_string_lossy());
+            workspace::write_script(&runner, &format!("exec sudo -E env PATH={path} \"$@\""))?;
             let host = format!("CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_RUNNER", std::env::consts::ARCH.to_uppercase());
-            environment.push((host, "sudo -E".into()));
+            environment.push((host, runner.into()));
         }
+        environment.push(("PATH".to_owned(), path));
         Ok(Self { environment, package: arguments.package.clone() })
     }
 

@@ -38,6 +38,7 @@ pub(crate) fn search_path(target: &Path) -> Result<OsString> {
     let mut directories: Vec<PathBuf> = Vec::new();
     let absent = not_installed();
     if !absent.is_empty() {
+        let _lock = workspace::lock(target)?;
         directories.push(unpack(&directory(target), &absent)?);
     }
     let path = std::env::var_os("PATH").unwrap_or_default();

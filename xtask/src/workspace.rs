@@ -25,6 +25,15 @@ pub(crate) fn target() -> Result<PathBuf> {
     Ok(metadata.target_directory)
 }
 
+/// Held while tools are fetched or built below `target`, so that two xtasks do not do it at once.
+pub(crate) fn lock(target: &Path) -> Result<fs::File> {
+    fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
+    let path = target.join("xtask.lock");
+    let file = fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(file)
+}
+
 /// Writes `contents` to `path` unless it has them already, so that nothing that depends on it is built again.
 pub(crate) fn write_if_changed(path: &Path, contents: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == contents) {
@@ -38,19 +47,21 @@ pub(crate) fn write_if_changed(path: &Path, contents: &[u8]) -> Result<()> {
 
 /// Writes an executable shell script that runs `program` with `library_path` in front of the loader's search path.
 pub(crate) fn write_wrapper(path: &Path, program: &Path, library_path: &str) -> Result<()> {
+    let (library_path, program) = (shell_quote(library_path), shell_quote(&program.to_string_lossy()));
+    write_script(path, &format!("LD_LIBRARY_PATH={library_path} exec {program} \"$@\""))
+}
+
+/// Writes an executable shell script.
+pub(crate) fn write_script(path: &Path, script: &str) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
 
-    let script = format!(
-        "#!/bin/sh\nLD_LIBRARY_PATH={} exec {} \"$@\"\n",
-        shell_quote(library_path),
-        shell_quote(&program.to_string_lossy())
-    );
-    write_if_changed(path, script.as_bytes())?;
+    write_if_changed(path, format!("#!/bin/sh\n{script}\n").as_bytes())?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
         .with_context(|| format!("cannot make {} executable", path.display()))
 }
 
-fn shell_quote(word: &str) -> String {
+/// `word` as a shell reads it unchanged.
+pub(crate) fn shell_quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 

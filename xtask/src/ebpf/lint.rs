@@ -9,6 +9,7 @@ use crate::workspace;
 /// Clippy, by the driver that belongs to the eBPF compiler: rustup's knows another `core`.
 pub(crate) fn lint() -> Result<()> {
     let target = workspace::target()?;
+    let _lock = workspace::lock(&target)?;
     let compiler = Compiler::find_or_get(&target)?;
     let linker = Linker::get(&target, &compiler)?;
     let driver = compiler.clippy_driver()?;

@@ -31,6 +31,7 @@ pub(crate) fn object() -> Result<PathBuf> {
         return Ok(given);
     }
     let target = workspace::target()?;
+    let _lock = workspace::lock(&target)?;
     let compiler = Compiler::find_or_get(&target)?;
     let linker = Linker::get(&target, &compiler)?;
     say(format_args!("eBPF object: building with {compiler} and {linker}"));
