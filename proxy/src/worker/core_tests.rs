@@ -302,6 +302,46 @@ fn a_backend_that_refuses_is_not_stormed() {
     sim.assert_quiescent();
 }
 
+#[test]
+fn a_backend_that_never_accepts_is_servfail_after_one_retry() {
+    let mut sim = Sim::new(&configuration("", ""));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.ask(client, 1, "a.test");
+    sim.pass(Duration::from_millis(1_990));
+    assert_eq!(sim.wires.len(), 1, "connect_timeout is 2 s");
+    sim.pass(Duration::from_millis(2_000));
+    assert!(sim.clients[&client].answers.is_empty(), "the retry has its own connect_timeout");
+    sim.pass(Duration::from_millis(1_000));
+    assert_eq!(sim.closed[&CloseReason::ConnectTimeout], 2);
+    assert_eq!(sim.clients[&client].answers[0][3] & 15, 2);
+    sim.assert_quiescent();
+}
+
+#[test]
+fn a_query_goes_to_the_backend_with_the_fewest_outstanding() {
+    let second = "[[pool.backend]]\nname = \"c\"\naddress = \"127.0.0.1:1054\"\n";
+    let mut sim = Sim::new(&configuration("", second));
+    let client = sim.connect_client("192.0.2.1:1000");
+    let outstanding = |sim: &Sim| [sim.core.pool.outstanding(0), sim.core.pool.outstanding(1)];
+    for n in 0..10 {
+        sim.ask(client, n, "a.test");
+    }
+    assert_eq!(outstanding(&sim), [5, 5]);
+    sim.accept_all();
+    let first = *sim.wires.keys().find(|key| sim.core.pool.get(**key).unwrap().backend == 0).unwrap();
+    for _ in 0..5 {
+        sim.answer(first, 0);
+    }
+    for n in 10..14 {
+        sim.ask(client, n, "a.test");
+    }
+    assert_eq!(outstanding(&sim), [4, 5]);
+    sim.answer_all();
+    assert_eq!(outstanding(&sim), [0, 0]);
+    assert_eq!(sim.clients[&client].answers.len(), 14);
+    sim.assert_quiescent();
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Connect(u8),
