@@ -14,14 +14,13 @@ use tokio::sync::mpsc;
 use crate::client::limits::ClientLimits;
 use crate::config::Config;
 use crate::control::{Control, Controls};
-use crate::kernel::Opened;
 use crate::ledger::Ledger;
 use crate::ledger::caps::Caps;
 use crate::stats::WorkerStats;
-use crate::watchdog::Observed;
+use crate::watchdog::{Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
-use crate::{admin, drill, kernel, metrics, watchdog};
+use crate::{admin, drill, kernel, metrics, privilege, watchdog};
 
 /// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
@@ -35,17 +34,20 @@ pub struct App {
     observed: Observed,
     workers: Vec<Worker>,
     addresses: Vec<SocketAddr>,
-    view: Opened,
+    watchdog: Watchdog,
+    doors: admin::Doors,
     drill: drill::Setup,
 }
 
 impl App {
-    /// Binds everything and opens the kernel view. `others` are addresses on which other parts of the process listen.
+    /// Binds everything, opens the kernel view and starts the watchdog. After that the calling thread, and every thread that
+    /// it starts, has no capabilities. `others` are addresses on which other parts of the process listen.
     ///
     /// # Errors
     ///
     /// An address can't be listened on, or the configured kernel view can't be had; the error says which and why.
     pub fn build(config: Config, others: &[SocketAddr]) -> Result<Self> {
+        privilege::forbid_new()?;
         raise_descriptor_limit();
         let config = Arc::new(config);
         let count = config.server.workers;
@@ -86,13 +88,18 @@ impl App {
         }
         let requests = receivers.next().context("the drill's shard comes after those of the workers")?;
         let drill = drill::Setup::bind(requests).context("the drill's peer can't listen on 127.0.0.1")?;
+        let doors = admin::Doors::bind(&config.admin)?;
         // Sockets that these addresses accepted are clients', not connections to backends.
         let listening = [addresses.as_slice(), others, &[drill.address()?]].concat();
-        let view = kernel::open(config.kernel.view, &listening, config.kernel.max_sockets)
+        let (mut view, source, reason) = kernel::open(config.kernel.view, &listening, config.kernel.max_sockets)
             .with_context(|| format!("key `kernel.view`: {:?}", config.kernel.view))?;
+        tracing::info!(source = source.as_str(), reason, "kernel view");
+        privilege::keep_for_watchdog(&mut *view, config.watchdog.reap)?;
         let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
         let observed = Observed::new(config, ledger, stats, controls, drill.address()?);
-        Ok(Self { observed, workers, addresses, view, drill })
+        let watchdog = watchdog::start(observed.clone(), view)?;
+        privilege::drop_all()?;
+        Ok(Self { observed, workers, addresses, watchdog, doors, drill })
     }
 
     /// Serves until SIGTERM or SIGINT, then drains.
@@ -101,17 +108,15 @@ impl App {
     ///
     /// A thread can't be started, or a worker failed.
     pub fn run(self) -> Result<()> {
-        let Self { observed, workers, addresses, view: (view, source, reason), drill } = self;
+        let Self { observed, workers, addresses, watchdog, doors, drill } = self;
         let config = Arc::clone(&observed.config);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
             // Before the workers: a signal that comes early must not be lost.
             let mut terminate = signal(SignalKind::terminate())?;
             let mut interrupt = signal(SignalKind::interrupt())?;
-            tracing::info!(source = source.as_str(), reason, "kernel view");
-            let watchdog = watchdog::start(observed.clone(), view)?;
             let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
-            let admin = admin::start(observed.clone(), watchdog.handle(), metrics, drill)?;
+            let admin = admin::start(observed.clone(), watchdog.handle(), metrics, drill, doors)?;
             let http = admin.http().map_or_else(|| "off".to_owned(), |address| address.to_string());
             let socket = admin.socket().map_or_else(|| "off".to_owned(), |path| path.display().to_string());
             tracing::info!(http, socket, "admin");

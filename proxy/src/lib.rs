@@ -20,6 +20,7 @@ pub mod fuzzing;
 pub mod kernel;
 pub mod ledger;
 pub mod metrics;
+pub mod privilege;
 pub mod proxy_protocol;
 pub mod query;
 pub mod responder;

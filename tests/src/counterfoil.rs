@@ -45,7 +45,12 @@ pub struct Options<'a> {
     pub namespace: Option<&'a Namespace>,
     /// With this RLIMIT_NOFILE.
     pub descriptors: Option<u32>,
+    /// As the ordinary user [`NOBODY`] with exactly these capabilities, by their names in setpriv(1), as a systemd unit would.
+    pub capabilities: Option<&'a [&'a str]>,
 }
+
+/// The user and group `nobody` of Debian.
+const NOBODY: u32 = 65534;
 
 impl Counterfoil {
     /// Starts it with `config` and waits until it is ready.
@@ -66,12 +71,21 @@ impl Counterfoil {
         let dir = TempDir::new("counterfoil");
         let socket = dir.path().join("admin.sock");
         let file = dir.write("counterfoil.toml", &config.text(&socket.display().to_string())).display().to_string();
-        let program = program().display().to_string();
+        let mut program = program().display().to_string();
         let mut command = Vec::new();
+        let ordinary = options.capabilities.map(ordinary_user).unwrap_or_default();
+        if options.capabilities.is_some() {
+            // An ordinary user may not reach the directory that it was built in, and must be able to make the socket.
+            let copy = dir.path().join("counterfoil-under-test");
+            std::fs::copy(&program, &copy).unwrap_or_else(|e| panic!("cannot copy {program}: {e}"));
+            program = copy.display().to_string();
+            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).expect("root may give a directory away");
+        }
         let limit = options.descriptors.map(|limit| format!("--nofile={limit}"));
         if let Some(limit) = &limit {
             command.extend(["prlimit", limit.as_str(), "--"]);
         }
+        command.extend(ordinary.iter().map(String::as_str));
         command.extend([program.as_str(), "run", "--config", &file, "--log-format", "json"]);
         let mut process = match options.namespace {
             Some(namespace) => namespace.start("counterfoil", &command),
@@ -191,6 +205,17 @@ impl Counterfoil {
         self.process.signal(Signal::TERM);
         self.process.wait_exit(deadline)
     }
+}
+
+/// The command that makes what follows it run as [`NOBODY`] with exactly these capabilities.
+fn ordinary_user(capabilities: &[&str]) -> Vec<String> {
+    let set: String =
+        ["-all".to_owned()].into_iter().chain(capabilities.iter().map(|name| format!(",+{name}"))).collect();
+    let mut command = vec!["setpriv".to_owned(), format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")];
+    command.extend(["--clear-groups".to_owned(), "--pdeathsig=KILL".to_owned()]);
+    command.extend(["bounding-set", "inh-caps", "ambient-caps"].map(|kind| format!("--{kind}={set}")));
+    command.push("--".to_owned());
+    command
 }
 
 /// Gauges that are not zero, and sums that do not come out.

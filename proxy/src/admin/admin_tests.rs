@@ -38,7 +38,8 @@ fn start_with(reap: ReapMode, name: &str) -> Running {
     let (view, ..) = kernel::open(View::SockDiag, &listeners, 1000).unwrap();
     let watchdog = watchdog::start(observed.clone(), view).unwrap();
     let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
-    let admin = start(observed.clone(), watchdog.handle(), metrics, setup).unwrap();
+    let doors = Doors::bind(&observed.config.admin).unwrap();
+    let admin = start(observed.clone(), watchdog.handle(), metrics, setup, doors).unwrap();
     Running { admin, observed, _watchdog: watchdog, _worker: worker, directory }
 }
 
@@ -117,11 +118,8 @@ fn a_stale_socket_is_replaced_and_errors_name_the_path() {
         "only sockets are replaced"
     );
     let below = path.join("b.sock");
-    let (observed, setup, _worker) = fixture::observed(fixture::config(ReapMode::Off, Some(below.clone())));
-    let (view, ..) = kernel::open(View::None, &[], 10).unwrap();
-    let watchdog = watchdog::start(observed.clone(), view).unwrap();
-    let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
-    let error = start(observed, watchdog.handle(), metrics, setup).unwrap_err().to_string();
+    let config = fixture::config(ReapMode::Off, Some(below.clone()));
+    let error = Doors::bind(&config.admin).unwrap_err().to_string();
     assert!(error.contains(&below.display().to_string()), "{error}");
     std::fs::remove_dir_all(&directory).unwrap();
 }

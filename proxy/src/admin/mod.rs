@@ -19,6 +19,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 
+use crate::config;
 use crate::drill::Setup;
 use crate::metrics::Metrics;
 use crate::watchdog::{Handle, Observed};
@@ -94,17 +95,40 @@ struct Served {
     metrics: Arc<Metrics>,
 }
 
-/// Binds what `[admin]` asks for, then starts the thread that serves it. Drills belong to it, too.
+/// What `[admin]` asks for, bound but not served yet.
+#[derive(Debug)]
+pub struct Doors {
+    http: Option<TcpListener>,
+    socket: Option<Bound>,
+}
+
+impl Doors {
+    /// Binds both: this may take privileges that the threads of the process do not have later.
+    ///
+    /// # Errors
+    /// An address or a path cannot be bound.
+    pub fn bind(config: &config::Admin) -> Result<Self, AdminError> {
+        let http = config.http.map(bind_http).transpose()?;
+        let socket = match &config.socket {
+            None => None,
+            Some(path) => Some(Bound::new(path).map_err(|source| AdminError::Socket { path: path.clone(), source })?),
+        };
+        Ok(Self { http, socket })
+    }
+}
+
+/// Starts the thread that serves behind `doors`. Drills belong to it, too.
 ///
 /// # Errors
-/// An address or a path cannot be bound, or the thread cannot be started.
-pub fn start(observed: Observed, watchdog: Handle, metrics: Arc<Metrics>, drill: Setup) -> Result<Admin, AdminError> {
-    let config = Arc::clone(&observed.config);
-    let http = config.admin.http.map(bind_http).transpose()?;
-    let bound = match &config.admin.socket {
-        None => None,
-        Some(path) => Some(Bound::new(path).map_err(|source| AdminError::Socket { path: path.clone(), source })?),
-    };
+/// The thread cannot be started.
+pub fn start(
+    observed: Observed,
+    watchdog: Handle,
+    metrics: Arc<Metrics>,
+    drill: Setup,
+    doors: Doors,
+) -> Result<Admin, AdminError> {
+    let Doors { http, socket: bound } = doors;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let address = http.as_ref().map(TcpListener::local_addr).transpose()?;
     let path = bound.as_ref().map(|bound| bound.path().to_owned());

@@ -23,6 +23,28 @@ pub enum Destroyed {
     Refused(io::Error),
 }
 
+impl Destroyed {
+    /// Why the socket was not destroyed, and what to do about it; none if it was.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn result(self) -> io::Result<()> {
+        let why = match self {
+            Self::Severed => return Ok(()),
+            Self::Gone => "there is no such connection any more",
+            Self::NotPermitted => {
+                "CAP_NET_ADMIN is missing; grant it to the process (systemd: `AmbientCapabilities=CAP_NET_ADMIN`)"
+            }
+            Self::NotOffered => {
+                "the kernel was built without CONFIG_INET_DIAG_DESTROY; boot one that has it (Debian's and Ubuntu's do), \
+                 or expect no orphan to be severed"
+            }
+            Self::Refused(error) => return Err(error),
+        };
+        Err(io::Error::other(why))
+    }
+}
+
 /// Destroys exactly this socket: both ends and the cookie must match.
 ///
 /// # Errors

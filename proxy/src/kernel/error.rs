@@ -16,8 +16,9 @@ pub enum ViewError {
     NotBuilt,
     /// The kernel describes its types nowhere.
     #[error(
-        "the kernel's type information {path} cannot be read: {source}; eBPF needs Linux 5.15 or later with \
-         CONFIG_DEBUG_INFO_BTF=y and sysfs mounted"
+        "the kernel's type information {path} cannot be read: {source}; eBPF needs Linux 5.15 or later (this is {}) with \
+         CONFIG_DEBUG_INFO_BTF=y, and sysfs mounted on /sys",
+        super::capability::release()
     )]
     NoBtf {
         /// The file.
@@ -28,20 +29,19 @@ pub enum ViewError {
     /// The type information is damaged, or lacks what the eBPF program reads.
     #[error("the kernel's type information: {0}")]
     Btf(#[from] super::btf::BtfError),
-    /// A capability is missing.
-    #[error(
-        "{what}: not permitted; eBPF needs the capabilities CAP_BPF and CAP_PERFMON (this process lacks {missing}), \
-         and a kernel that is not in lockdown mode `confidentiality`"
-    )]
+    /// A capability is missing, or something else forbids eBPF.
+    #[error("{what}: not permitted: {obstacle}")]
     NotPermitted {
         /// What was tried.
         what: String,
-        /// The capabilities that are not effective, or "neither".
-        missing: String,
+        /// What is in the way, and what to do about it.
+        obstacle: String,
     },
     /// The kernel does not offer something or refuses the program.
     #[error(
-        "{what}: {detail}; eBPF needs Linux 5.15 or later with CONFIG_BPF_SYSCALL=y, CONFIG_BPF_EVENTS=y and CONFIG_NET=y"
+        "{what}: {detail}; eBPF needs Linux 5.15 or later (this is {}) with CONFIG_BPF_SYSCALL=y, CONFIG_BPF_EVENTS=y and \
+         CONFIG_NET=y: boot such a kernel, or set `kernel.view = \"sock-diag\"`",
+        super::capability::release()
     )]
     NotOffered {
         /// What was tried.
@@ -66,6 +66,16 @@ pub enum ViewError {
         what: &'static str,
         /// What is wrong.
         detail: String,
+    },
+    /// `sock_diag` cannot be asked.
+    #[error("{what}: {source}; {remedy}")]
+    NoSockDiag {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+        /// What is missing, and what to do about it.
+        remedy: &'static str,
     },
     /// A system call failed.
     #[error("{what}: {source}")]

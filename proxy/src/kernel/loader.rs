@@ -204,7 +204,7 @@ fn failed(what: &str, error: &(dyn Error + 'static)) -> ViewError {
         if let Some(io) = cause.downcast_ref::<io::Error>()
             && io.kind() == io::ErrorKind::PermissionDenied
         {
-            return ViewError::NotPermitted { what: what.to_owned(), missing: capability::missing_for_ebpf() };
+            return ViewError::NotPermitted { what: what.to_owned(), obstacle: capability::obstacle() };
         }
         source = cause.source();
     }

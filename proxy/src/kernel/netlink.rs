@@ -48,13 +48,17 @@ pub(super) struct SockDiag {
 impl SockDiag {
     /// Opens the socket. Its network namespace is the calling thread's.
     pub(super) fn open() -> Result<Self, ViewError> {
-        let what = ViewError::io("opening a sock_diag socket");
+        let refused = |source| ViewError::NoSockDiag {
+            what: "opening a sock_diag socket",
+            source,
+            remedy: "netlink sockets must be allowed (systemd: `RestrictAddressFamilies=` with AF_NETLINK; seccomp filters alike)",
+        };
         let open = || {
             let socket = Socket::new(NETLINK_SOCK_DIAG)?;
             socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
             Ok(socket)
         };
-        open().map(|socket| Self { socket, sequence: 0, buffer: vec![0; BUFFER] }).map_err(what)
+        open().map(|socket| Self { socket, sequence: 0, buffer: vec![0; BUFFER] }).map_err(refused)
     }
 
     /// All sockets of the table of connections, and the listeners, IPv4 and IPv6.
@@ -69,7 +73,7 @@ impl SockDiag {
                     break answer;
                 }
             };
-            answer.map_err(ViewError::io("dumping sockets by sock_diag"))?;
+            answer.map_err(cannot_dump)?;
         }
         Ok(rows)
     }
@@ -159,6 +163,20 @@ impl SockDiag {
             rest = rest.get(message_len.next_multiple_of(4).max(4)..).unwrap_or_default();
         }
         Ok(None)
+    }
+}
+
+/// ENOENT is the kernel's word for a protocol that nobody offers.
+fn cannot_dump(source: io::Error) -> ViewError {
+    let what = "dumping sockets by sock_diag";
+    match source.raw_os_error() {
+        Some(libc::ENOENT) => ViewError::NoSockDiag {
+            what,
+            source,
+            remedy: "this kernel has no sock_diag for TCP: load its module (`modprobe tcp_diag`), or boot a kernel with \
+                     CONFIG_INET_DIAG",
+        },
+        _ => ViewError::Io { what, source },
     }
 }
 

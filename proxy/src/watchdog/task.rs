@@ -18,7 +18,7 @@ use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::Class;
 use crate::control::Control;
-use crate::kernel::{self, Destroyed, KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
+use crate::kernel::{self, KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
 use crate::ledger::{LedgerSnapshot, RowId};
 
 /// Between two steps of the reaper while it is busy.
@@ -255,14 +255,7 @@ impl Hands for Grip<'_> {
     }
 
     fn destroy(&mut self, socket: &KernelSocket) -> io::Result<()> {
-        let why = match kernel::destroy(socket).map_err(io::Error::other)? {
-            Destroyed::Severed => return Ok(()),
-            Destroyed::Gone => "there is no such connection any more",
-            Destroyed::NotPermitted => "CAP_NET_ADMIN is missing",
-            Destroyed::NotOffered => "the kernel was built without CONFIG_INET_DIAG_DESTROY",
-            Destroyed::Refused(error) => return Err(error),
-        };
-        Err(io::Error::other(why))
+        kernel::destroy(socket).map_err(io::Error::other)?.result()
     }
 
     fn retire(&mut self, row: RowId, cookie: u64) -> bool {
