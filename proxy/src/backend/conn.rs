@@ -71,8 +71,11 @@ impl ConnTask {
             if let Phase::Closing(reason) = self.phase() {
                 return Err(reason);
             }
-            if !self.connected && self.finish_connect(cx, now)?.is_pending() {
-                return Ok(());
+            if !self.connected {
+                if self.finish_connect(cx, now)?.is_pending() {
+                    return Ok(());
+                }
+                continue;
             }
             self.write(cx, now)?;
             if self.read(cx, now)?.is_pending() {
@@ -88,13 +91,34 @@ impl ConnTask {
         core.pool.get(self.key).map_or(Phase::Closing(CloseReason::Dropped), |conn| conn.phase)
     }
 
+    /// A connection that did not come about says so to the first write, so there is no need to ask before it.
     fn finish_connect(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, CloseReason> {
         let Some(io) = self.io.as_ref().map(Tracked::io) else { return Ok(Poll::Pending) };
-        let ready = match io.poll_write_ready(cx) {
+        let mut ready = match io.poll_write_ready(cx) {
             Poll::Pending => return Ok(Poll::Pending),
             Poll::Ready(ready) => ready.map_err(|_| CloseReason::ConnectFailed)?,
         };
-        if let Some(error) = ready.get_inner().take_error().unwrap_or_else(Some) {
+        let mut core = self.shell.core.borrow_mut();
+        let Core { pool, spares, .. } = &mut *core;
+        let Some(conn) = pool.get_mut(self.key) else { return Ok(Poll::Pending) };
+        let failed = if conn.out.is_empty() {
+            // Its only query has been given up meanwhile.
+            ready.get_inner().take_error().unwrap_or_else(Some)
+        } else {
+            match ready.try_io(|io| io.get_ref().send(conn.out.pending())) {
+                Ok(Ok(sent)) => {
+                    conn.last_byte = now;
+                    conn.out.advance(sent, spares);
+                    None
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
+                Ok(Err(error)) => Some(error),
+                // Woken too early.
+                Err(_would_block) => return Ok(Poll::Ready(())),
+            }
+        };
+        drop(core);
+        if let Some(error) = failed {
             self.complain(&error);
             return Err(CloseReason::ConnectFailed);
         }

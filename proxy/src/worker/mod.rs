@@ -23,11 +23,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::LocalSet;
 
 use self::core::{Core, Shared};
 use self::plan::Plan;
-use self::shell::Shell;
+use self::shell::{GRAIN, Shell};
 use crate::client::accept::Acceptor;
 use crate::client::limits::ClientLimits;
 use crate::clock::{self, Mono};
@@ -71,9 +70,11 @@ impl Worker {
     ///
     /// If the runtime can't be made or a listener can't be registered.
     pub fn run(self, ledger: ShardWriter) -> std::io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-        let tasks = LocalSet::new();
-        tasks.block_on(&runtime, self.serve(ledger))
+        // A local runtime, not a `LocalSet` on another: waking a task from the event loop of a `LocalSet` costs a system
+        // call (a write to the runtime's eventfd).
+        let options = tokio::runtime::LocalOptions::default();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build_local(options)?;
+        runtime.block_on(self.serve(ledger))
     }
 
     async fn serve(self, ledger: ShardWriter) -> std::io::Result<()> {
@@ -96,8 +97,9 @@ impl Worker {
         }
         // The last receivers are the acceptors': when they are gone, nobody accepts any more.
         drop(stopped);
-        Keeper { shell, requests: self.requests, stop, drain_until: None, all_closed: false }.run().await;
-        Ok(())
+        let keeper = Keeper { shell, requests: self.requests, stop, drain_until: None, all_closed: false };
+        // As a task of its own: to wake the future that the runtime blocks on costs a system call.
+        tokio::task::spawn_local(keeper.run()).await.map_err(std::io::Error::other)
     }
 }
 
@@ -125,7 +127,8 @@ impl Keeper {
                 return;
             }
             self.shell.flush();
-            let until = self.shell.core.borrow().next_deadline().min(now.after(HEARTBEAT));
+            let next = self.shell.core.borrow().next_deadline();
+            let until = next.clamp(now.after(GRAIN), now.after(HEARTBEAT));
             self.shell.sleeps_until.set(until);
             let request = tokio::select! {
                 request = self.requests.recv() => request,

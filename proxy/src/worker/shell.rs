@@ -25,6 +25,9 @@ use crate::stats::WorkerStats;
 pub(crate) const SCRATCH: usize = 64 * 1024;
 /// The longest incomplete message that can be kept from the read before.
 const LONGEST_REST: usize = 2 + u16::MAX as usize;
+/// Deadlines that are closer to each other than this are seen to at one go: each waking of the housekeeper costs a
+/// system call.
+pub(crate) const GRAIN: Duration = Duration::from_millis(5);
 /// Between two log lines about the same kind of trouble.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -168,7 +171,7 @@ impl Shell {
         if std::mem::take(&mut core.wakes.tell_capacity) {
             self.tell_others(|| Control::CapacityFreed);
         }
-        if core.next_deadline() < self.sleeps_until.get() {
+        if core.next_deadline().after(GRAIN) < self.sleeps_until.get() {
             self.nudge.notify_one();
         }
     }
