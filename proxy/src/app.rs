@@ -96,7 +96,7 @@ impl App {
         tracing::info!(source = source.as_str(), reason, "kernel view");
         privilege::keep_for_watchdog(&mut *view, config.watchdog.reap)?;
         let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
-        let observed = Observed::new(config, ledger, stats, controls, drill.address()?);
+        let observed = Observed::new(config, ledger, stats, controls, drill.address()?).with_view_reason(&reason);
         let watchdog = watchdog::start(observed.clone(), view)?;
         privilege::drop_all()?;
         Ok(Self { observed, workers, addresses, watchdog, doors, drill })

@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
 use crate::config;
+use crate::ctl::CtlArgs;
 use crate::demo::Demo;
 use crate::query::QueryArgs;
 
@@ -39,6 +40,8 @@ enum Command {
         #[arg(long, default_value = "/run/counterfoil/counterfoil.sock")]
         socket: PathBuf,
     },
+    /// Look into the running process, or have it do something.
+    Ctl(CtlArgs),
     /// Ask a DNS server over TCP, with a PROXY v2 header if wanted.
     Query(QueryArgs),
 }
@@ -84,6 +87,7 @@ pub fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Command::Ctl(args) => crate::ctl::run(&args),
         Command::Query(args) => crate::query::run(&args),
     }
 }

@@ -12,6 +12,7 @@ pub mod clock;
 pub mod close;
 pub mod config;
 pub mod control;
+pub mod ctl;
 pub mod demo;
 pub mod dns;
 pub mod drill;

@@ -178,6 +178,17 @@ impl Counterfoil {
         crate::process::run(&program, &["drill", class, "--socket", &socket], deadline)
     }
 
+    /// Runs `counterfoil ctl` as an operator would; `true` and its output if it succeeded.
+    ///
+    /// # Panics
+    /// If it does not end in time.
+    #[track_caller]
+    pub fn ctl(&self, arguments: &[&str], deadline: Duration) -> (bool, String) {
+        let socket = self.socket.display().to_string();
+        let program = program().display().to_string();
+        crate::process::run(&program, &[&["ctl", "--socket", &socket], arguments].concat(), deadline)
+    }
+
     /// Waits until everything is at rest: no client, no backend connection, no query, no socket, and every query that
     /// came in was answered, failed or abandoned. Backend connections must be on their way out (idle timeout, or their
     /// client gone) before this is called.

@@ -173,3 +173,26 @@ fn wait_until(mut condition: impl FnMut() -> bool) {
         std::thread::yield_now();
     }
 }
+
+#[test]
+fn what_there_is_can_be_shown() {
+    let running = start_with(ReapMode::DryRun, "show");
+    for what in ["backends", "connections", "clients", "tlvs", "findings", "reaps", "view"] {
+        let events = ask(&running, &format!("{{\"cmd\":\"show\",\"what\":\"{what}\"}}"));
+        let done = events.last().unwrap();
+        assert_eq!((&done["ok"], &done["source"], &done["next"]), (&true.into(), &"sock-diag".into(), &().into()));
+        // Sockets of other tests in this process are connections, too, and may be findings.
+        match what {
+            "reaps" => assert_eq!(events.len(), 1, "{events:?}"),
+            "connections" | "findings" => {}
+            _ => assert!(events.len() > 1, "{what}: {events:?}"),
+        }
+    }
+    let refused = ask(&running, "{\"cmd\":\"reap\",\"cookie\":1}");
+    assert_eq!(refused.len(), 1);
+    assert_eq!(
+        (&refused[0]["ok"], &refused[0]["message"]),
+        (&false.into(), &"not reaped: neither view has a socket 1".into())
+    );
+    assert_eq!(ask(&running, "{\"cmd\":\"show\",\"what\":\"all\"}")[0]["ok"], false);
+}

@@ -5,6 +5,8 @@
 
 mod guard;
 mod http;
+mod order;
+mod show;
 mod socket;
 
 use std::fmt;

@@ -18,7 +18,8 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 
-use super::Served;
+use super::show::{self, What};
+use super::{Served, order};
 use crate::drill::Drill;
 
 /// Connections at once.
@@ -147,6 +148,14 @@ pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>
 enum Request {
     /// One drill.
     Drill { class: String },
+    /// A page of what there is, behind the key `after`.
+    Show {
+        what: What,
+        #[serde(default)]
+        after: u64,
+    },
+    /// One reaping, on an operator's order.
+    Reap { cookie: u64 },
     /// Blocks a worker's thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang { worker: usize, millis: u64 },
@@ -189,6 +198,8 @@ async fn gone(read: OwnedReadHalf) -> io::Result<()> {
 async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: UnboundedSender<Value>) {
     match serde_json::from_str::<Request>(line) {
         Ok(Request::Drill { class }) => drill.run(&class, &events).await,
+        Ok(Request::Show { what, after }) => show::show(what, after, served, &events).await,
+        Ok(Request::Reap { cookie }) => order::reap(cookie, served, &events).await,
         #[cfg(feature = "test-hooks")]
         Ok(Request::Hang { worker, millis }) => {
             let hang = crate::control::Control::Hang(Duration::from_millis(millis));

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
+pub(crate) use client::SILENCE;
 pub use client::client;
 pub(crate) use follow::Drill;
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::flight::Flight;
 use crate::clock::Mono;
 use crate::config::Class;
 use crate::kernel::KernelSocket;
@@ -28,6 +29,8 @@ pub struct Finding {
     pub first_seen: Mono,
     /// In how many consecutive sweeps it was seen.
     pub sweeps: u32,
+    /// The last changes of its state; the join leaves them empty, the watchdog's thread fills them in.
+    pub flight: Flight,
     /// Why nothing may be done about it; none: it may be reaped.
     pub held_back: Option<HeldBack>,
 }
@@ -53,6 +56,21 @@ pub enum HeldBack {
 }
 
 impl Finding {
+    /// When the socket was opened, as far as either view knows.
+    pub fn opened(&self) -> Option<Mono> {
+        self.row.map(|row| row.opened).or_else(|| self.socket.as_ref()?.opened.map(Mono))
+    }
+
+    /// The types of the TLVs in its header: those of its pool, given by backend index, if it has a header.
+    pub fn tlv_types<'a>(&self, by_backend: &'a [Vec<u8>]) -> &'a [u8] {
+        match (self.row, self.backend) {
+            (Some(row), Some(backend)) if row.header != 0 => {
+                by_backend.get(usize::from(backend)).map(Vec::as_slice).unwrap_or_default()
+            }
+            _ => &[],
+        }
+    }
+
     /// What both views say of it, for the log.
     pub fn evidence(&self, now: Mono) -> String {
         let ago = |at: Mono| now.since(at).as_secs_f64();

@@ -9,6 +9,7 @@
 pub mod finding;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod flight;
 pub mod ladder;
 pub mod policy;
 pub mod reaper;
@@ -24,15 +25,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
+use tokio::sync::oneshot;
+
 pub use finding::{Finding, HeldBack};
 pub use ladder::{Outcome, Rung};
 pub use policy::Policy;
 pub use report::Report;
 
-use crate::config::Config;
+use crate::config::{Config, Pool};
 use crate::control::Controls;
-use crate::kernel::KernelView;
-use crate::ledger::Ledger;
+use crate::kernel::{KernelSnapshot, KernelView};
+use crate::ledger::{Ledger, LedgerSnapshot};
 use crate::stats::WorkerStats;
 use report::Published;
 use task::{Request, Task};
@@ -52,6 +55,8 @@ pub struct Observed {
     pub controls: Controls,
     /// Clients are being served: set when all listeners are open, cleared when the process drains.
     pub serving: Arc<AtomicBool>,
+    /// Why the kernel view is the one that it is.
+    pub view_reason: Arc<str>,
 }
 
 impl Observed {
@@ -64,7 +69,22 @@ impl Observed {
         drill: SocketAddr,
     ) -> Self {
         let policy = Arc::new(Policy::new(&config, drill));
-        Self { config, policy, ledger, stats: stats.into(), controls, serving: Arc::new(AtomicBool::new(false)) }
+        let serving = Arc::new(AtomicBool::new(false));
+        Self { config, policy, ledger, stats: stats.into(), controls, serving, view_reason: Arc::from("") }
+    }
+
+    /// With the reason why the kernel view is the one that it is.
+    #[must_use]
+    pub fn with_view_reason(self, reason: &str) -> Self {
+        Self { view_reason: Arc::from(reason), ..self }
+    }
+
+    /// Per backend index, the types of the TLVs that its pool's headers carry, in order.
+    pub fn tlv_types(&self) -> Vec<Vec<u8>> {
+        let types = |pool: &Pool| -> Vec<u8> {
+            pool.proxy_protocol.iter().flat_map(|proxy| proxy.tlvs.iter()).map(|(kind, _)| kind).collect()
+        };
+        self.config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |_| types(pool))).collect()
     }
 
     /// Says whether clients are being served, for `/readyz`.
@@ -104,6 +124,41 @@ impl Handle {
         // It has ended: then there is nothing to sweep either.
         let _ = self.requests.send(Request::Sweep);
     }
+
+    /// Reads both halves now, without counting as a sweep. Nothing comes if the watchdog has ended.
+    pub fn look(&self) -> oneshot::Receiver<Look> {
+        let (answer, look) = oneshot::channel();
+        let _ = self.requests.send(Request::Look(answer));
+        look
+    }
+
+    /// Orders the reaping of one finding, whatever `watchdog.reap` says. What comes is the serial number from which on
+    /// the records may tell its end, or why it is refused.
+    pub fn order(&self, cookie: u64) -> oneshot::Receiver<Result<Ordered, String>> {
+        let (answer, ordered) = oneshot::channel();
+        let _ = self.requests.send(Request::Reap { cookie, answer });
+        ordered
+    }
+}
+
+/// Both halves at one moment, for who looks on.
+#[derive(Debug)]
+pub struct Look {
+    /// Read first. An error says why nothing is known of any socket.
+    pub kernel: Result<KernelSnapshot, String>,
+    /// Read second.
+    pub ledger: LedgerSnapshot,
+    /// The state after the last sweep.
+    pub report: Arc<Report>,
+}
+
+/// A reaping that an operator ordered, and that has begun.
+#[derive(Debug)]
+pub struct Ordered {
+    /// What is reaped.
+    pub finding: Finding,
+    /// Its record's number is not smaller.
+    pub serial: u64,
 }
 
 /// Starts the watchdog on a thread of its own.

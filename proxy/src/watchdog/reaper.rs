@@ -6,16 +6,18 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt::Write as _;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::finding::Finding;
+use super::flight::{Change, Flight};
 use super::ladder::{Action, Facts, Ladder, Outcome, Rung};
 use super::policy::Policy;
 use super::reconcile::Joined;
-use crate::clock::Mono;
+use crate::clock::{self, Mono};
 use crate::config::{Class, ReapMode, Watchdog};
 use crate::kernel::KernelSocket;
-use crate::ledger::RowId;
+use crate::ledger::{RowId, RowState};
 
 /// What the reaper can do to the world.
 pub trait Hands {
@@ -47,10 +49,20 @@ pub struct ReapRecord {
     pub note: String,
     /// When it was over.
     pub at: Mono,
+    /// The same as unix time, seconds.
+    pub unix: f64,
+    /// Records are numbered from 1.
+    pub serial: u64,
+    /// An operator ordered it.
+    pub ordered: bool,
+    /// The finding as it was when the reaping began, with the changes of its state up to the end.
+    pub finding: Finding,
+    /// What both views said of it when the reaping began.
+    pub evidence: String,
 }
 
 /// Records kept for drills and for `ctl`.
-const RECENT: usize = 256;
+pub const RECENT: usize = 1000;
 
 /// An ineffective reaping is tried again after this long.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
@@ -60,6 +72,15 @@ struct Active {
     finding: Finding,
     ladder: Ladder,
     note: String,
+    ordered: bool,
+    evidence: String,
+}
+
+impl Active {
+    fn new(finding: &Finding, ordered: bool, now: Mono) -> Self {
+        let ladder = Ladder::new(finding.class, now);
+        Self { finding: finding.clone(), ladder, note: String::new(), ordered, evidence: finding.evidence(now) }
+    }
 }
 
 /// The state of all reapings.
@@ -79,7 +100,11 @@ pub struct Reaper {
     /// By class and outcome.
     pub counts: [[u64; Outcome::ALL.len()]; Class::ALL.len()],
     /// The latest reapings, oldest first.
-    pub recent: VecDeque<ReapRecord>,
+    pub recent: VecDeque<Arc<ReapRecord>>,
+    /// Of the last record.
+    serial: u64,
+    /// Types of the TLVs in the headers to each backend.
+    tlv_types: Vec<Vec<u8>>,
 }
 
 impl Reaper {
@@ -96,7 +121,15 @@ impl Reaper {
             published: HashSet::new(),
             counts: Default::default(),
             recent: VecDeque::new(),
+            serial: 0,
+            tlv_types: Vec::new(),
         }
+    }
+
+    /// With the types of the TLVs in the headers to each backend, for the log.
+    #[must_use]
+    pub fn with_tlv_types(self, tlv_types: Vec<Vec<u8>>) -> Self {
+        Self { tlv_types, ..self }
     }
 
     /// Whether a reaping is under way.
@@ -127,8 +160,7 @@ impl Reaper {
                 tracing::warn!(per_minute = self.per_minute, "the rate cap of the reaper is reached, the rest waits");
                 return;
             }
-            let active =
-                Active { finding: finding.clone(), ladder: Ladder::new(finding.class, now), note: String::new() };
+            let active = Active::new(finding, false, now);
             if self.mode == ReapMode::DryRun {
                 self.rehearsed.insert((finding.cookie, finding.class));
                 self.finish(active, Some(Outcome::DryRun), policy, now);
@@ -136,6 +168,22 @@ impl Reaper {
                 self.active.insert(finding.cookie, active);
             }
         }
+    }
+
+    /// Begins the reaping of one finding on an operator's order: mode, classes and rate are those of the reaper's own
+    /// decisions and do not count here. The number of the next record, at the soonest its own.
+    ///
+    /// # Errors
+    /// It is held back, or being reaped already.
+    pub fn order(&mut self, finding: &Finding, now: Mono) -> Result<u64, String> {
+        if let Some(held_back) = finding.held_back {
+            return Err(format!("socket {} is held back: {held_back}", finding.cookie));
+        }
+        if self.active.contains_key(&finding.cookie) {
+            return Err(format!("socket {} is being reaped already", finding.cookie));
+        }
+        self.active.insert(finding.cookie, Active::new(finding, true, now));
+        Ok(self.serial + 1)
     }
 
     fn take_place(&mut self, now: Mono) -> bool {
@@ -154,6 +202,9 @@ impl Reaper {
         let mut over = Vec::new();
         for (cookie, active) in &mut self.active {
             let facts = facts(*cookie, fresh, policy, &active.finding);
+            if facts.whole {
+                active.finding.flight.record(Change::of(&fresh.pair(*cookie), fresh.taken()));
+            }
             match active.ladder.step(&facts, now) {
                 Action::Wait => {}
                 Action::Act(rung, row) => act(active, rung, row, fresh, hands),
@@ -172,7 +223,7 @@ impl Reaper {
     }
 
     fn finish(&mut self, active: Active, outcome: Option<Outcome>, policy: &Policy, now: Mono) {
-        let Active { finding, ladder, note } = active;
+        let Active { finding, ladder, note, ordered, evidence } = active;
         if let Some(outcome) = outcome {
             self.counts[finding.class as usize][outcome as usize] += 1;
         }
@@ -182,13 +233,25 @@ impl Reaper {
             // Gone, only rehearsed, or healthy again.
             Some(Outcome::Released | Outcome::DryRun) | None => {}
         }
-        let record =
-            ReapRecord { cookie: finding.cookie, class: finding.class, rung: ladder.rung(), outcome, note, at: now };
-        log(&finding, &record, policy, now);
+        self.serial += 1;
+        let record = ReapRecord {
+            cookie: finding.cookie,
+            class: finding.class,
+            rung: ladder.rung(),
+            outcome,
+            note,
+            at: now,
+            unix: clock::unix_seconds(),
+            serial: self.serial,
+            ordered,
+            finding,
+            evidence,
+        };
+        log(&record, &self.tlv_types, policy);
         if self.recent.len() == RECENT {
             self.recent.pop_front();
         }
-        self.recent.push_back(record);
+        self.recent.push_back(Arc::new(record));
     }
 }
 
@@ -227,10 +290,28 @@ fn act(active: &mut Active, rung: Rung, row: Option<RowId>, fresh: &Joined<'_>, 
     }
 }
 
-fn log(finding: &Finding, record: &ReapRecord, policy: &Policy, now: Mono) {
+/// Types of TLVs as the configuration writes them: `0xE0,0xE1`.
+pub fn type_list(types: &[u8]) -> String {
+    types.iter().map(|kind| format!("{kind:#04X}").replacen("0X", "0x", 1)).collect::<Vec<_>>().join(",")
+}
+
+/// The flight recorder on one line: how long before `now`, and what kernel and ledger said.
+fn changes(flight: &Flight, now: Mono) -> String {
+    let mut text = String::new();
+    for change in flight.changes() {
+        let tcp = change.tcp.map_or("none", |state| state.as_str());
+        let row = change.row.map_or("none", RowState::label);
+        let separator = if text.is_empty() { "" } else { ", " };
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{separator}{:.1} s ago {tcp}/{row}", now.since(change.at).as_secs_f64());
+    }
+    text
+}
+
+fn log(record: &ReapRecord, tlv_types: &[Vec<u8>], policy: &Policy) {
+    let (finding, now) = (&record.finding, record.at);
     let addresses = finding.socket.as_ref().map(|socket| (socket.local.to_string(), socket.remote.to_string()));
     let (local, remote) = addresses.unwrap_or_default();
-    let opened = finding.row.map(|row| row.opened).or_else(|| finding.socket.as_ref()?.opened.map(Mono));
     tracing::warn!(
         cookie = finding.cookie,
         local,
@@ -238,10 +319,13 @@ fn log(finding: &Finding, record: &ReapRecord, policy: &Policy, now: Mono) {
         class = finding.class.name(),
         backend = policy.label(finding.backend),
         owner = finding.row.map_or(0, |row| row.owner),
-        age_seconds = opened.map_or(0.0, |opened| now.since(opened).as_secs_f64()),
+        age_seconds = finding.opened().map_or(0.0, |opened| now.since(opened).as_secs_f64()),
         since_seconds = now.since(finding.since).as_secs_f64(),
         sweeps = finding.sweeps,
-        evidence = finding.evidence(now),
+        tlv_types = type_list(finding.tlv_types(tlv_types)),
+        evidence = record.evidence,
+        changes = changes(&finding.flight, now),
+        ordered = record.ordered,
         rung = record.rung.map_or("none", Rung::name),
         outcome = record.outcome.map_or("withdrawn", Outcome::label),
         note = record.note,

@@ -249,3 +249,26 @@ fn what_stays_severed_is_not_reaped_again() {
     assert_eq!(endings(&reaper), [(3, Some(Rung::Destroy), Some(Outcome::Severed))]);
     assert_eq!(world.sockets.len(), 1, "the descriptor still leaks and stays a finding");
 }
+
+#[test]
+fn the_last_thousand_records_are_kept() {
+    let mut world = world();
+    for cookie in 1..=1500 {
+        world.add(cookie, TcpState::CloseWait, Nature::ClosesWhenAsked, true);
+    }
+    let mut reaper = Reaper::new(&config(ReapMode::On, 1_000_000));
+    run(&mut world, &mut reaper, 9);
+    assert_eq!(reaper.counts[Class::Zombie as usize][Outcome::Released as usize], 1500);
+    let serials: Vec<u64> = reaper.recent.iter().map(|record| record.serial).collect();
+    assert_eq!((serials.len(), serials.first(), serials.last()), (RECENT, Some(&501), Some(&1500)));
+}
+
+#[test]
+fn a_line_in_the_log_is_short_and_whole() {
+    assert_eq!(type_list(&[0xe0, 0x0a]), "0xE0,0x0A");
+    let mut flight = Flight::default();
+    let change = |at, tcp, row| Change { at: Mono(at * SECOND), tcp, row };
+    flight.record(change(1, Some(TcpState::Established), Some(RowState::Busy)));
+    flight.record(change(3, Some(TcpState::CloseWait), None));
+    assert_eq!(changes(&flight, Mono(4 * SECOND)), "3.0 s ago established/busy, 1.0 s ago close_wait/none");
+}

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::finding::{Finding, HeldBack};
+use super::flight::Flight;
 use super::policy::Policy;
 use crate::clock::{Mono, nanos};
 use crate::config::Class;
@@ -103,6 +104,11 @@ impl<'a> Joined<'a> {
             }
         }
         Self { pairs, kernel, ledger, trust }
+    }
+
+    /// Each cookie with both halves, in no order.
+    pub fn pairs(&self) -> impl Iterator<Item = (u64, &Pair<'a>)> {
+        self.pairs.iter().map(|(cookie, pair)| (*cookie, pair))
     }
 
     /// Both halves of one socket.
@@ -233,6 +239,7 @@ pub fn reconcile(joined: &Joined<'_>, history: &mut History, policy: &Policy) ->
             since,
             first_seen: track.first_seen,
             sweeps: track.sweeps,
+            flight: Flight::default(),
             held_back: held_back(joined, pair, &track, backend, policy),
         });
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::finding::Finding;
 use super::ladder::Outcome;
@@ -10,7 +11,7 @@ use super::reaper::ReapRecord;
 use super::reconcile::Joined;
 use crate::clock::{Mono, nanos};
 use crate::config::Class;
-use crate::kernel::{KernelSnapshot, Source, TcpState};
+use crate::kernel::{Crosscheck, KernelSnapshot, Source, TcpState};
 use crate::ledger::BackendIndex;
 
 /// Upper bounds of the sweep duration's buckets, nanoseconds.
@@ -41,9 +42,24 @@ pub struct Report {
     /// By class and outcome.
     pub reaped: [[u64; Outcome::ALL.len()]; Class::ALL.len()],
     /// The latest reapings, oldest first.
-    pub recent: VecDeque<ReapRecord>,
+    pub recent: VecDeque<Arc<ReapRecord>>,
     /// When the kernel was last read.
     pub taken: Mono,
+    /// How long the last sweep took.
+    pub last_sweep: Duration,
+    /// How long the slowest one took.
+    pub slowest_sweep: Duration,
+    /// The last comparison with the witnesses; none: not due yet since the view was opened.
+    pub crosscheck: Option<Checked>,
+}
+
+/// A comparison of the kernel view with its witnesses.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// Unix time, seconds.
+    pub at: f64,
+    /// What it said.
+    pub result: Crosscheck,
 }
 
 /// Sockets of one backend in one state.
@@ -57,7 +73,7 @@ pub struct Group {
 
 impl Report {
     /// Before the first sweep.
-    pub(super) fn new(source: Source, workers: usize) -> Self {
+    pub(crate) fn new(source: Source, workers: usize) -> Self {
         Self {
             source,
             uncertain: None,
@@ -71,6 +87,9 @@ impl Report {
             reaped: Default::default(),
             recent: VecDeque::new(),
             taken: Mono::ZERO,
+            last_sweep: Duration::ZERO,
+            slowest_sweep: Duration::ZERO,
+            crosscheck: None,
         }
     }
 
@@ -83,7 +102,9 @@ impl Report {
         counts
     }
 
-    pub(super) fn record_duration(&mut self, taken: std::time::Duration) {
+    pub(super) fn record_duration(&mut self, taken: Duration) {
+        self.last_sweep = taken;
+        self.slowest_sweep = self.slowest_sweep.max(taken);
         let nanos = nanos(taken);
         let (buckets, sum) = &mut self.durations;
         buckets[SWEEP_BOUNDS.partition_point(|bound| *bound < nanos)] += 1;

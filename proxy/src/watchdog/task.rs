@@ -8,12 +8,15 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 
-use super::Observed;
+use tokio::sync::oneshot;
+
 use super::finding::Finding;
+use super::flight::Recorder;
 use super::policy::Policy;
 use super::reaper::{Hands, Reaper};
 use super::reconcile::{History, Joined, Trust, reconcile, stalled};
-use super::report::{Published, Report, groups};
+use super::report::{Checked, Published, Report, groups};
+use super::{Look, Observed, Ordered};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::Class;
@@ -29,6 +32,15 @@ const STEP: std::time::Duration = std::time::Duration::from_millis(100);
 pub(super) enum Request {
     /// Sweep at once.
     Sweep,
+    /// Read both halves.
+    Look(oneshot::Sender<Look>),
+    /// Reap one finding.
+    Reap {
+        /// Of which socket.
+        cookie: u64,
+        /// Whether it has begun.
+        answer: oneshot::Sender<Result<Ordered, String>>,
+    },
     /// End.
     Stop,
 }
@@ -40,6 +52,7 @@ pub(super) struct Task {
     published: Arc<Published>,
     report: Report,
     history: History,
+    recorder: Recorder,
     reaper: Reaper,
     started: Mono,
     next_crosscheck: Mono,
@@ -56,12 +69,13 @@ impl Task {
         let watchdog = &observed.config.watchdog;
         Self {
             report: Report::new(view.source(), observed.policy.workers),
-            reaper: Reaper::new(watchdog),
+            reaper: Reaper::new(watchdog).with_tlv_types(observed.tlv_types()),
             next_crosscheck: now.after(watchdog.crosscheck_interval),
             observed,
             view,
             published,
             history: History::default(),
+            recorder: Recorder::default(),
             started: now,
             disagreement: None,
             doubt: false,
@@ -76,11 +90,15 @@ impl Task {
         loop {
             let now = clock::now();
             let wake = if self.reaper.is_busy() { next_sweep.min(now.after(STEP)) } else { next_sweep };
-            let requested = match requests.recv_timeout(wake.since(now)) {
-                Ok(Request::Sweep) => true,
+            let mut requested = false;
+            match requests.recv_timeout(wake.since(now)) {
+                Ok(Request::Sweep) => requested = true,
+                // Who asked may be gone: then nobody needs to know.
+                Ok(Request::Look(answer)) => drop(answer.send(self.look())),
+                Ok(Request::Reap { cookie, answer }) => drop(answer.send(self.order(cookie))),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => false,
-            };
+                Err(RecvTimeoutError::Timeout) => {}
+            }
             let now = clock::now();
             if requested || now >= next_sweep {
                 self.sweep();
@@ -121,7 +139,8 @@ impl Task {
                     None => tracing::info!(compared = ?crosscheck.compared, "the kernel view's witnesses agree again"),
                 }
             }
-            self.disagreement = crosscheck.disagreement;
+            self.disagreement.clone_from(&crosscheck.disagreement);
+            self.report.crosscheck = Some(Checked { at: clock::unix_seconds(), result: crosscheck });
         }
         let mut kernel = self.view.snapshot()?;
         if kernel.uncertain.is_none() {
@@ -134,7 +153,11 @@ impl Task {
     fn join(&mut self, kernel: &KernelSnapshot, ledger: &LedgerSnapshot, began: Mono) {
         let policy = Arc::clone(&self.observed.policy);
         let joined = Joined::new(kernel, self.trust(), ledger);
-        let findings = reconcile(&joined, &mut self.history, &policy);
+        let mut findings = reconcile(&joined, &mut self.history, &policy);
+        self.recorder.record(&joined);
+        for finding in &mut findings {
+            finding.flight = self.recorder.flight(finding.cookie);
+        }
         self.announce(&findings, &policy, began);
         self.watch_workers(ledger, &policy);
         self.reaper.admit(&findings, &joined, &policy, began);
@@ -221,6 +244,47 @@ impl Task {
         self.reaper.step(&joined, &policy, &mut hands, clock::now());
         self.doubt |= hands.doubt;
         self.publish();
+    }
+
+    fn look(&mut self) -> Look {
+        let (kernel, ledger) = match self.read() {
+            Ok((kernel, ledger)) => (Ok(kernel), ledger),
+            Err(error) => (Err(error.to_string()), self.observed.ledger.snapshot(clock::now())),
+        };
+        Look { kernel, ledger, report: self.published.get() }
+    }
+
+    /// Begins the reaping that an operator orders, if it is of a finding that may be acted on. The ladder evaluates the
+    /// class again before each rung, as always (I10).
+    fn order(&mut self, cookie: u64) -> Result<Ordered, String> {
+        if let Some(reason) = &self.report.uncertain {
+            return Err(format!("the kernel view is uncertain: {reason}"));
+        }
+        let Some(finding) = self.report.findings.iter().find(|finding| finding.cookie == cookie).cloned() else {
+            return Err(self.no_finding(cookie));
+        };
+        let serial = self.reaper.order(&finding, clock::now())?;
+        tracing::warn!(cookie, class = finding.class.name(), "an operator orders a reaping");
+        Ok(Ordered { finding, serial })
+    }
+
+    /// Why a socket that is no finding is not reaped.
+    fn no_finding(&mut self, cookie: u64) -> String {
+        let (kernel, ledger) = match self.read() {
+            Ok(read) => read,
+            Err(error) => return format!("the kernel view cannot be read: {error}"),
+        };
+        let joined = Joined::new(&kernel, self.trust(), &ledger);
+        if !joined.pair(cookie).exists() {
+            return format!("neither view has a socket {cookie}");
+        }
+        match joined.condition(cookie, &self.observed.policy) {
+            Some(condition) => {
+                let class = condition.class.name();
+                format!("socket {cookie} looks like a {class}, but not in enough sweeps or not for long enough yet")
+            }
+            None => format!("socket {cookie} is no finding: nothing is wrong with it"),
+        }
     }
 
     fn publish(&mut self) {

@@ -231,3 +231,61 @@ fn the_thread_sweeps_at_its_interval_and_on_request_and_ends() {
     requests.send(Request::Stop).unwrap();
     thread.join().unwrap();
 }
+
+#[test]
+fn an_order_is_for_findings_that_may_be_acted_on() {
+    let mut bench = Bench::new();
+    bench.task.reaper = Reaper::new(&fixture::config(ReapMode::DryRun, None).watchdog);
+    let (_socket, entry) = bench.open();
+    let (_healthy, well) = bench.open();
+    let zombie = socket(entry.cookie(), TcpState::CloseWait);
+    let established = socket(well.cookie(), TcpState::Established);
+    bench.script(|script| script.sockets = vec![zombie, established]);
+    bench.sweep();
+    let refused = |bench: &mut Bench, cookie| bench.task.order(cookie).unwrap_err();
+    assert!(refused(&mut bench, entry.cookie()).contains("looks like a zombie, but not in enough sweeps"));
+    bench.sweep();
+    assert!(refused(&mut bench, well.cookie()).contains("nothing is wrong with it"));
+    assert!(refused(&mut bench, u64::MAX).contains("neither view has"));
+    bench.script(|script| script.uncertain = Some("storage failed".to_owned()));
+    bench.sweep();
+    assert!(refused(&mut bench, entry.cookie()).contains("uncertain: storage failed"));
+    bench.script(|script| script.uncertain = None);
+    bench.sweep();
+    assert!(refused(&mut bench, entry.cookie()).contains("held back"), "it was uncertain in one of the last sweeps");
+    bench.sweep();
+    assert!(bench.requests.try_recv().is_err(), "dry run: nobody is asked");
+    let ordered = bench.task.order(entry.cookie()).unwrap();
+    assert_eq!((ordered.finding.cookie, ordered.finding.class), (entry.cookie(), Class::Zombie));
+    assert!(refused(&mut bench, entry.cookie()).contains("being reaped already"));
+    bench.task.reap();
+    let asked = bench.requests.try_recv().unwrap();
+    assert!(matches!(asked, Control::Close { row, reason: CloseReason::Reaped } if row == entry.id()), "{asked:?}");
+    drop(entry);
+    bench.script(|script| script.sockets.clear());
+    bench.task.reap();
+    let report = bench.task.published.get();
+    let record = report.recent.back().unwrap();
+    assert!(record.ordered && record.serial >= ordered.serial);
+    assert_eq!(record.outcome, Some(Outcome::Released));
+    let states: Vec<_> = record.finding.flight.changes().iter().map(|change| (change.tcp, change.row)).collect();
+    assert_eq!(states, [(Some(TcpState::CloseWait), Some(RowState::Idle)), (None, None)], "from the sweeps to the end");
+}
+
+#[test]
+fn a_look_reads_both_halves_and_is_no_sweep() {
+    let mut bench = Bench::new();
+    let (_socket, entry) = bench.open();
+    bench.script(|script| script.sockets = vec![socket(entry.cookie(), TcpState::CloseWait)]);
+    for _ in 0..10 {
+        let look = bench.task.look();
+        assert_eq!(look.kernel.unwrap().sockets[0].cookie, entry.cookie());
+        assert_eq!(look.ledger.rows[0].cookie, entry.cookie());
+    }
+    bench.script(|script| script.broken = true);
+    let look = bench.task.look();
+    assert!(look.kernel.unwrap_err().contains("scripted"));
+    assert_eq!(look.ledger.rows.len(), 1, "the ledger needs no kernel");
+    bench.script(|script| script.broken = false);
+    assert!(bench.sweep().findings.is_empty(), "this was the first sweep");
+}
