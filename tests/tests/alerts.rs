@@ -1,38 +1,62 @@
 //! The alert rules: by promtool, and by a real Prometheus that scrapes the running program.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests panic")]
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use counterfoil::config::Class;
 use serde_json::json;
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::metrics;
 use counterfoil_tests::process;
 use counterfoil_tests::servers::Prometheus;
 use counterfoil_tests::wait;
 
 const SOON: Duration = Duration::from_secs(20);
 
-fn file(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus").join(name)
+fn root(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(name)
 }
 
-fn promtool(arguments: &[&str], name: &str) {
-    let path = file(name).display().to_string();
-    let arguments: Vec<&str> = arguments.iter().copied().chain([path.as_str()]).collect();
-    let (ok, output) = process::run("promtool", &arguments, SOON);
-    assert!(ok, "promtool {arguments:?}:\n{output}");
+fn file(name: &str) -> PathBuf {
+    root("deploy/prometheus").join(name)
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The files below a directory of the source tree, sorted.
+fn files(directory: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(root(directory)).unwrap_or_else(|e| panic!("{directory}: {e}"));
+    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "{directory}");
+    files
+}
+
+fn stem(path: &Path) -> &str {
+    path.file_stem().and_then(|stem| stem.to_str()).unwrap()
+}
+
+fn promtool(what: &str, path: &Path) {
+    let (ok, output) = process::run("promtool", &[what, "rules", &path.display().to_string()], SOON);
+    assert!(ok, "promtool {what} rules {}:\n{output}", path.display());
 }
 
 #[test]
 fn promtool_accepts_the_rules_and_their_tests_pass() {
-    promtool(&["check", "rules"], "alerts.yml");
-    promtool(&["test", "rules"], "alerts_test.yml");
+    promtool("check", &file("rules.yml"));
+    promtool("check", &file("alerts.yml"));
+    for tests in files("deploy/prometheus/tests") {
+        promtool("test", &tests);
+    }
 }
 
 /// The words that follow `marker`, up to a character that no name has.
@@ -45,13 +69,21 @@ fn names_after<'a>(text: &'a str, marker: &str) -> Vec<&'a str> {
         .collect()
 }
 
+/// The alerts, by name: their text in the file.
+fn alerts(rules: &str) -> BTreeMap<&str, &str> {
+    let texts = rules.split("- alert: ").skip(1);
+    let alerts: BTreeMap<_, _> = texts.map(|text| text.split_once('\n').unwrap()).collect();
+    assert!(alerts.len() >= 20, "{:?}", alerts.keys());
+    alerts
+}
+
 #[test]
 fn each_alert_has_a_firing_and_a_quiet_case() {
-    let rules = std::fs::read_to_string(file("alerts.yml")).unwrap();
-    let tests = std::fs::read_to_string(file("alerts_test.yml")).unwrap();
+    let rules = read(&file("alerts.yml"));
+    let tests: Vec<String> = files("deploy/prometheus/tests").iter().map(|path| read(path)).collect();
     let mut quiet = BTreeSet::new();
     let mut firing = BTreeSet::new();
-    for case in tests.split("eval_time:").skip(1) {
+    for case in tests.iter().flat_map(|text| text.split("eval_time:").skip(1)) {
         let name = names_after(case, "alertname: ")[0];
         if case.contains("exp_alerts: []") {
             quiet.insert(name)
@@ -59,12 +91,74 @@ fn each_alert_has_a_firing_and_a_quiet_case() {
             firing.insert(name)
         };
     }
-    let alerts: BTreeSet<&str> = names_after(&rules, "- alert: ").into_iter().collect();
-    assert!(alerts.len() >= 6, "{alerts:?}");
+    let alerts: BTreeSet<&str> = alerts(&rules).into_keys().collect();
     assert_eq!(quiet, alerts);
     assert_eq!(firing, alerts);
-    for class in ["orphan", "ghost", "zombie", "hoard"] {
-        assert!(rules.contains(&format!("class=\"{class}\"")), "{class}");
+}
+
+/// What users of Prometheus' mixins expect of an alert.
+#[test]
+fn each_alert_says_what_it_is_how_urgent_and_where_to_read_on() {
+    let rules = read(&file("alerts.yml"));
+    for (name, alert) in alerts(&rules) {
+        assert!(name.starts_with("Counterfoil"), "{name}");
+        let (_, labels) = alert.split_once("labels:").unwrap();
+        let severity = names_after(labels, "severity: ")[0];
+        assert!(["critical", "warning", "info"].contains(&severity), "{name}: {severity}");
+        let line = |key: &str| labels.lines().find_map(|line| line.trim().strip_prefix(key)).map(str::trim);
+        let summary = line("summary:").unwrap();
+        assert!(summary.ends_with('.') && !summary.contains("{{"), "{name}: a static sentence, not {summary:?}");
+        let (_, description) = labels.split_once("description: >-").unwrap();
+        let (description, _) = description.split_once("runbook_url:").unwrap();
+        assert!(description.contains("{{ $labels.instance }}"), "{name}: which instance? {description:?}");
+        assert_eq!(line("runbook_url:"), Some(format!("docs/runbooks/{name}.md").as_str()));
+    }
+    for class in Class::ALL {
+        assert_eq!(rules.matches(&format!("class=\"{}\"}} > 0", class.name())).count(), 1, "{}", class.name());
+    }
+}
+
+/// A page for each alert, an alert for each page, and nothing in a page that is not there.
+#[test]
+fn each_alert_has_a_runbook_and_each_runbook_an_alert() {
+    let rules = read(&file("alerts.yml"));
+    let pages = files("docs/runbooks");
+    let alerts: Vec<&str> = alerts(&rules).into_keys().collect();
+    assert_eq!(pages.iter().map(|page| stem(page)).collect::<Vec<_>>(), alerts);
+    let tests: Vec<PathBuf> = files("deploy/prometheus/tests");
+    for page in &pages {
+        let (name, text) = (stem(page), read(page));
+        let headings: Vec<&str> = text.lines().filter(|line| line.starts_with('#')).collect();
+        let title = format!("# {name}");
+        assert_eq!(headings, [title.as_str(), "## Meaning", "## Cause", "## What to do", "## Trying it"]);
+        for class in names_after(&text, "counterfoil drill ") {
+            assert!(["orphan", "ghost", "zombie", "hoard"].contains(&class), "{name}: no drill for {class}");
+        }
+        for test in names_after(&text, "deploy/prometheus/tests/") {
+            assert!(tests.iter().any(|path| stem(path) == test), "{name}: {test}");
+            let case = format!("alertname: {name}");
+            assert!(read(&file("tests").join(test).with_extension("yml")).contains(&case), "{name} is not in {test}");
+        }
+        for link in names_after(&text, "](") {
+            assert!(alerts.contains(&link), "{name}: {link}");
+        }
+    }
+}
+
+/// Every metric that `text` names exists, and every recording rule.
+fn assert_names_exist(what: &str, text: &str, exposition: &str) {
+    let recorded = read(&file("rules.yml"));
+    let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
+    for word in words.map(|word| word.trim_end_matches(':')).collect::<BTreeSet<_>>() {
+        if word.contains("counterfoil") && word.contains(':') {
+            assert!(recorded.contains(&format!("record: {word}\n")), "{what} uses {word}, which nothing records");
+        } else if word.starts_with("counterfoil_") || word.starts_with("process_") {
+            let series = [format!("\n{word}{{"), format!("\n{word} "), format!("\n{word}_bucket{{")];
+            assert!(
+                series.iter().any(|series| exposition.contains(series)),
+                "{what} uses {word}, which does not exist"
+            );
+        }
     }
 }
 
@@ -85,18 +179,27 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     });
     let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"on\"");
     let counterfoil = Counterfoil::start(&config);
-    let rules = std::fs::read_to_string(file("alerts.yml")).unwrap();
-    let exposition = counterfoil.metrics();
-    for name in names_after(&rules, "counterfoil_").into_iter().collect::<BTreeSet<_>>() {
-        assert!(exposition.has(name), "alerts.yml uses counterfoil_{name}, which does not exist");
+    let rules = [file("rules.yml"), file("alerts.yml")];
+    let admin = counterfoil.admin.expect("an admin address");
+    let (_, exposition) = metrics::get(admin, "/metrics").unwrap_or_else(|e| panic!("{e}"));
+    for path in rules.iter().chain(&files("docs/runbooks")) {
+        assert_names_exist(stem(path), &read(path), &exposition);
     }
 
-    let prometheus = Prometheus::start(counterfoil.admin.expect("an admin address"), Some(&file("alerts.yml")));
+    let prometheus = Prometheus::start(admin, &rules, None);
     wait::until("the target was scraped", SOON, || prometheus.target().0 != "unknown");
     assert_eq!(prometheus.target(), ("up".to_owned(), String::new()));
     assert_eq!(prometheus.query("count(counterfoil_discrepancy_sockets{class=\"zombie\"})"), [3.0]);
     let mut client = counterfoil.client();
     client.exchange(1, "before.example.test", qtype::A);
+    // One connection, one place, one port; and a limit for each.
+    let used = |resource: &str| prometheus.query(&format!("counterfoil:resource_used{{resource=\"{resource}\"}}"));
+    wait::until("use of all resources is recorded", SOON, || {
+        ["ports", "backend_connections", "total_connections", "client_connections"].iter().all(|it| used(it) == [1.0])
+    });
+    assert!(used("descriptors")[0] > 10.0, "{:?}", used("descriptors"));
+    let limits = prometheus.query("counterfoil:resource_limit > counterfoil:resource_used");
+    assert_eq!(limits.len(), 5, "{limits:?}");
     assert!(prometheus.alerts("pending").is_empty() && prometheus.alerts("firing").is_empty());
 
     let hang = json!({"cmd": "hang", "worker": 0, "millis": HANG.as_millis() as u64});
@@ -113,8 +216,9 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     wait::until("they are over when the worker is back", HANG + SOON, || prometheus.alerts("pending").is_empty());
 
     let groups = prometheus.api("/api/v1/rules")["groups"].take();
-    let evaluated: Vec<_> = groups[0]["rules"].as_array().unwrap().iter().map(|rule| &rule["health"]).collect();
-    assert!(!evaluated.is_empty() && evaluated.iter().all(|health| *health == "ok"), "{groups}");
+    let groups = groups.as_array().unwrap();
+    let rules: Vec<_> = groups.iter().flat_map(|group| group["rules"].as_array().unwrap()).collect();
+    assert!(rules.len() > 30 && rules.iter().all(|rule| rule["health"] == "ok"), "{groups:?}");
     assert_eq!(prometheus.target(), ("up".to_owned(), String::new()));
     assert_eq!(prometheus.query("min_over_time(up[1m])"), [1.0], "no scrape failed");
 }

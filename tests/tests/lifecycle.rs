@@ -165,7 +165,7 @@ fn prometheus_scrapes_without_error() {
     let backend = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&Config::new(backend.address));
     Load { count: 5, ..Load::default() }.run(&mut counterfoil.client()).assert_all_answered(5);
-    let prometheus = Prometheus::start(counterfoil.admin.expect("an admin address"), None);
+    let prometheus = Prometheus::start(counterfoil.admin.expect("an admin address"), &[], None);
     wait::until("the target was scraped", Duration::from_secs(10), || prometheus.target().0 != "unknown");
     assert_eq!(prometheus.target(), ("up".to_owned(), String::new()));
     for expression in ["counterfoil_answers_total", "sum(counterfoil_query_duration_seconds_bucket{le=\"+Inf\"})"] {

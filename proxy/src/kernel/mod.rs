@@ -25,6 +25,7 @@ mod loader;
 mod log;
 mod netlink;
 mod open;
+mod ports;
 mod reader;
 mod state;
 pub(crate) mod sys;
@@ -35,6 +36,7 @@ pub use btf::BtfError;
 pub use destroy::{Destroyed, destroy};
 pub use error::ViewError;
 pub use open::{Opened, open};
+pub use ports::ports_in_use;
 pub use state::TcpState;
 
 /// Reads the kernel's side of the count. One owner, on the watchdog's thread; a call blocks for milliseconds.

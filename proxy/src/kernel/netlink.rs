@@ -63,6 +63,20 @@ impl SockDiag {
 
     /// All sockets of the table of connections, and the listeners, IPv4 and IPv6.
     pub(super) fn dump(&mut self) -> Result<Vec<Row>, ViewError> {
+        self.dump_as(request)
+    }
+
+    /// All connections towards a port (0: any), those in TIME_WAIT included, IPv4 and IPv6; without their
+    /// [`Row::info`], since there may be very many.
+    pub(super) fn dump_towards(&mut self, port: u16) -> Result<Vec<Row>, ViewError> {
+        self.dump_as(|family, id| InetRequest {
+            states: StateFlags::all() - StateFlags::SYN_RECV - StateFlags::LISTEN - StateFlags::CLOSE,
+            extensions: ExtensionFlags::empty(),
+            ..request(family, SocketId { destination_port: port, ..id })
+        })
+    }
+
+    fn dump_as(&mut self, request: impl Fn(u8, SocketId) -> InetRequest) -> Result<Vec<Row>, ViewError> {
         let mut rows = Vec::new();
         for family in [AF_INET, AF_INET6] {
             let id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };

@@ -38,7 +38,12 @@ impl Collector for Kernel {
         let mut families = Families(encoder);
         self.view(&mut families, &report)?;
         self.findings(&mut families, &report)?;
-        sweeps(&mut families, &report)
+        sweeps(&mut families, &report)?;
+        families.gauge(
+            "watchdog_interval_seconds",
+            "Time between sweeps, as configured",
+            self.observed.config.watchdog.interval.as_secs_f64(),
+        )
     }
 }
 

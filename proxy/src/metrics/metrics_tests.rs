@@ -97,6 +97,11 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     assert_eq!(value("counterfoil_kernel_view_info{source=\"none\"}"), Some(1.0));
     assert_eq!(value("counterfoil_discrepancy_sockets{backend=\"drill\",class=\"zombie\"}"), Some(0.0));
     assert_eq!(value("counterfoil_worker_stalled{worker=\"0\"}"), Some(0.0));
+    // Nobody connects to the backend's port, discard's; the row above is one place taken.
+    assert_eq!(value("counterfoil_backend_ports{backend=\"unbound\"}"), Some(0.0));
+    assert_eq!(value("counterfoil_total_connections"), Some(1.0));
+    assert_eq!(value("counterfoil_total_connections_limit"), Some(100.0));
+    assert_eq!(value("counterfoil_client_connections_limit"), Some(10.0));
     let names: HashSet<&str> = samples.keys().map(|series| series.split('{').next().unwrap()).collect();
     for name in CONTRACT {
         assert!(names.contains(name), "{name} is missing");
@@ -108,7 +113,7 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 33] = [
+const CONTRACT: [&str; 40] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
@@ -139,7 +144,14 @@ const CONTRACT: [&str; 33] = [
     "counterfoil_watchdog_sweeps_total",
     "counterfoil_watchdog_sweep_duration_seconds_bucket",
     "counterfoil_watchdog_last_success_timestamp_seconds",
+    "counterfoil_watchdog_interval_seconds",
     "counterfoil_worker_stalled",
+    "counterfoil_client_connections_limit",
+    "counterfoil_total_connections",
+    "counterfoil_total_connections_limit",
+    "counterfoil_backend_ports",
+    "counterfoil_backend_ports_limit",
+    "process_max_fds",
     "process_cpu_seconds_total",
     "process_open_fds",
 ];

@@ -5,6 +5,7 @@
 
 mod encode;
 mod kernel;
+mod limits;
 mod process;
 mod traffic;
 
@@ -18,6 +19,7 @@ use prometheus_client::registry::Registry;
 use crate::watchdog::{Handle, Observed};
 use encode::Families;
 use kernel::Kernel;
+use limits::Limits;
 use process::Process;
 use traffic::Traffic;
 
@@ -36,6 +38,7 @@ pub fn registry(observed: Observed, watchdog: Handle) -> Metrics {
     let own = registry.sub_registry_with_prefix("counterfoil");
     own.register_collector(Box::new(Build));
     own.register_collector(Box::new(Traffic { observed: observed.clone() }));
+    own.register_collector(Box::new(Limits::new(observed.clone())));
     own.register_collector(Box::new(Kernel { observed, watchdog }));
     registry.register_collector(Box::new(Process));
     Metrics { registry }

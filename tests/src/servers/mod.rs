@@ -3,11 +3,13 @@
 //! All of them are authoritative for `example.test` (any name below it has an address), listen on a port of 127.0.0.1
 //! that the kernel chose, and demand PROXY v2 where they are backends.
 
+mod alertmanager;
 mod dnsdist;
 mod prometheus;
 mod recursor;
 mod unbound;
 
+pub use alertmanager::{Alertmanager, Notified, Webhook};
 pub use dnsdist::{LeakyFront, TlvOracle, Told};
 pub use prometheus::Prometheus;
 pub use recursor::{Recursor, Seen};

@@ -1,7 +1,7 @@
 //! Prometheus 2.42, to scrape the program's metrics and to evaluate its alert rules.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -21,16 +21,20 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts it with a target, as job `counterfoil`, and a file of rules.
+    /// Starts it with a target, as job `counterfoil`, files of rules, and where it sends alerts.
     ///
     /// # Panics
     /// If it does not get ready.
     #[track_caller]
-    pub fn start(target: SocketAddr, rules: Option<&Path>) -> Self {
+    pub fn start(target: SocketAddr, rules: &[PathBuf], alertmanager: Option<SocketAddr>) -> Self {
         let dir = TempDir::new("prometheus");
-        let rules = rules.map_or_else(String::new, |path| format!("rule_files: [\"{}\"]\n", path.display()));
+        let rules: Vec<String> = rules.iter().map(|path| format!("\"{}\"", path.display())).collect();
+        let rules = format!("rule_files: [{}]\n", rules.join(", "));
+        let alerting = alertmanager.map_or_else(String::new, |address| {
+            format!("alerting: {{alertmanagers: [{{static_configs: [{{targets: [\"{address}\"]}}]}}]}}\n")
+        });
         let config = format!(
-            "global: {{scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 500ms}}\n{rules}\
+            "global: {{scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 500ms}}\n{rules}{alerting}\
              scrape_configs:\n- job_name: counterfoil\n  static_configs: [{{targets: [\"{target}\"]}}]\n"
         );
         let config = format!("--config.file={}", dir.write("prometheus.yml", &config).display());

@@ -1,0 +1,101 @@
+//! What can run out, and how much of it there is: the gauges that the rules on exhaustion compare.
+//!
+//! Descriptors are in `process.rs`, a backend's own limit in `traffic.rs`.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+
+use super::encode::Families;
+use crate::clock::{self, Mono};
+use crate::config::Backend;
+use crate::config::check;
+use crate::kernel::ports_in_use;
+use crate::proxy_protocol::identity::Identity;
+use crate::watchdog::Observed;
+
+/// Ports are not counted more often: the kernel walks its whole table of connections for it.
+const COUNTED_FOR: Duration = Duration::from_secs(2);
+
+/// Reads everything when it is scraped.
+#[derive(Debug)]
+pub(super) struct Limits {
+    observed: Observed,
+    /// Local ports by backend, and when they were counted; none: the kernel did not say.
+    ports: Mutex<Option<(Mono, Option<Vec<u64>>)>>,
+}
+
+impl Collector for Limits {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut families = Families(encoder);
+        families.gauge(
+            "client_connections_limit",
+            "Client connections allowed",
+            self.observed.config.server.max_connections as f64,
+        )?;
+        let (limit, used) = self.observed.ledger.caps().total();
+        families.gauge(
+            "total_connections",
+            "Backend connections that count towards the total limit: all but a drill's",
+            used as f64,
+        )?;
+        families.gauge("total_connections_limit", "Backend connections allowed in total", limit as f64)?;
+        self.ports(&mut families)
+    }
+}
+
+impl Limits {
+    pub(super) fn new(observed: Observed) -> Self {
+        Self { observed, ports: Mutex::default() }
+    }
+
+    /// Each configured backend, with the number of source addresses that its connections come from.
+    fn backends(&self) -> impl Iterator<Item = (&Backend, usize)> {
+        self.observed.config.pools.iter().flat_map(|pool| {
+            let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);
+            pool.backends.iter().map(move |backend| {
+                // The forwarder's header names one source.
+                (backend, if forwarder { 1 } else { backend.source.len().max(1) })
+            })
+        })
+    }
+
+    fn ports(&self, families: &mut Families<'_>) -> fmt::Result {
+        if let Some(used) = self.used_ports() {
+            families.gauges(
+                "backend_ports",
+                "Local ports in use towards the backend's address, TIME_WAIT included, by any process of this network \
+                 namespace",
+                self.backends()
+                    .zip(used)
+                    .map(|((backend, _), used)| ([("backend", backend.name.as_str())], used as f64)),
+            )?;
+        }
+        let Some(range) = check::Limits::read().ports else { return Ok(()) };
+        families.gauges(
+            "backend_ports_limit",
+            "Local ports that connections to the backend can come from, all source addresses together",
+            self.backends()
+                .map(|(backend, sources)| ([("backend", backend.name.as_str())], range as f64 * sources as f64)),
+        )
+    }
+
+    fn used_ports(&self) -> Option<Vec<u64>> {
+        let mut counted = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = clock::now();
+        if let Some((at, used)) = &*counted
+            && now.since(*at) < COUNTED_FOR
+        {
+            return used.clone();
+        }
+        let peers: Vec<SocketAddr> = self.backends().map(|(backend, _)| backend.address).collect();
+        let used =
+            ports_in_use(&peers).inspect_err(|error| tracing::debug!(%error, "local ports are not counted")).ok();
+        *counted = Some((now, used.clone()));
+        used
+    }
+}
