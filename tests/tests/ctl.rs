@@ -188,6 +188,59 @@ fn an_operator_reaps_a_finding_in_dry_run() {
     counterfoil.assert_quiescent();
 }
 
+/// A worker hangs while its backend closes. All can be looked at meanwhile, and nothing of it can be reaped.
+#[test]
+fn a_hanging_worker_hides_nothing_and_is_protected() {
+    const HANG: Duration = Duration::from_secs(15);
+    let (close, closing) = std::sync::mpsc::channel::<()>();
+    let closing = std::sync::Mutex::new(closing);
+    let backend = FakeBackend::start(move |connection| {
+        if connection.header().is_none() {
+            return;
+        }
+        let Some(query) = connection.query() else { return };
+        connection.send(&counterfoil_tests::message::answer_to(&query, [192, 0, 2, 53]));
+        // The sender's end, whether it sends or not.
+        let _ = closing.lock().unwrap().recv_timeout(SOON);
+    });
+    let config = Config::new(backend.address)
+        .identity("connection")
+        .tlv(0xe0, "x")
+        .tlv(0xea, "y")
+        .set("watchdog", "reap", "\"on\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    Load { count: 1, ..Load::default() }.run(&mut client).assert_all_answered(1);
+    let established = rows(&json(&counterfoil, &["show", "connections"]), "connections");
+    let cookie = established[0]["cookie"].clone();
+    counterfoil.wait_metrics("a sweep has seen it", SOON, |metrics| metrics.sum("kernel_backend_sockets", &[]) == 1.0);
+    let hang = serde_json::json!({"cmd": "hang", "worker": 0, "millis": HANG.as_millis() as u64});
+    assert_eq!(counterfoil.admin(&hang, SOON).last().unwrap()["ok"], true);
+    // Only a worker that hangs already does not see that its backend closes.
+    counterfoil.wait_metrics("the worker hangs", SOON, |metrics| metrics.sum("worker_stalled", &[]) == 1.0);
+    drop(close);
+    let mut found = Vec::new();
+    wait::until("the zombie is found", HANG, || {
+        found = rows(&json(&counterfoil, &["show", "leaks"]), "findings");
+        !found.is_empty()
+    });
+    let zombie = &found[0];
+    assert_eq!((&zombie["cookie"], &zombie["class"]), (&cookie, &"zombie".into()));
+    assert_eq!((&zombie["tlv_types"], &zombie["owner"]), (&"0xE0,0xEA".into(), &1.into()));
+    assert_eq!(zombie["header"], established[0]["header"]);
+    assert!(zombie["held_back"].as_str().is_some_and(|reason| reason.contains("worker 0")), "{zombie}");
+    let states: Vec<_> = rows(zombie, "changes").iter().map(|change| change["tcp_state"].clone()).collect();
+    assert!(states.ends_with(&["established".into(), "close_wait".into()]), "{states:?}");
+    let (ok, output) = counterfoil.ctl(&["reap", &cookie.to_string()], SOON);
+    assert!(!ok && output.contains("held back: worker 0"), "{output}");
+    let view = json(&counterfoil, &["show", "view"]);
+    assert_eq!(view["view"]["workers"][0]["stalled"], true);
+    drop(client);
+    counterfoil.wait_metrics("the worker is back", HANG * 2, |metrics| metrics.sum("worker_stalled", &[]) == 0.0);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("reaped_total", &[]), 0.0);
+}
+
 #[test]
 fn errors_say_which_socket_and_usage_is_64() {
     let program = counterfoil_tests::counterfoil::program().display().to_string();
