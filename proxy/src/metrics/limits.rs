@@ -99,3 +99,30 @@ impl Limits {
         used
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::*;
+    use crate::config;
+    use crate::watchdog::fixture;
+
+    /// How many source addresses the backend's connections have, with these lines in the pool.
+    fn sources(pool: &str) -> Vec<usize> {
+        let text = format!(
+            "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:0\"\npool = \"p\"\n[[pool]]\nname = \"p\"\n{pool}\n\
+             [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:9\"\nsource = [\"127.0.0.2\", \"127.0.0.3\"]\n\
+             [[pool.backend]]\nname = \"c\"\naddress = \"127.0.0.1:10\"\n"
+        );
+        let (observed, _setup, _worker) = fixture::observed(config::from_str("f.toml", &text).unwrap());
+        Limits::new(observed).backends().map(|(_, sources)| sources).collect()
+    }
+
+    #[test]
+    fn each_source_address_has_the_whole_range() {
+        assert_eq!(sources(""), [2, 1]);
+        assert_eq!(sources("proxy_protocol.identity = \"address\""), [2, 1]);
+        assert_eq!(sources("proxy_protocol.identity = \"forwarder\""), [1, 1], "only the first one is used");
+    }
+}
