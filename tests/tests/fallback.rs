@@ -1,9 +1,10 @@
 //! Without eBPF: the kernel view by `sock_diag` and `/proc/self/fd`, which says so and reaps zombies only; and none.
+#![expect(clippy::expect_used, reason = "tests panic")]
 
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::counterfoil::{Counterfoil, field, message};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
 
@@ -36,7 +37,10 @@ fn sock_diag_sees_the_same_sockets() {
 #[test]
 fn sock_diag_reaps_a_zombie() {
     let backend = FakeBackend::answering(true);
-    let counterfoil = start(&backend, "sock-diag");
+    reaps_a_zombie(&start(&backend, "sock-diag"));
+}
+
+fn reaps_a_zombie(counterfoil: &Counterfoil) {
     let (ok, output) = counterfoil.drill("zombie", Duration::from_secs(60));
     println!("{output}");
     assert!(ok, "{output}");
@@ -44,6 +48,24 @@ fn sock_diag_reaps_a_zombie() {
     assert_eq!(metrics.sum("reaped_total", &[("class", "zombie")]), 1.0);
     assert_eq!(metrics.sum("reaped_total", &[]), 1.0);
     counterfoil.assert_quiescent();
+}
+
+/// Nobody asked for the fallback: the program takes it by itself, and says what eBPF would need.
+#[test]
+#[ignore = "needs a kernel before 5.15: `cargo xtask kernels 5.10`"]
+fn an_old_kernel_gets_the_fallback_and_the_reason() {
+    let backend = FakeBackend::answering(true);
+    let mut counterfoil = start(&backend, "auto");
+    let view = counterfoil.process.find_line(Duration::ZERO, |line| message(line, "kernel view"));
+    let view = view.expect("the log names the view");
+    println!("{view}");
+    assert_eq!(field(&view, "source").as_deref(), Some("sock-diag"));
+    let reason = field(&view, "reason").expect("a reason");
+    assert!(reason.starts_with("eBPF is not available: ") && reason.contains("Linux 5.15 or later"), "{reason}");
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.sum("kernel_view_info", &[("source", "sock_diag")]), 1.0);
+    assert_eq!(metrics.sum("kernel_view_info", &[]), 1.0);
+    reaps_a_zombie(&counterfoil);
 }
 
 /// It is found, but on this view's word alone it is not acted on; the drill cleans up after itself.

@@ -7,6 +7,7 @@ mod command;
 mod debian;
 mod doctor;
 mod ebpf;
+mod kernels;
 mod lint;
 mod privilege;
 mod test;
@@ -37,6 +38,8 @@ enum Command {
     Test(test::Arguments),
     /// Run the tests that take too long for CI: those named `soak_...`, marked `#[ignore = "soak"]`
     Soak(test::Arguments),
+    /// Boot Debian's kernels in emulated machines, and run the tests of the kernel view and the drills in each
+    Kernels(kernels::Arguments),
     /// Check licences, sources and duplicates of all dependencies with cargo-deny
     Audit(audit::Arguments),
     /// Measure throughput, latency and cost beside other programs
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Lint(arguments) => lint::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Soak(arguments) => test::soak(&arguments),
+        Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Audit(arguments) => audit::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };

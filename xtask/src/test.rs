@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::command::{self, EBPF_OBJECT, say};
-use crate::{ebpf, privilege, tools, workspace};
+use crate::{ebpf, kernels, privilege, tools, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -22,13 +22,24 @@ pub(crate) struct Arguments {
     args: Vec<String>,
 }
 
+impl Arguments {
+    /// Nothing was left out, so the emulated machines belong to it.
+    fn is_all(&self) -> bool {
+        self.filter.is_none() && self.package.is_none() && !self.no_ebpf
+    }
+}
+
+/// Kernels that `cargo xtask test` boots; the others take `cargo xtask soak`.
+const KERNELS_IN_CI: [&str; 1] = ["6.1"];
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let cargo = Cargo::prepare(arguments)?;
     let filter = arguments.filter.as_deref();
     if let Some(filter) = filter {
         cargo.require_a_test(filter, &[])?;
     }
-    command::run(cargo.test().args(["--no-fail-fast", "--"]).args(filter).args(&arguments.args))
+    command::run(cargo.test().args(["--no-fail-fast", "--"]).args(filter).args(&arguments.args))?;
+    if arguments.is_all() { kernels::boot(&KERNELS_IN_CI, false) } else { Ok(()) }
 }
 
 /// Tests named `soak_...` are `#[ignore]`d for `cargo test`.
@@ -39,7 +50,8 @@ pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
     // One at a time: they load the machine, and some measure.
     let mut test = cargo.test();
     test.args(["--no-fail-fast", "--", "--ignored", "--nocapture", "--test-threads=1", filter]);
-    command::run(test.args(&arguments.args))
+    command::run(test.args(&arguments.args))?;
+    if arguments.is_all() { kernels::boot(&[], false) } else { Ok(()) }
 }
 
 /// How to call cargo once everything that the tests need is here.

@@ -18,28 +18,41 @@ use crate::workspace;
 /// The list, one package a line, with the reason behind it.
 const PACKAGES: &str = include_str!("../packages.txt");
 
+/// Where those are unpacked, below `target/`.
+const FOLDER: &str = "test-tools";
+
 /// Programs are found in `PATH`; these are often not in a user's.
 const SYSTEM: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
 /// The names on the list.
 pub(crate) fn packages() -> Vec<&'static str> {
-    let lines = PACKAGES.lines().filter(|line| !line.starts_with('#'));
+    names(PACKAGES)
+}
+
+fn names(list: &str) -> Vec<&str> {
+    let lines = list.lines().filter(|line| !line.starts_with('#'));
     lines.filter_map(|line| line.split_whitespace().next()).collect()
 }
 
 /// Those of the list that are neither installed nor unpacked.
 pub(crate) fn missing(target: &Path) -> Vec<&'static str> {
-    let absent = not_installed();
+    let absent = not_installed(packages());
     if Unpacked::cached(&directory(target), &absent).is_some() { Vec::new() } else { absent }
 }
 
 /// A `PATH` that has all the tools, getting those that are missing.
 pub(crate) fn search_path(target: &Path) -> Result<OsString> {
+    search_path_for(target, FOLDER, PACKAGES, "the tests need")
+}
+
+/// The same for another list of the same form, unpacked in a folder of its own below `target`; `need` begins the
+/// sentence that says what is missing.
+pub(crate) fn search_path_for(target: &Path, folder: &str, list: &str, need: &str) -> Result<OsString> {
     let mut directories: Vec<PathBuf> = Vec::new();
-    let absent = not_installed();
+    let absent = not_installed(names(list));
     if !absent.is_empty() {
         let _lock = workspace::lock(target)?;
-        directories.push(unpack(&directory(target), &absent)?);
+        directories.push(unpack(&target.join(folder), list, &absent, need)?);
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     directories.extend(std::env::split_paths(&path));
@@ -48,11 +61,10 @@ pub(crate) fn search_path(target: &Path) -> Result<OsString> {
 }
 
 fn directory(target: &Path) -> PathBuf {
-    target.join("test-tools")
+    target.join(FOLDER)
 }
 
-fn not_installed() -> Vec<&'static str> {
-    let wanted = packages();
+fn not_installed(wanted: Vec<&str>) -> Vec<&str> {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat=${Package} ${db:Status-Status}\n"]).args(&wanted);
     // It fails if one of the packages is unknown, and lists the others all the same.
@@ -63,14 +75,14 @@ fn not_installed() -> Vec<&'static str> {
 }
 
 /// Unpacks `packages` and returns a folder with a wrapper for each of their programs.
-fn unpack(directory: &Path, packages: &[&str]) -> Result<PathBuf> {
+fn unpack(directory: &Path, list: &str, packages: &[&str], need: &str) -> Result<PathBuf> {
     if !debian::is_available() {
-        bail!("the tests need {}, and there is no apt here to get them", packages.join(", "));
+        bail!("{need} {}, and there is no apt here to get them", packages.join(", "));
     }
     if Unpacked::cached(directory, packages).is_none() {
-        say("getting what the tests run against, unpacked below target/ and not installed:");
+        say(format_args!("{need} what follows: it is unpacked below target/ and not installed:"));
         for line in
-            PACKAGES.lines().filter(|line| packages.iter().any(|&name| line.split_whitespace().next() == Some(name)))
+            list.lines().filter(|line| packages.iter().any(|&name| line.split_whitespace().next() == Some(name)))
         {
             say(format_args!("    {line}"));
         }
