@@ -88,7 +88,7 @@ mod tests {
         archive.link("/bin/sh", "a");
         let bytes = archive.finish();
         let text = String::from_utf8_lossy(&bytes);
-        let names: Vec<_> = text.match_indices("070701").map(|(at, _)| {
+        let names = text.match_indices("070701").map(|(at, _)| {
             assert_eq!(at % ALIGNMENT, 0);
             text[at + 110..].split('\0').next().unwrap_or_default().to_owned()
         });

@@ -194,9 +194,10 @@ pub(super) struct Transcript {
 }
 
 impl Transcript {
-    /// Takes the next line of the console; whether it is worth showing.
-    pub(super) fn read(&mut self, line: &str) -> bool {
-        if let Some(said) = line.find(MARK).and_then(|at| line.get(at + MARK.len()..)) {
+    /// Takes the next line of the console; what of it is worth showing.
+    pub(super) fn read<'a>(&mut self, line: &'a str) -> Option<&'a str> {
+        // What the BIOS said last stands in front of our first line.
+        if let Some((_, said)) = line.split_once(MARK) {
             let mut words = said.split_whitespace().map(str::to_owned);
             match (words.next().as_deref(), words.next(), words.next()) {
                 (Some("release"), release, _) => self.release = release,
@@ -208,13 +209,13 @@ impl Transcript {
                 (Some("done"), ..) => self.done = true,
                 _ => {}
             }
-            return true;
+            return Some(said);
         }
-        let Some(program) = &self.running else { return false };
+        let program = self.running.as_ref()?;
         if let Some(test) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... ok")) {
             self.passed.insert((program.clone(), test.to_owned()));
         }
-        !line.trim().is_empty()
+        (!line.trim().is_empty()).then_some(line)
     }
 
     /// The kernel's release and the number of tests, if all of `suites` passed.
@@ -262,7 +263,7 @@ mod tests {
     fn every_expected_test_must_pass() {
         let good = [
             "SeaBIOS",
-            "counterfoil-guest: release 6.1.0",
+            "oc[2Jcounterfoil-guest: release 6.1.0",
             "counterfoil-guest: run drills",
             "test zombie ... ok",
             "test hoard ... ok",

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{Host, Kernel};
 use crate::command::{self, say};
+use crate::workspace;
 
 /// The package that depends on a suite's newest kernel for virtual machines.
 const NEWEST: &str = "linux-image-cloud-amd64";
@@ -35,6 +36,7 @@ impl Image {
     pub(super) fn get(directory: &Path, kernel: &Kernel, update: bool, host: &Host) -> Result<Self> {
         let stamp = directory.join("package");
         if update || !stamp.exists() {
+            let _lock = workspace::lock(&host.target)?;
             let package = fetch(directory, kernel, host).with_context(|| format!("no kernel {}", kernel.name))?;
             fs::write(&stamp, package).with_context(|| format!("cannot write {}", stamp.display()))?;
         }

@@ -139,7 +139,7 @@ fn try_kernel(
     fs::write(&initrd, archive).with_context(|| format!("cannot write {}", initrd.display()))?;
     let mut transcript = Transcript::default();
     machine::run(host, kernel.processor, &image.vmlinuz, &initrd, |line| {
-        if transcript.read(line) {
+        if let Some(line) = transcript.read(line) {
             println!("{:>6} | {line}", kernel.name);
         }
     })?;
@@ -148,6 +148,7 @@ fn try_kernel(
 
 /// Programs of this machine that the emulated one is made and run with.
 struct Host {
+    target: PathBuf,
     path: OsString,
     /// A static one: it goes into the guest as it is.
     busybox: PathBuf,
@@ -159,7 +160,11 @@ impl Host {
         let directory = target.join(FOLDER);
         let places = [directory.join("root/bin"), directory.join("root/usr/bin"), "/bin".into(), "/usr/bin".into()];
         let busybox = places.iter().map(|place| place.join("busybox")).find(|path| path.is_file());
-        Ok(Self { path, busybox: busybox.context("busybox-static is here, but not its program")? })
+        Ok(Self {
+            target: target.to_owned(),
+            path,
+            busybox: busybox.context("busybox-static is here, but not its program")?,
+        })
     }
 
     /// A program that is found where [`TOOLS`] are.
