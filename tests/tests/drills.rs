@@ -24,6 +24,13 @@ const CLEANUP: Duration = Duration::from_secs(1);
 /// The program's default `[watchdog] grace`.
 const GRACE: Duration = Duration::from_secs(3);
 
+/// How much longer it may take where `cargo xtask kernels` runs this, on a processor that is emulated: to start the
+/// program that asks for the drill takes up to two seconds there, and they count here.
+fn slack() -> Duration {
+    let processor = std::fs::read_to_string("/proc/cpuinfo").expect("every Linux has it");
+    if processor.contains("QEMU TCG CPU") { DETECTED_WITHIN } else { Duration::ZERO }
+}
+
 /// Asks over `client` until told to stop: a healthy connection in use. How many were answered.
 fn keep_asking(client: &mut Client, stop: &AtomicBool) -> usize {
     let mut answered = 0;
@@ -52,9 +59,10 @@ fn drill(class: &str, condition: Duration) {
         });
         wait::until("the healthy connection is open", DETECTED_WITHIN, || backend.open() == 1);
         let labels = [("class", class)];
+        let within = condition + DETECTED_WITHIN + slack();
         let start = Instant::now();
         let run = scope.spawn(|| counterfoil.drill(class, Duration::from_secs(60)));
-        let found = wait::poll(condition + DETECTED_WITHIN + Duration::from_secs(1), || {
+        let found = wait::poll(within + Duration::from_secs(1), || {
             (counterfoil.metrics().sum("discrepancy_sockets", &labels) > 0.0).then(|| start.elapsed())
         });
         let (ok, output) = run.join().expect("the drill ends");
@@ -62,7 +70,7 @@ fn drill(class: &str, condition: Duration) {
         println!("{class}: found after {found:?}\n{output}");
         assert!(ok, "{class}: {output}");
         let found = found.unwrap_or_else(|| panic!("{class} was not found: {output}\n{}", counterfoil.process.tail()));
-        assert!(found <= condition + DETECTED_WITHIN, "{class} was found after {found:?}");
+        assert!(found <= within, "{class} was found after {found:?}");
         let metrics = counterfoil.wait_metrics("the finding is gone", DETECTED_WITHIN, |metrics| {
             metrics.sum("reaped_total", &labels) >= 1.0 && metrics.sum("discrepancy_sockets", &labels) == 0.0
         });
