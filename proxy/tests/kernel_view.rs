@@ -426,7 +426,10 @@ fn without_capabilities_the_error_says_which() {
     .unwrap();
     let error = ebpf.unwrap_err();
     assert!(matches!(error, ViewError::NotPermitted { .. }), "{error}");
-    assert!(error.to_string().contains("CAP_BPF and CAP_PERFMON (this process lacks both)"), "{error}");
+    assert!(
+        error.to_string().contains("this process lacks CAP_BPF and CAP_PERFMON; grant it by `AmbientCapabilities="),
+        "{error}"
+    );
     let (source, reason) = auto.unwrap();
     assert_eq!(source, Source::SockDiag);
     assert!(reason.contains("eBPF is not available") && reason.contains("CAP_BPF"), "{reason}");
