@@ -174,7 +174,7 @@ impl Future for SessionTask {
         task.shell.session_runs(task.key, cx);
         let ended = task.work(cx, now);
         match ended {
-            Ok(()) => task.shell.core.borrow_mut().settle_session(task.key, now),
+            Ok(()) => task.shell.core.borrow_mut().settle_session(task.key),
             Err(reason) => {
                 task.end(reason);
                 task.shell.core.borrow_mut().session_closed(task.key, reason, now);

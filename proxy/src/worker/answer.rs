@@ -104,7 +104,6 @@ impl Core {
         if !self.waits[usize::from(backend)].is_empty() {
             self.serve_waiting(backend, now);
         }
-        self.after_pool(now);
     }
 
     /// A connection of a session has room again, or a place for another one.
@@ -185,7 +184,6 @@ impl Core {
         if waits == 0 && self.shared.waiting.load(std::sync::atomic::Ordering::Relaxed) > 0 {
             self.wakes.tell_capacity = true;
         }
-        self.after_pool(now);
     }
 
     /// A query gets an answer of our own.

@@ -125,7 +125,7 @@ impl Core {
         if self.draining {
             self.sessions[key.0].drain_at = now;
         }
-        self.settle_session(key, now);
+        self.settle_session(key);
         key
     }
 
@@ -262,11 +262,10 @@ impl Core {
         self.sessions.remove(key.0);
         stats.connections.sub(1);
         stats.closed[reason as usize].add(1);
-        self.after_pool(now);
     }
 
     /// The session's task has done what it could: when to look at it again.
-    pub(crate) fn settle_session(&mut self, key: SessionKey, _now: Mono) {
+    pub(crate) fn settle_session(&mut self, key: SessionKey) {
         if let Some(session) = self.sessions.get_mut(key.0) {
             let deadline = session.deadline();
             if deadline != Mono::MAX {
@@ -309,8 +308,9 @@ impl Core {
         }
     }
 
-    /// The pool has decided that connections must close: their tasks are told.
-    pub(crate) fn after_pool(&mut self, _now: Mono) {
+    /// The pool has decided that connections must close: their tasks are told. Once per step of the worker, by whoever
+    /// carries out the wakes.
+    pub(crate) fn tell_closing(&mut self) {
         while let Some(key) = self.pool.next_closing() {
             self.wake_conn(key);
         }

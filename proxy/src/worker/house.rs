@@ -81,7 +81,6 @@ impl Core {
             self.next_cleanup = now.after(self.plan.connections.cleanup_interval);
             self.clean_up(now);
         }
-        self.after_pool(now);
     }
 
     fn timed_out(&mut self, query: super::queries::QueryKey, now: Mono) {
@@ -115,7 +114,7 @@ impl Core {
         if session.close.is_some() {
             self.wake_session(key);
         } else {
-            self.settle_session(key, now);
+            self.settle_session(key);
         }
     }
 
@@ -165,7 +164,7 @@ impl Core {
         for key in keys {
             let at = now.after(over.mul_f64(self.random.f64()));
             self.sessions[key].drain_at = at;
-            self.settle_session(crate::client::session::SessionKey(key), now);
+            self.settle_session(crate::client::session::SessionKey(key));
         }
     }
 
@@ -185,12 +184,10 @@ impl Core {
         for key in keys {
             self.pool.close(key, CloseReason::Drained, now);
         }
-        self.after_pool(now);
     }
 
     /// The watchdog asks for a connection to be closed. What is in flight on it is retried or failed.
     pub(crate) fn close_conn(&mut self, key: ConnKey, reason: CloseReason, now: Mono) {
         self.pool.close(key, reason, now);
-        self.after_pool(now);
     }
 }

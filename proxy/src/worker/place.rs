@@ -106,7 +106,6 @@ impl Core {
         match victim {
             Some(victim) => {
                 self.pool.close(victim, CloseReason::Evicted, now);
-                self.after_pool(now);
             }
             None => self.wakes.ask_eviction.push(scope),
         }
@@ -120,7 +119,6 @@ impl Core {
         };
         if let Some(victim) = victim {
             self.pool.close(victim, CloseReason::Evicted, now);
-            self.after_pool(now);
         }
     }
 

@@ -220,7 +220,6 @@ impl Core {
                 self.pool.retire(conn, CloseReason::OneShotDone, now);
             }
         }
-        self.after_pool(now);
     }
 
     /// The client owns as many connections as it may: gives up an idle one, if that does not push out one that is used
@@ -253,7 +252,6 @@ impl Core {
         };
         if let Some(victim) = victim {
             self.pool.close(victim, CloseReason::Evicted, now);
-            self.after_pool(now);
         }
     }
 

@@ -152,7 +152,7 @@ impl Shell {
     /// Wakes the tasks that have something to do, and opens the connections that were decided on.
     pub(crate) fn flush(&self) {
         let mut core = self.core.borrow_mut();
-        core.after_pool(Mono::ZERO);
+        core.tell_closing();
         let core = &mut *core;
         wake(&self.sessions.borrow(), core.wakes.sessions.drain(..).map(|key| key.0));
         wake(&self.conns.borrow(), core.wakes.conns.drain(..).map(|key| key.0));

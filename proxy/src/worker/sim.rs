@@ -130,7 +130,7 @@ impl Sim {
         session.out.advance(out.len(), spares);
         session.wrote(true, self.now);
         client.answers.extend(Frames::new(&out).map(|frame| frame.expect("whole frames").to_vec()));
-        self.core.settle_session(key, self.now);
+        self.core.settle_session(key);
         if let Some(reason) = self.core.sessions[key.0].finished() {
             self.close_client(key, reason);
         }
@@ -146,7 +146,7 @@ impl Sim {
     /// Runs all tasks that were woken, until none is.
     pub(crate) fn settle(&mut self) {
         for _ in 0..100_000 {
-            self.core.after_pool(self.now);
+            self.core.tell_closing();
             if let Some(key) = self.core.wakes.open.pop() {
                 let permit = self.core.pool.get_mut(key).and_then(|conn| conn.permit.take());
                 assert!(permit.is_some(), "a connection is opened under the caps");
