@@ -97,7 +97,7 @@ impl App {
         privilege::keep_for_watchdog(&mut *view, config.watchdog.reap)?;
         let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
         let observed = Observed::new(config, ledger, stats, controls, drill.address()?).with_view_reason(&reason);
-        let watchdog = watchdog::start(observed.clone(), view)?;
+        let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
         Ok(Self { observed, workers, addresses, watchdog, doors, drill })
     }

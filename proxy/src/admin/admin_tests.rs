@@ -36,7 +36,7 @@ fn start_with(reap: ReapMode, name: &str) -> Running {
     let (observed, setup, worker) = fixture::observed(fixture::config(reap, Some(socket)));
     let listeners = [setup.address().unwrap()];
     let (view, ..) = kernel::open(View::SockDiag, &listeners, 1000).unwrap();
-    let watchdog = watchdog::start(observed.clone(), view).unwrap();
+    let watchdog = watchdog::start(observed.subject(), view).unwrap();
     let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
     let doors = Doors::bind(&observed.config.admin).unwrap();
     let admin = start(observed.clone(), watchdog.handle(), metrics, setup, doors).unwrap();

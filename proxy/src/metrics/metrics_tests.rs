@@ -73,7 +73,7 @@ fn check_labels(labels: &str) {
 fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     let (observed, _setup, _worker) = fixture::observed(fixture::config(ReapMode::Off, None));
     let (view, ..) = kernel::open(View::None, &[], 10).unwrap();
-    let watchdog = watchdog::start(observed.clone(), view).unwrap();
+    let watchdog = watchdog::start(observed.subject(), view).unwrap();
     let metrics = registry(observed.clone(), watchdog.handle());
     let stats = &observed.stats[0];
     stats.listeners[0].queries.add(7);

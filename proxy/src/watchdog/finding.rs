@@ -101,7 +101,9 @@ impl Finding {
             (None, Some(tombstone)) => {
                 write!(text, "; ledger: closed {:.1} s ago ({})", ago(tombstone.closed), tombstone.reason.label())
             }
-            (None, None) => write!(text, "; ledger: never heard of it"),
+            (None, None) if self.class == Class::Orphan => write!(text, "; ledger: never heard of it"),
+            // Another process's: there is no ledger.
+            (None, None) => Ok(()),
         };
         text
     }

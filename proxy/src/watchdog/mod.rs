@@ -6,6 +6,7 @@
 //! Ledger::snapshot ─────┘                        └─ report ─ metrics, admin, drill
 //! ```
 
+mod beside;
 pub mod finding;
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -32,9 +33,10 @@ pub use ladder::{Outcome, Rung};
 pub use policy::Policy;
 pub use report::Report;
 
-use crate::config::{Config, Pool};
+use crate::config::{self, Config, Pool};
 use crate::control::Controls;
 use crate::kernel::{KernelSnapshot, KernelView};
+use crate::ledger::caps::Caps;
 use crate::ledger::{Ledger, LedgerSnapshot};
 use crate::stats::WorkerStats;
 use report::Published;
@@ -87,9 +89,54 @@ impl Observed {
         self.config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |_| types(pool))).collect()
     }
 
+    /// What the watchdog works with.
+    pub fn subject(&self) -> Subject {
+        Subject {
+            settings: self.config.watchdog.clone(),
+            policy: Arc::clone(&self.policy),
+            ledger: Arc::clone(&self.ledger),
+            controls: self.controls.clone(),
+            tlv_types: self.tlv_types(),
+            has_ledger: true,
+        }
+    }
+
     /// Says whether clients are being served, for `/readyz`.
     pub fn set_serving(&self, serving: bool) {
         self.serving.store(serving, Ordering::Relaxed);
+    }
+}
+
+/// What the watchdog works with: the part of [`Observed`] that is there without a forwarder, too.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// When it sweeps, and what it may do.
+    pub settings: config::Watchdog,
+    /// Thresholds.
+    pub policy: Arc<Policy>,
+    /// The other half of the count.
+    pub ledger: Arc<Ledger>,
+    /// To the owner of each of its shards.
+    pub controls: Controls,
+    /// Types of the TLVs in the headers to each backend.
+    pub tlv_types: Vec<Vec<u8>>,
+    /// The connections have a ledger. Those of another process have none: the kernel's word alone counts.
+    pub has_ledger: bool,
+}
+
+impl Subject {
+    /// Another process, which has no ledger: the one here is empty.
+    pub fn beside(settings: config::Watchdog, policy: Policy) -> Self {
+        let backends = policy.backends.len();
+        let caps = Arc::new(Caps::new(std::iter::repeat_n(0, backends), 0));
+        Self {
+            settings,
+            policy: Arc::new(policy),
+            ledger: Arc::new(Ledger::new(0, 0, backends, caps)),
+            controls: Controls::new(Vec::new()),
+            tlv_types: Vec::new(),
+            has_ledger: false,
+        }
     }
 }
 
@@ -165,10 +212,10 @@ pub struct Ordered {
 ///
 /// # Errors
 /// The thread cannot be started.
-pub fn start(observed: Observed, view: Box<dyn KernelView>) -> io::Result<Watchdog> {
-    let published = Arc::new(Published::new(Report::new(view.source(), observed.policy.workers)));
+pub fn start(subject: Subject, view: Box<dyn KernelView>) -> io::Result<Watchdog> {
+    let published = Arc::new(Published::new(Report::new(view.source(), subject.policy.workers)));
     let (requests, received) = channel();
-    let task = Task::new(observed, view, Arc::clone(&published));
+    let task = Task::new(subject, view, Arc::clone(&published));
     let thread = std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || task.run(&received))?;
     Ok(Watchdog { handle: Handle { requests, published }, thread: Some(thread) })
 }

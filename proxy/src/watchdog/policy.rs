@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::kernel::KernelSocket;
 use crate::ledger::BackendIndex;
 
@@ -20,7 +20,7 @@ pub const STALLED_AFTER: Duration = Duration::from_secs(3);
 /// What the pure join decides by.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Backends by index; the last one is the drill's peer.
+    /// Backends by index; beside a ledger the last one is the drill's peer.
     pub backends: Vec<BackendPolicy>,
     /// Shards that must show a heartbeat: the workers'. The drill's comes after them and has none.
     pub workers: usize,
@@ -87,7 +87,28 @@ impl Policy {
             grace: config.watchdog.grace,
             sweeps: config.watchdog.sweeps,
             stalled_after: STALLED_AFTER,
-            max_pause: (config.watchdog.interval * 5).max(Duration::from_secs(2)),
+            max_pause: max_pause(&config.watchdog),
+        }
+    }
+
+    /// For the connections of another process to these backends, which are called by their addresses: silent for longer
+    /// than `idle` they are not used any more, and connecting for longer than `connect` is in vain.
+    pub fn beside(settings: &config::Watchdog, backends: &[SocketAddr], idle: Duration, connect: Duration) -> Self {
+        let backend = |address: &SocketAddr| BackendPolicy {
+            name: address.to_string(),
+            address: *address,
+            hoard_after: idle,
+            spent_after: idle,
+            stuck_after: idle,
+            embryo_after: connect,
+        };
+        Self {
+            backends: backends.iter().map(backend).collect(),
+            workers: 0,
+            grace: settings.grace,
+            sweeps: settings.sweeps,
+            stalled_after: STALLED_AFTER,
+            max_pause: max_pause(settings),
         }
     }
 
@@ -111,4 +132,8 @@ impl Policy {
     pub fn label(&self, backend: Option<BackendIndex>) -> &str {
         backend.and_then(|index| self.backend(index)).map_or("unknown", |backend| backend.name.as_str())
     }
+}
+
+fn max_pause(settings: &config::Watchdog) -> Duration {
+    (settings.interval * 5).max(Duration::from_secs(2))
 }

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::beside;
 use super::finding::{Finding, HeldBack};
 use super::flight::Flight;
 use super::policy::Policy;
@@ -25,6 +26,9 @@ pub enum Trust {
     Full,
     /// `sock_diag` and `/proc/self/fd`: only zombies are acted on.
     Fallback,
+    /// Another process's sockets, by either view: there is no ledger, so a socket without a row is judged by its state in
+    /// the kernel and by the kernel's times alone.
+    Beside,
 }
 
 /// What earlier sweeps saw: the value that goes in and out of the join.
@@ -57,6 +61,14 @@ pub struct Condition {
     pub class: Class,
     /// When it began, if some clock proves that; else it began when it was first seen.
     pub since: Option<Mono>,
+}
+
+impl Condition {
+    /// If more than `limit` has passed from `start` until `taken`.
+    pub(super) fn overdue(class: Class, start: Mono, limit: Duration, taken: Mono) -> Option<Self> {
+        let since = start.after(limit);
+        (since <= taken).then_some(Self { class, since: Some(since) })
+    }
 }
 
 /// What both views have under one cookie.
@@ -148,6 +160,7 @@ impl<'a> Joined<'a> {
 /// in each sweep, and by the reaper again before each rung of its ladder (I10).
 pub fn condition(pair: &Pair<'_>, taken: Mono, trust: Trust, policy: &Policy) -> Option<Condition> {
     match (pair.socket, pair.row) {
+        (Some(socket), None) if trust == Trust::Beside => beside::condition(socket, taken, policy),
         (Some(socket), None) => match pair.tombstone {
             Some(tombstone) if tombstone.closed >= taken => None,
             _ if matches!(socket.state, TcpState::Listen | TcpState::NewSynRecv) => None,
@@ -163,10 +176,7 @@ pub fn condition(pair: &Pair<'_>, taken: Mono, trust: Trust, policy: &Policy) ->
 /// Both views know it: its state in the kernel decides, and how long no byte has moved.
 fn both(socket: &KernelSocket, row: &LedgerRow, taken: Mono, trust: Trust, policy: &Policy) -> Option<Condition> {
     let backend = policy.backend(row.backend)?;
-    let overdue = |class: Class, start: Mono, limit: Duration| {
-        let since = start.after(limit);
-        (since <= taken).then_some(Condition { class, since: Some(since) })
-    };
+    let overdue = |class: Class, start: Mono, limit: Duration| Condition::overdue(class, start, limit, taken);
     match socket.state {
         TcpState::CloseWait | TcpState::Close => Some(Condition { class: Class::Zombie, since: None }),
         TcpState::FinWait1 | TcpState::FinWait2 | TcpState::Closing | TcpState::LastAck => {
@@ -264,7 +274,8 @@ fn held_back(
     if backend.is_none() {
         return Some(HeldBack::ForeignPeer);
     }
-    if track.class == Class::Orphan && pair.socket.is_some_and(|socket| socket.state == TcpState::Close) {
+    let severed_only = track.class == Class::Orphan || joined.trust == Trust::Beside;
+    if severed_only && pair.socket.is_some_and(|socket| socket.state == TcpState::Close) {
         return Some(HeldBack::NoConnection);
     }
     joined.stalled_owner(pair.row, track.first_seen, policy).map(HeldBack::WorkerStalled)

@@ -16,7 +16,7 @@ use super::policy::Policy;
 use super::reaper::{Hands, Reaper};
 use super::reconcile::{History, Joined, Trust, reconcile, stalled};
 use super::report::{Checked, Published, Report, groups};
-use super::{Look, Observed, Ordered};
+use super::{Look, Ordered, Subject};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::Class;
@@ -47,7 +47,7 @@ pub(super) enum Request {
 
 /// The state of the thread.
 pub(super) struct Task {
-    observed: Observed,
+    subject: Subject,
     view: Box<dyn KernelView>,
     published: Arc<Published>,
     report: Report,
@@ -64,14 +64,13 @@ pub(super) struct Task {
 }
 
 impl Task {
-    pub(super) fn new(observed: Observed, view: Box<dyn KernelView>, published: Arc<Published>) -> Self {
+    pub(super) fn new(subject: Subject, view: Box<dyn KernelView>, published: Arc<Published>) -> Self {
         let now = clock::now();
-        let watchdog = &observed.config.watchdog;
         Self {
-            report: Report::new(view.source(), observed.policy.workers),
-            reaper: Reaper::new(watchdog).with_tlv_types(observed.tlv_types()),
-            next_crosscheck: now.after(watchdog.crosscheck_interval),
-            observed,
+            report: Report::new(view.source(), subject.policy.workers),
+            reaper: Reaper::new(&subject.settings).with_tlv_types(subject.tlv_types.clone()),
+            next_crosscheck: now.after(subject.settings.crosscheck_interval),
+            subject,
             view,
             published,
             history: History::default(),
@@ -85,7 +84,7 @@ impl Task {
 
     /// Until somebody says stop, or nobody is left who could.
     pub(super) fn run(mut self, requests: &Receiver<Request>) {
-        let interval = self.observed.config.watchdog.interval;
+        let interval = self.subject.settings.interval;
         let mut next_sweep = clock::now();
         loop {
             let now = clock::now();
@@ -130,7 +129,7 @@ impl Task {
         if self.view.source() != Source::None
             && (now >= self.next_crosscheck || self.disagreement.is_some() || self.doubt)
         {
-            self.next_crosscheck = now.after(self.observed.config.watchdog.crosscheck_interval);
+            self.next_crosscheck = now.after(self.subject.settings.crosscheck_interval);
             self.doubt = false;
             let crosscheck = self.view.crosscheck()?;
             if crosscheck.disagreement != self.disagreement {
@@ -146,12 +145,12 @@ impl Task {
         if kernel.uncertain.is_none() {
             kernel.uncertain.clone_from(&self.disagreement);
         }
-        let ledger = self.observed.ledger.snapshot(clock::now());
+        let ledger = self.subject.ledger.snapshot(clock::now());
         Ok((kernel, ledger))
     }
 
     fn join(&mut self, kernel: &KernelSnapshot, ledger: &LedgerSnapshot, began: Mono) {
-        let policy = Arc::clone(&self.observed.policy);
+        let policy = Arc::clone(&self.subject.policy);
         let joined = Joined::new(kernel, self.trust(), ledger);
         let mut findings = reconcile(&joined, &mut self.history, &policy);
         self.recorder.record(&joined);
@@ -174,7 +173,7 @@ impl Task {
         self.report.taken = joined.taken();
         self.report.last_success = clock::unix_seconds();
         if joined.is_whole() {
-            self.observed.ledger.retire_tombstones(|tombstone| {
+            self.subject.ledger.retire_tombstones(|tombstone| {
                 tombstone.closed < joined.taken() && joined.pair(tombstone.cookie).socket.is_none()
             });
         }
@@ -183,8 +182,8 @@ impl Task {
     /// A sweep without a kernel view: only the workers can be watched.
     fn blind(&mut self, error: Option<ViewError>) {
         self.history.interrupt();
-        let ledger = self.observed.ledger.snapshot(clock::now());
-        let policy = Arc::clone(&self.observed.policy);
+        let ledger = self.subject.ledger.snapshot(clock::now());
+        let policy = Arc::clone(&self.subject.policy);
         self.watch_workers(&ledger, &policy);
         self.report.sockets.clear();
         self.report.findings.clear();
@@ -199,7 +198,11 @@ impl Task {
     }
 
     fn trust(&self) -> Trust {
-        if self.view.source() == Source::Ebpf { Trust::Full } else { Trust::Fallback }
+        match self.view.source() {
+            _ if !self.subject.has_ledger => Trust::Beside,
+            Source::Ebpf => Trust::Full,
+            Source::SockDiag | Source::None => Trust::Fallback,
+        }
     }
 
     /// One line for each finding that is new, and one for each that is over.
@@ -238,9 +241,9 @@ impl Task {
     /// One step of every reaping, on snapshots of its own: fresher than the rung before (I10).
     fn reap(&mut self) {
         let Ok((kernel, ledger)) = self.read() else { return };
-        let policy = Arc::clone(&self.observed.policy);
+        let policy = Arc::clone(&self.subject.policy);
         let joined = Joined::new(&kernel, self.trust(), &ledger);
-        let mut hands = Grip { observed: &self.observed, doubt: false };
+        let mut hands = Grip { subject: &self.subject, doubt: false };
         self.reaper.step(&joined, &policy, &mut hands, clock::now());
         self.doubt |= hands.doubt;
         self.publish();
@@ -249,7 +252,7 @@ impl Task {
     fn look(&mut self) -> Look {
         let (kernel, ledger) = match self.read() {
             Ok((kernel, ledger)) => (Ok(kernel), ledger),
-            Err(error) => (Err(error.to_string()), self.observed.ledger.snapshot(clock::now())),
+            Err(error) => (Err(error.to_string()), self.subject.ledger.snapshot(clock::now())),
         };
         Look { kernel, ledger, report: self.published.get() }
     }
@@ -278,7 +281,7 @@ impl Task {
         if !joined.pair(cookie).exists() {
             return format!("neither view has a socket {cookie}");
         }
-        match joined.condition(cookie, &self.observed.policy) {
+        match joined.condition(cookie, &self.subject.policy) {
             Some(condition) => {
                 let class = condition.class.name();
                 format!("socket {cookie} looks like a {class}, but not in enough sweeps or not for long enough yet")
@@ -296,17 +299,17 @@ impl Task {
 
 /// The reaper's hands on this process.
 struct Grip<'a> {
-    observed: &'a Observed,
+    subject: &'a Subject,
     doubt: bool,
 }
 
 impl Hands for Grip<'_> {
     fn ask(&mut self, row: RowId) -> bool {
-        self.observed.controls.send(row.shard, Control::Close { row, reason: CloseReason::Reaped })
+        self.subject.controls.send(row.shard, Control::Close { row, reason: CloseReason::Reaped })
     }
 
     fn shut_down(&mut self, row: RowId) -> bool {
-        let shut = self.observed.ledger.with_socket(row, |socket| socket.shutdown(std::net::Shutdown::Both));
+        let shut = self.subject.ledger.with_socket(row, |socket| socket.shutdown(std::net::Shutdown::Both));
         match shut {
             // ENOTCONN: the connection is gone already, and its owner sleeps on.
             Some(Err(error)) if error.kind() != io::ErrorKind::NotConnected => {
@@ -324,7 +327,7 @@ impl Hands for Grip<'_> {
 
     fn retire(&mut self, row: RowId, cookie: u64) -> bool {
         let exists = self
-            .observed
+            .subject
             .ledger
             .with_socket(row, |socket| socket.cookie().is_ok_and(|found| found == cookie))
             .unwrap_or(false);
@@ -333,7 +336,7 @@ impl Hands for Grip<'_> {
             self.doubt = true;
             return false;
         }
-        self.observed.ledger.retire_row(row)
+        self.subject.ledger.retire_row(row)
     }
 }
 

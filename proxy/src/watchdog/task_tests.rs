@@ -64,7 +64,7 @@ impl Bench {
         let script = Arc::new(Mutex::new(Script::default()));
         let published = Arc::new(Published::new(Report::new(Source::Ebpf, 1)));
         let writer = observed.ledger.writer(0).unwrap();
-        let task = Task::new(observed, Box::new(View(Arc::clone(&script))), published);
+        let task = Task::new(observed.subject(), Box::new(View(Arc::clone(&script))), published);
         Self { task, script, writer, requests }
     }
 
@@ -174,7 +174,7 @@ fn tombstones_go_when_the_kernel_lacks_them_and_the_view_is_whole() {
     let cookie = entry.cookie();
     drop(descriptor);
     entry.retire(CloseReason::MaxAge);
-    let tombstones = |bench: &Bench| bench.task.observed.ledger.snapshot(clock::now()).tombstones.len();
+    let tombstones = |bench: &Bench| bench.task.subject.ledger.snapshot(clock::now()).tombstones.len();
     bench.script(|script| script.sockets = vec![socket(cookie, TcpState::Established)]);
     bench.sweep();
     let held = bench.sweep();
@@ -198,7 +198,7 @@ fn a_ghost_whose_socket_exists_is_none() {
     for _ in 0..3 {
         bench.sweep();
     }
-    let rows = bench.task.observed.ledger.snapshot(clock::now()).rows;
+    let rows = bench.task.subject.ledger.snapshot(clock::now()).rows;
     assert_eq!(rows.iter().map(|row| row.cookie).collect::<Vec<_>>(), [entry.cookie()], "the row stays");
     bench.task.reap();
     let report = bench.sweep();
@@ -212,7 +212,7 @@ fn the_thread_sweeps_at_its_interval_and_on_request_and_ends() {
     let config = fixture::config(ReapMode::Off, None);
     let (observed, _setup, _requests) = fixture::observed(config);
     let published = Arc::new(Published::new(Report::new(Source::Ebpf, 1)));
-    let task = Task::new(observed, Box::new(View(Arc::default())), Arc::clone(&published));
+    let task = Task::new(observed.subject(), Box::new(View(Arc::default())), Arc::clone(&published));
     let (requests, received) = channel();
     let thread = std::thread::spawn(move || task.run(&received));
     let deadline = clock::now().after(Duration::from_secs(20));
