@@ -66,6 +66,7 @@ pub(super) fn socket(record: &SocketRecord, ticks: Ticks) -> Result<KernelSocket
         cookie: record.cookie,
         state,
         held: record.flags & flags::HELD != 0,
+        owner: 0,
         opened: (record.opened_ns != 0).then_some(record.opened_ns),
         local: local(record),
         remote: remote(record),

@@ -45,13 +45,17 @@ impl Destroyed {
     }
 }
 
-/// Destroys exactly this socket: both ends and the cookie must match.
+/// Destroys exactly this socket in this thread's network namespace: both ends and the cookie must match.
 ///
 /// # Errors
 /// Netlink failed, so that it is not known what the kernel did.
 pub fn destroy(socket: &KernelSocket) -> Result<Destroyed, ViewError> {
-    let answer = SockDiag::open()?.destroy(socket.local, socket.remote, socket.cookie)?;
-    Ok(match answer {
+    destroy_by(&mut SockDiag::open()?, socket)
+}
+
+/// The same in the network namespace of `diag`.
+pub(super) fn destroy_by(diag: &mut SockDiag, socket: &KernelSocket) -> Result<Destroyed, ViewError> {
+    Ok(match diag.destroy(socket.local, socket.remote, socket.cookie)? {
         Ok(()) => Destroyed::Severed,
         Err(error) => match error.raw_os_error() {
             Some(libc::ENOENT) => Destroyed::Gone,

@@ -61,26 +61,6 @@ impl DiagView {
             None => Known { remote, accepted: self.listeners.accepted(local) },
         }
     }
-
-    fn listed(&self, row: &Row, taken_ns: u64) -> KernelSocket {
-        let ago = |ms: u32| taken_ns.saturating_sub(u64::from(ms) * 1_000_000);
-        // Before the handshake the kernel counts from boot.
-        let info = row.info.filter(|_| row.state != TcpState::SynSent);
-        KernelSocket {
-            cookie: row.cookie,
-            state: row.state,
-            held: true,
-            opened: None,
-            local: row.local,
-            remote: row.remote,
-            last_received_ns: info.map(|info| ago(info.since_received_ms)),
-            last_sent_ns: info.map(|info| ago(info.since_sent_ms)),
-            bytes_sent: info.and_then(|info| info.bytes_sent),
-            bytes_received: info.and_then(|info| info.bytes_received),
-            unread: Some(row.unread.saturating_sub(u32::from(row.state.has_fin()))),
-            netns: self.netns,
-        }
-    }
 }
 
 impl KernelView for DiagView {
@@ -98,14 +78,14 @@ impl KernelView for DiagView {
 
         let mut known = HashMap::new();
         let mut sockets = Vec::new();
-        let mut listed = HashMap::new();
+        let mut by_inode = HashMap::new();
         for row in &rows {
-            listed.insert(u64::from(row.inode), row);
+            by_inode.insert(u64::from(row.inode), row);
         }
         for (inode, fd) in &descriptors {
-            let mut socket = match listed.get(inode) {
+            let mut socket = match by_inode.get(inode) {
                 Some(row) if row.state == TcpState::Listen => continue,
-                Some(row) => self.listed(row, taken_ns),
+                Some(row) => listed(row, taken_ns, self.netns),
                 None => match unlisted(*fd) {
                     Some(socket) => closed(&socket, taken_ns, self.netns),
                     None => continue,
@@ -119,7 +99,7 @@ impl KernelView for DiagView {
             }
         }
         self.known = known;
-        Ok(KernelSnapshot { taken_ns, sockets, missed: 0, uncertain: None })
+        Ok(KernelSnapshot { taken_ns, sockets, ..KernelSnapshot::default() })
     }
 
     /// There is no other witness than the two that the snapshot joins.
@@ -127,6 +107,28 @@ impl KernelView for DiagView {
         let snapshot = self.snapshot()?;
         let count = snapshot.sockets.len();
         Ok(Crosscheck { compared: [count, count, count], ..Crosscheck::default() })
+    }
+}
+
+/// A held socket of the network namespace `netns` as the kernel lists it.
+pub(super) fn listed(row: &Row, taken_ns: u64, netns: u32) -> KernelSocket {
+    let ago = |ms: u32| taken_ns.saturating_sub(u64::from(ms) * 1_000_000);
+    // Before the handshake the kernel counts from boot.
+    let info = row.info.filter(|_| row.state != TcpState::SynSent);
+    KernelSocket {
+        cookie: row.cookie,
+        state: row.state,
+        held: true,
+        owner: 0,
+        opened: None,
+        local: row.local,
+        remote: row.remote,
+        last_received_ns: info.map(|info| ago(info.since_received_ms)),
+        last_sent_ns: info.map(|info| ago(info.since_sent_ms)),
+        bytes_sent: info.and_then(|info| info.bytes_sent),
+        bytes_received: info.and_then(|info| info.bytes_received),
+        unread: Some(row.unread.saturating_sub(u32::from(row.state.has_fin()))),
+        netns,
     }
 }
 
@@ -173,6 +175,7 @@ fn closed(socket: &Unlisted, taken_ns: u64, netns: u32) -> KernelSocket {
         cookie: socket.cookie,
         state: TcpState::from_kernel(socket.info.state).unwrap_or(TcpState::Close),
         held: true,
+        owner: 0,
         opened: None,
         local: socket.local,
         remote: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),

@@ -77,6 +77,47 @@ pub enum ViewError {
         /// What is missing, and what to do about it.
         remedy: &'static str,
     },
+    /// There is no process to watch.
+    #[error(
+        "there is no process with id {pid}; it has ended, or this process cannot see it (another pid namespace; /proc \
+         mounted with `hidepid`, which CAP_SYS_PTRACE overcomes)"
+    )]
+    NoProcess {
+        /// Its id.
+        pid: u32,
+    },
+    /// Another process may not be looked at.
+    #[error(
+        "the {what} of process {pid} cannot be read: {source}; unless it runs as the same user with no more capabilities, \
+         this takes CAP_SYS_PTRACE: grant it by `AmbientCapabilities=CAP_SYS_PTRACE` in a systemd unit, or `setcap \
+         cap_sys_ptrace+ep PROGRAM`"
+    )]
+    Unreadable {
+        /// Its id.
+        pid: u32,
+        /// What of it.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Another network namespace may not be entered.
+    #[error(
+        "the network namespace of process {pid} cannot be entered: {source}; that takes CAP_SYS_ADMIN: grant it by \
+         `AmbientCapabilities=CAP_SYS_ADMIN` in a systemd unit, or start the watch inside that namespace (`nsenter --net \
+         --target {pid}`)"
+    )]
+    NotEntered {
+        /// A process that lives there.
+        pid: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// No cgroup version 2.
+    #[error(
+        "no cgroup2 file system is mounted, so no cgroup can be watched; mount one (`mount -t cgroup2 none \
+         /sys/fs/cgroup/unified`), or watch by name or process id"
+    )]
+    NoCgroups,
     /// A system call failed.
     #[error("{what}: {source}")]
     Io {
@@ -91,6 +132,14 @@ pub enum ViewError {
 }
 
 impl ViewError {
+    pub(super) const fn unreadable(pid: u32, what: &'static str, source: io::Error) -> Self {
+        Self::Unreadable { pid, what, source }
+    }
+
+    pub(super) const fn not_entered(pid: u32, source: io::Error) -> Self {
+        Self::NotEntered { pid, source }
+    }
+
     /// For `map_err` on a system call.
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }

@@ -1,4 +1,4 @@
-//! What the kernel says of this process's outgoing TCP sockets: the second half of the count.
+//! What the kernel says of outgoing TCP sockets, this process's or another's: the second half of the count.
 //!
 //! A [`KernelView`] yields [`KernelSnapshot`]s of plain data; the ledger is joined with them by socket cookie
 //! (`SO_COOKIE`), which the kernel never gives out twice. Two views exist:
@@ -8,11 +8,14 @@
 //! * **`sock_diag`** ([`Source::SockDiag`]): the sockets behind `/proc/self/fd`, with the states that the kernel's netlink
 //!   dump gives. It needs no privilege, but sees only what this process still holds a descriptor of.
 //!
+//! [`open_beside`] opens either for other processes, in whatever network and pid namespaces they live.
+//!
 //! No aya type crosses this module's boundary, and `unsafe` is in `sys.rs` only.
 
 use std::fmt;
 use std::net::SocketAddr;
 
+mod beside;
 mod btf;
 mod capability;
 mod convert;
@@ -25,6 +28,7 @@ mod loader;
 mod log;
 mod netlink;
 mod open;
+mod peers;
 mod ports;
 mod reader;
 mod state;
@@ -32,10 +36,11 @@ pub(crate) mod sys;
 mod tcp_info;
 mod view;
 
+pub use beside::{Process, Who};
 pub use btf::BtfError;
 pub use destroy::{Destroyed, destroy};
 pub use error::ViewError;
-pub use open::{Opened, open};
+pub use open::{Opened, open, open_beside};
 pub use ports::ports_in_use;
 pub use state::TcpState;
 
@@ -58,6 +63,14 @@ pub trait KernelView: Send {
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
     fn crosscheck(&mut self) -> Result<Crosscheck, ViewError>;
+
+    /// Destroys exactly this socket (SOCK_DESTROY), in the network namespace where it lives.
+    ///
+    /// # Errors
+    /// Netlink failed, so that it is not known what the kernel did.
+    fn destroy(&mut self, socket: &KernelSocket) -> Result<Destroyed, ViewError> {
+        destroy(socket)
+    }
 }
 
 /// Where a kernel view's data comes from.
@@ -97,7 +110,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// All outgoing TCP sockets of this process at one moment.
+/// All outgoing TCP sockets of this process, or of those that are watched towards their peers, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelSnapshot {
     /// When the read began, nanoseconds of `CLOCK_MONOTONIC`. A socket opened later may be missing; one that was
@@ -105,6 +118,9 @@ pub struct KernelSnapshot {
     pub taken_ns: u64,
     /// In no order, each cookie once.
     pub sockets: Vec<KernelSocket>,
+    /// The processes whose sockets these are, the oldest first; a view of this process itself names none. If there is
+    /// none, those that were watched have ended: one with their name or cgroup is taken up by the next snapshot.
+    pub processes: Vec<Process>,
     /// Since the view was opened: runs of the eBPF programs that the kernel skipped, tags that could not be stored,
     /// and sockets that were found without a tag. Misses are normal under load: the sockets are in the snapshot all the same.
     pub missed: u64,
@@ -121,6 +137,9 @@ pub struct KernelSocket {
     pub state: TcpState,
     /// Some descriptor, of any process, still refers to it. Without one the kernel only finishes the closing handshake.
     pub held: bool,
+    /// A process that holds it, by its id in the watcher's pid namespace: the oldest, if several that are watched do. 0 if
+    /// that is not known, and in a view of this process itself.
+    pub owner: u32,
     /// When `connect()` began (the last one, if there were several), nanoseconds of `CLOCK_MONOTONIC`.
     /// `None`: before the view was opened, not connected yet, or not known to this view.
     pub opened: Option<u64>,

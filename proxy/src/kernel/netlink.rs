@@ -76,6 +76,14 @@ impl SockDiag {
         })
     }
 
+    /// All sockets towards a port (0: any), IPv4 and IPv6. No listeners.
+    pub(super) fn dump_to(&mut self, port: u16) -> Result<Vec<Row>, ViewError> {
+        self.dump_as(|family, id| {
+            let request = request(family, SocketId { destination_port: port, ..id });
+            InetRequest { states: request.states - StateFlags::LISTEN, ..request }
+        })
+    }
+
     fn dump_as(&mut self, request: impl Fn(u8, SocketId) -> InetRequest) -> Result<Vec<Row>, ViewError> {
         let mut rows = Vec::new();
         for family in [AF_INET, AF_INET6] {

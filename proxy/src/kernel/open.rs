@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use crate::config::View;
 
+use super::beside::{DiagBeside, Who};
 use super::diag::DiagView;
 use super::view::EbpfView;
 use super::{Crosscheck, KernelSnapshot, KernelView, Source, ViewError};
@@ -26,6 +27,32 @@ pub fn open(choice: View, listeners: &[SocketAddr], max_sockets: u32) -> Result<
         View::Auto => ebpf(listeners, max_sockets, "eBPF is available")
             .or_else(|error| sock_diag(listeners, format!("eBPF is not available: {error}"))),
     }
+}
+
+/// Opens a view of other processes: of their sockets towards `peers`, and no others.
+///
+/// `max_sockets` bounds a snapshot of the eBPF view.
+///
+/// # Errors
+/// The view that was asked for cannot be had, a process may not be read, or the one with this id is not there. That there is
+/// none (yet) with a name or in a cgroup is no error.
+pub fn open_beside(choice: View, who: &Who, peers: &[SocketAddr], max_sockets: u32) -> Result<Opened, ViewError> {
+    match choice {
+        View::Ebpf => ebpf_beside(max_sockets),
+        View::SockDiag => sock_diag_beside(who, peers, "as configured".to_owned()),
+        View::None => Ok((Box::new(NoView), Source::None, "as configured".to_owned())),
+        View::Auto => ebpf_beside(max_sockets)
+            .or_else(|error| sock_diag_beside(who, peers, format!("eBPF is not available: {error}"))),
+    }
+}
+
+fn ebpf_beside(_max_sockets: u32) -> Result<Opened, ViewError> {
+    let what = "watching other processes by eBPF".to_owned();
+    Err(ViewError::NotOffered { what, detail: "this version of the program cannot".to_owned() })
+}
+
+fn sock_diag_beside(who: &Who, peers: &[SocketAddr], reason: String) -> Result<Opened, ViewError> {
+    Ok((Box::new(DiagBeside::open(who, peers)?), Source::SockDiag, reason))
 }
 
 fn ebpf(listeners: &[SocketAddr], max_sockets: u32, reason: &str) -> Result<Opened, ViewError> {

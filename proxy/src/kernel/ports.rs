@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::ViewError;
 use super::netlink::SockDiag;
+use super::peers::{Peers, end};
 
 /// How many local ports are in use towards each of `peers`, in their order.
 ///
@@ -18,18 +19,12 @@ pub fn ports_in_use(peers: &[SocketAddr]) -> Result<Vec<u64>, ViewError> {
         return Ok(Vec::new());
     }
     // The kernel can leave out all but one port; a second walk through its table would cost more than that saves.
-    let first = peers.first().map_or(0, SocketAddr::port);
-    let port = if peers.iter().all(|peer| peer.port() == first) { first } else { 0 };
+    let port = Peers::new(peers).port();
     let mut used: HashMap<(IpAddr, u16), u64> = HashMap::new();
     for row in SockDiag::open()?.dump_towards(port)? {
         *used.entry(end(row.remote)).or_insert(0) += 1;
     }
     Ok(peers.iter().map(|peer| used.get(&end(*peer)).copied().unwrap_or(0)).collect())
-}
-
-/// Without the scope of a link-local address, which the kernel gives elsewhere.
-fn end(address: SocketAddr) -> (IpAddr, u16) {
-    (address.ip().to_canonical(), address.port())
 }
 
 #[cfg(test)]

@@ -119,6 +119,7 @@ impl EbpfView {
         Ok(KernelSnapshot {
             taken_ns: sweep.taken_ns,
             sockets: sockets.filter(outgoing).collect::<Result<_, _>>()?,
+            processes: Vec::new(),
             missed: misses.tags + misses.adoptions + self.found,
             uncertain: overflow.or_else(|| self.uncertain.clone()),
         })

@@ -133,6 +133,7 @@ mod tests {
             bytes_sent: None,
             bytes_received: None,
             unread: None,
+            owner: 0,
             netns: 0,
         }
     }
@@ -142,7 +143,7 @@ mod tests {
         let mut recorder = Recorder::default();
         let ledger = LedgerSnapshot::default();
         let mut sweep = |taken_ns: u64, sockets: Vec<KernelSocket>| {
-            let kernel = KernelSnapshot { taken_ns, sockets, missed: 0, uncertain: None };
+            let kernel = KernelSnapshot { taken_ns, sockets, ..KernelSnapshot::default() };
             recorder.record(&Joined::new(&kernel, Trust::Full, &ledger));
             (recorder.flights.len(), recorder.flight(1).changes().to_vec())
         };

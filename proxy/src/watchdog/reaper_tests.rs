@@ -42,6 +42,7 @@ impl World {
             bytes_sent: None,
             bytes_received: None,
             unread: None,
+            owner: 0,
             netns: 0,
         };
         self.sockets.insert(cookie, (socket, nature));
@@ -70,7 +71,7 @@ impl World {
 
     fn snapshots(&self) -> (KernelSnapshot, LedgerSnapshot) {
         let sockets = self.sockets.values().map(|(socket, _)| socket.clone()).collect();
-        let kernel = KernelSnapshot { taken_ns: self.now, sockets, missed: 0, uncertain: None };
+        let kernel = KernelSnapshot { taken_ns: self.now, sockets, ..KernelSnapshot::default() };
         let ledger = LedgerSnapshot {
             taken: Mono(self.now),
             rows: self.rows.values().copied().collect(),

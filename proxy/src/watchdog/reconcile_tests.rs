@@ -43,6 +43,7 @@ pub(super) fn socket(cookie: u64, state: TcpState, last: u64) -> KernelSocket {
         bytes_sent: None,
         bytes_received: None,
         unread: None,
+        owner: 0,
         netns: 0,
     }
 }
@@ -64,7 +65,7 @@ pub(super) fn row(cookie: u64, opened: u64, last: u64) -> LedgerRow {
 }
 
 pub(super) fn kernel(at: u64, sockets: Vec<KernelSocket>) -> KernelSnapshot {
-    KernelSnapshot { taken_ns: at, sockets, missed: 0, uncertain: None }
+    KernelSnapshot { taken_ns: at, sockets, ..KernelSnapshot::default() }
 }
 
 /// A ledger read just after `at`, whose worker has just shown that it runs.

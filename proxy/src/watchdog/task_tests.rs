@@ -37,7 +37,12 @@ impl KernelView for View {
             return Err(ViewError::Netlink("scripted".to_owned()));
         }
         let taken_ns = clock::now().0;
-        Ok(KernelSnapshot { taken_ns, sockets: script.sockets, missed: 0, uncertain: script.uncertain })
+        Ok(KernelSnapshot {
+            taken_ns,
+            sockets: script.sockets,
+            uncertain: script.uncertain,
+            ..KernelSnapshot::default()
+        })
     }
 
     fn crosscheck(&mut self) -> Result<Crosscheck, ViewError> {
@@ -105,6 +110,7 @@ fn socket(cookie: u64, state: TcpState) -> KernelSocket {
         bytes_sent: None,
         bytes_received: None,
         unread: None,
+        owner: 0,
         netns: 0,
     }
 }

@@ -28,6 +28,7 @@ fn socket(cookie: u64, state: TcpState, remote: &str) -> KernelSocket {
         bytes_sent: Some(40),
         bytes_received: Some(60),
         unread: Some(2),
+        owner: 0,
         netns: 0,
     }
 }
@@ -66,7 +67,7 @@ fn finding(cookie: u64, class: Class) -> Finding {
 
 fn look(sockets: Vec<KernelSocket>, rows: Vec<LedgerRow>) -> Look {
     Look {
-        kernel: Ok(KernelSnapshot { taken_ns: NOW.0, sockets, missed: 3, uncertain: None }),
+        kernel: Ok(KernelSnapshot { taken_ns: NOW.0, sockets, missed: 3, ..KernelSnapshot::default() }),
         ledger: LedgerSnapshot { taken: NOW, rows, tombstones: Vec::new(), heartbeats: vec![NOW] },
         report: Arc::new(Report::new(Source::Ebpf, 1)),
     }
