@@ -47,13 +47,14 @@ fn socket(cookie: u64, state: TcpState, last: u64) -> KernelSocket {
         bytes_sent: None,
         bytes_received: None,
         unread: None,
+        owner: 0,
         netns: 0,
     }
 }
 
 /// One sweep of what the kernel has, without any ledger.
 fn sweep(at: u64, sockets: Vec<KernelSocket>, history: &mut History) -> Vec<Finding> {
-    let kernel = KernelSnapshot { taken_ns: at, sockets, missed: 0, uncertain: None };
+    let kernel = KernelSnapshot { taken_ns: at, sockets, ..KernelSnapshot::default() };
     let ledger = LedgerSnapshot { taken: Mono(at), ..LedgerSnapshot::default() };
     reconcile(&Joined::new(&kernel, Trust::Beside, &ledger), history, &policy())
 }
