@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
+use tokio::io::Interest;
+
 use crate::backend::connect::{self, Io};
 use crate::clock;
 use crate::close::CloseReason;
@@ -124,8 +126,10 @@ fn work(churn: Churn, shard: usize, claim: Claim, targets: &[SocketAddr], barrie
             let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0 };
             let target = targets[random.usize(..targets.len())];
             let permit = ledger.caps().acquire(0).map_err(|cap| anyhow::anyhow!("{cap:?}"));
-            let opened =
-                permit.and_then(|permit| Ok(connect::connect(&ledger, permit, info, target, None, clock::now())?));
+            let opened = permit.and_then(|permit| {
+                let opened = connect::connect(&ledger, permit, info, target, None, clock::now())?;
+                Ok(connect::register(opened, Interest::READABLE | Interest::WRITABLE)?)
+            });
             match opened {
                 Ok(conn) => {
                     if random.u8(..) < 16 {

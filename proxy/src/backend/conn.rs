@@ -13,12 +13,14 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use super::connect::{self, Io};
+use tokio::io::Interest;
+
+use super::connect::{self, Io, OpenError};
 use super::pool::{ConnKey, Phase};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::OneShotClose;
-use crate::ledger::{OpenInfo, RowState, Tracked};
+use crate::ledger::{ConnKind, OpenInfo, RowState, Tracked};
 use crate::worker::answer::Partial;
 use crate::worker::core::Core;
 use crate::worker::shell::{SCRATCH, Shell};
@@ -41,18 +43,45 @@ impl ConnTask {
         Self { shell, key, io: None, rest: Vec::new(), connected: false }
     }
 
+    /// Connects, and writes at once what there is to write: towards a near backend the handshake is over when
+    /// `connect(2)` returns, so that nobody need be woken to write. Towards any other the attempt says EAGAIN.
     fn open(&mut self, now: Mono) -> Result<(), CloseReason> {
         let mut core = self.shell.core.borrow_mut();
         let plan = Rc::clone(&core.plan);
-        let Some(conn) = core.pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
+        let Core { pool, spares, .. } = &mut *core;
+        let Some(conn) = pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
         let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
         let backend = &plan.backends[usize::from(conn.backend)];
         let info =
             OpenInfo { backend: conn.backend, kind: conn.kind, owner: conn.owner_serial, header: conn.header_digest };
         let source = self.shell.next_source(&backend.source);
-        match connect::connect(&self.shell.ledger, permit, info, backend.address, source, now) {
+        let opened =
+            connect::connect(&self.shell.ledger, permit, info, backend.address, source, now).and_then(|socket| {
+                if !conn.out.is_empty() {
+                    match socket.io().send(conn.out.pending()) {
+                        Ok(sent) => {
+                            conn.last_byte = now;
+                            conn.out.advance(sent, spares);
+                            self.connected = true;
+                        }
+                        Err(error) if is_transient(&error) => {}
+                        Err(error) => {
+                            socket.close(CloseReason::ConnectFailed);
+                            return Err(OpenError::Connect(error));
+                        }
+                    }
+                }
+                // One write was all that a one-shot connection has to say.
+                let done = self.connected && conn.kind == ConnKind::OneShot && conn.out.is_empty();
+                let interest = if done { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
+                connect::register(socket, interest)
+            });
+        match opened {
             Ok(io) => {
                 self.io = Some(io);
+                if self.connected {
+                    core.conn_connected(self.key, now);
+                }
                 Ok(())
             }
             Err(error) => {
@@ -246,6 +275,11 @@ impl ConnTask {
         io.entry().set_activity(conn.last_byte, conn.pending.in_flight() as u32, conn.carried);
         self.shell.note_row(self.key, io.entry().id());
     }
+}
+
+/// The handshake is not over yet, or a signal came.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 impl Future for ConnTask {

@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::clock::Mono;
+use crate::close::CloseReason;
 use crate::kernel::sys;
 use crate::ledger::caps::Permit;
 use crate::ledger::{ConnKind, OpenInfo, ReserveError, ShardWriter, Tracked};
@@ -33,7 +35,7 @@ pub(crate) enum OpenError {
 }
 
 /// Begins to connect. The row is in the ledger before `connect(2)` is called, so the kernel never has a connection of
-/// ours that the ledger has not (I2).
+/// ours that the ledger has not (I2). What comes next is a first write, then [`register`].
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub(crate) fn connect(
     ledger: &ShardWriter,
@@ -42,15 +44,25 @@ pub(crate) fn connect(
     address: SocketAddr,
     source: Option<IpAddr>,
     now: Mono,
-) -> Result<Tracked<Io>, OpenError> {
+) -> Result<Tracked<Arc<Socket>>, OpenError> {
     let reservation = ledger.reserve_with(permit, info)?;
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
         .map_err(OpenError::Socket)?;
     let (socket, entry) = reservation.bind(socket, now).map_err(OpenError::Socket)?;
-    // From here on the pair is dropped in order: the descriptor, then the row.
+    // From here on the pair is closed in order: the descriptor, then the row.
     let opened = Tracked::new(socket, entry);
-    let socket = opened.io();
-    if info.kind != ConnKind::OneShot {
+    match begin(opened.io(), info.kind, address, source) {
+        Ok(()) => Ok(opened),
+        Err(error) => {
+            opened.close(CloseReason::ConnectFailed);
+            Err(error)
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the second half of the one place")]
+fn begin(socket: &Socket, kind: ConnKind, address: SocketAddr, source: Option<IpAddr>) -> Result<(), OpenError> {
+    if kind != ConnKind::OneShot {
         // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8). A one-shot
         // connection writes once, which waits for nothing.
         socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
@@ -60,16 +72,20 @@ pub(crate) fn connect(
         socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;
     }
     match socket.connect(&address.into()) {
-        Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {}
-        Err(error) => return Err(OpenError::Connect(error)),
+        Ok(()) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => Ok(()),
+        Err(error) => Err(OpenError::Connect(error)),
     }
+}
+
+/// Registers the socket with the worker's event loop.
+pub(crate) fn register(opened: Tracked<Arc<Socket>>, interest: Interest) -> Result<Tracked<Io>, OpenError> {
     let (socket, entry) = opened.into_parts();
-    match sys::register(socket) {
+    match sys::register(socket, interest) {
         Ok(io) => Ok(Tracked::new(io, entry)),
         Err(error) => {
             let (socket, error) = error.into_parts();
-            drop(Tracked::new(socket, entry));
+            Tracked::new(socket, entry).close(CloseReason::ConnectFailed);
             Err(OpenError::Register(error))
         }
     }

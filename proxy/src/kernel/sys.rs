@@ -16,6 +16,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use counterfoil_common::SocketRecord;
+use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdRegisterError};
 
 const BPF_LINK_CREATE: c_int = 28;
@@ -215,7 +216,8 @@ pub(crate) fn bind_address_no_port(socket: &socket2::Socket) -> io::Result<()> {
 /// Registers a socket with the runtime of this thread.
 pub(crate) fn register(
     socket: Arc<socket2::Socket>,
+    interest: Interest,
 ) -> Result<AsyncFd<Arc<socket2::Socket>>, AsyncFdRegisterError<Arc<socket2::Socket>>> {
     // SAFETY: an `Arc` of a socket gives the same descriptor for as long as it lives, and the descriptor stays open.
-    unsafe { AsyncFd::register(socket) }
+    unsafe { AsyncFd::register_with_interest(socket, interest) }
 }
