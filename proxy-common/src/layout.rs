@@ -25,7 +25,10 @@ pub struct SocketTag {
     /// [`flags::ADOPTED`] or 0.
     pub flags: u8,
     /// Zero.
-    pub _pad: [u8; 5],
+    pub _pad: u8,
+    /// The watched process that connected it, or that held it when it was adopted: its id in the initial pid namespace; 0 in
+    /// a view of the own process.
+    pub owner: u32,
 }
 
 /// One socket as an iterator read it.
@@ -62,6 +65,10 @@ pub struct SocketRecord {
     pub state: u8,
     /// See [`flags`].
     pub flags: u8,
+    /// As [`SocketTag::owner`]; 0 without a tag.
+    pub owner: u32,
+    /// Inode of the socket's file, 0 if nobody holds it.
+    pub inode: u32,
 }
 
 /// What a sweep says of itself. User space zeroes it before each sweep.
@@ -94,6 +101,32 @@ pub struct Owner {
     pub tgid: u32,
     /// Capacity of the array of records.
     pub max_records: u32,
+    /// 1: not this process, but those in the map of targets, and their sockets towards the peers only.
+    pub beside: u32,
+    /// Zero.
+    pub _pad: u32,
+}
+
+/// A peer of watched processes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// IPv6; IPv4 as `::ffff:a.b.c.d`.
+    pub address: [u8; 16],
+    /// Host byte order.
+    pub port: u16,
+    /// Zero.
+    pub _pad: [u8; 2],
+}
+
+/// Of which watched process a descriptor pass is, and what it learns of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Walk {
+    /// Its id in the initial pid namespace, where the kernel cannot leave out the others (before Linux 6.1); else 0.
+    pub wanted: u32,
+    /// Written by the pass: its id in the initial pid namespace; 0 if it has no descriptor at all.
+    pub tgid: u32,
 }
 
 /// Bytes from the start of a kernel structure to a field: constant of the eBPF program.
@@ -120,6 +153,12 @@ pub struct FieldOffsets {
     pub protocol: u32,
     /// `sock.sk_socket`
     pub socket: u32,
+    /// `socket.file`
+    pub socket_file: u32,
+    /// `file.f_inode`
+    pub file_inode: u32,
+    /// `inode.i_ino`
+    pub inode_number: u32,
     /// `net.ns.inum`
     pub net_inode: u32,
     /// `socket.sk`
@@ -174,7 +213,7 @@ macro_rules! layout {
 
 impl SocketTag {
     /// All zero.
-    pub const EMPTY: Self = Self { opened_ns: 0, remote: [0; 16], remote_port: 0, flags: 0, _pad: [0; 5] };
+    pub const EMPTY: Self = Self { opened_ns: 0, remote: [0; 16], remote_port: 0, flags: 0, _pad: 0, owner: 0 };
 }
 
 impl SocketRecord {
@@ -195,12 +234,14 @@ impl SocketRecord {
         family: 0,
         state: 0,
         flags: 0,
+        owner: 0,
+        inode: 0,
     };
 }
 
 impl Owner {
     /// Before loading: nobody.
-    pub const UNSET: Self = Self { pidns_device: 0, pidns_inode: 0, tgid: 0, max_records: 0 };
+    pub const UNSET: Self = Self { pidns_device: 0, pidns_inode: 0, tgid: 0, max_records: 0, beside: 0, _pad: 0 };
 }
 
 impl FieldOffsets {
@@ -216,6 +257,9 @@ impl FieldOffsets {
         net: 0,
         protocol: 0,
         socket: 0,
+        socket_file: 0,
+        file_inode: 0,
+        inode_number: 0,
         net_inode: 0,
         socket_sk: 0,
         task_tgid: 0,
@@ -229,11 +273,15 @@ impl FieldOffsets {
     };
 }
 
-layout!(SocketTag, size 32, opened_ns @ 0, remote @ 8, remote_port @ 24, flags @ 26, _pad @ 27);
-layout!(SocketRecord, size 88,
+layout!(SocketTag, size 32, opened_ns @ 0, remote @ 8, remote_port @ 24, flags @ 26, _pad @ 27, owner @ 28);
+layout!(SocketRecord, size 96,
     cookie @ 0, opened_ns @ 8, bytes_sent @ 16, bytes_received @ 24, local @ 32, remote @ 48, sent_ticks @ 64,
-    received_ticks @ 68, unread @ 72, netns @ 76, local_port @ 80, remote_port @ 82, family @ 84, state @ 86, flags @ 87);
+    received_ticks @ 68, unread @ 72, netns @ 76, local_port @ 80, remote_port @ 82, family @ 84, state @ 86, flags @ 87,
+    owner @ 88, inode @ 92);
 layout!(PassHeader, size 32, started_ns @ 0, started_ticks @ 8, abi @ 16, records @ 20, overflowed @ 24, complete @ 28);
-layout!(Owner, size 24, pidns_device @ 0, pidns_inode @ 8, tgid @ 16, max_records @ 20);
-layout!(FieldOffsets, size 80, family @ 0, copied_seq @ 76);
+layout!(Owner, size 32,
+    pidns_device @ 0, pidns_inode @ 8, tgid @ 16, max_records @ 20, beside @ 24, _pad @ 28);
+layout!(Peer, size 20, address @ 0, port @ 16, _pad @ 18);
+layout!(Walk, size 8, wanted @ 0, tgid @ 4);
+layout!(FieldOffsets, size 92, family @ 0, copied_seq @ 88);
 const _: () = assert!(Counter::FailedAdopt as u32 + 1 == COUNTERS);

@@ -11,11 +11,11 @@ pub mod names;
 #[cfg(feature = "user")]
 mod pod;
 
-pub use layout::{COUNTERS, Counter, FieldOffsets, Owner, PassHeader, SocketRecord, SocketTag, flags};
+pub use layout::{COUNTERS, Counter, FieldOffsets, Owner, PassHeader, Peer, SocketRecord, SocketTag, Walk, flags};
 
 /// Version of everything in this crate. The eBPF program writes its own into every [`PassHeader`], and user space refuses
 /// another one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// `AF_INET`, as in [`SocketRecord::family`].
 pub const AF_INET: u16 = 2;

@@ -12,12 +12,12 @@ pub const TAG_TRACEPOINT: &str = "inet_sock_set_state";
 pub const SWEEP_PROGRAM: &str = "sweep";
 /// Its kind, without the kernel's prefix `bpf_iter_`.
 pub const SWEEP_ITERATOR: &str = "bpf_sk_storage_map";
-/// Iterator over the descriptors of this process.
+/// Iterator over the descriptors of one process.
 pub const DESCRIPTORS_PROGRAM: &str = "descriptors";
 /// Its kind.
 pub const DESCRIPTORS_ITERATOR: &str = "task_file";
 
-/// Socket storage: a [`SocketTag`](crate::SocketTag) on each socket that this process connected.
+/// Socket storage: a [`SocketTag`](crate::SocketTag) on each socket that the process, or a watched one, connected.
 pub const TAGS: &str = "TAGS";
 /// Array that a sweep fills with [`SocketRecord`](crate::SocketRecord)s.
 pub const RECORDS: &str = "RECORDS";
@@ -25,6 +25,12 @@ pub const RECORDS: &str = "RECORDS";
 pub const PASS: &str = "PASS";
 /// Hash set of cookies that the next descriptor pass shall tag.
 pub const ADOPT: &str = "ADOPT";
+/// Hash set of the ids (in the initial pid namespace) of the processes that are watched; empty in a view of the own process.
+pub const TARGETS: &str = "TARGETS";
+/// Hash set of the [`Peer`](crate::Peer)s whose connections are counted; empty in a view of the own process.
+pub const PEERS: &str = "PEERS";
+/// Array of one [`Walk`](crate::Walk).
+pub const WALK: &str = "WALK";
 /// Per-CPU array of [`Counter`](crate::Counter)s.
 pub const COUNTERS: &str = "COUNTERS";
 

@@ -1,4 +1,4 @@
-//! Reading the TCP sockets behind this process's descriptors.
+//! Reading the TCP sockets behind the descriptors of one process: the own one, or one that is watched.
 
 use aya_ebpf::bindings::{file, seq_file};
 use aya_ebpf::cty::c_void;
@@ -6,7 +6,7 @@ use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use aya_ebpf::helpers::generated::{bpf_seq_write, bpf_sock_from_file};
 use counterfoil_common::{Counter, SocketRecord, SocketTag, flags};
 
-use crate::maps::{ADOPT, constant, count};
+use crate::maps::{ADOPT, WALK, constant, count};
 use crate::sock::Sock;
 
 /// `struct bpf_iter__task_file`.
@@ -34,11 +34,13 @@ pub fn on_descriptor(ctx: *mut c_void) {
         write(seq, &SocketRecord::EMPTY);
         return;
     }
-    // The reader of the iterator is the process itself. Kernels from 6.1 walk only its descriptors anyway.
+    let beside = constant!(OWNER.beside) != 0;
     let tgid_offset = constant!(FIELD_OFFSETS.task_tgid);
     // SAFETY: `task` is a live task.
     let tgid = unsafe { task.add(tgid_offset as usize).cast::<u32>().read_volatile() };
-    if tgid != (bpf_get_current_pid_tgid() >> 32) as u32 {
+    // Kernels from 6.1 walk only the process that is meant.
+    let meant = if beside { is_meant(tgid) } else { tgid == (bpf_get_current_pid_tgid() >> 32) as u32 };
+    if !meant {
         return;
     }
     // SAFETY: `file` is a live file; null if it is no socket.
@@ -50,20 +52,32 @@ pub fn on_descriptor(ctx: *mut c_void) {
     if !sock.is_tcp() {
         return;
     }
+    if beside && !sock.is_tagged() && !sock.is_towards_a_peer() {
+        return;
+    }
     let mut record = sock.record();
+    let adopted = ADOPT.get_ptr(record.cookie).is_some();
+    let owner = if beside { tgid } else { 0 };
+    if adopted {
+        // Its owner may have ended.
+        sock.set_owner(owner);
+    }
     match sock.tag() {
         Some(tag) => {
             record.opened_ns = tag.opened_ns;
+            record.owner = tag.owner;
             record.flags |= flags::TAGGED | tag.flags;
         }
-        None if ADOPT.get_ptr(record.cookie).is_some() => {
+        None if adopted => {
             let tag = SocketTag {
                 remote: record.remote,
                 remote_port: record.remote_port,
                 flags: flags::ADOPTED,
+                owner,
                 ..SocketTag::EMPTY
             };
             if sock.put_tag(tag) {
+                record.owner = owner;
                 record.flags |= flags::TAGGED | flags::ADOPTED;
             } else {
                 count(Counter::FailedAdopt);
@@ -72,6 +86,20 @@ pub fn on_descriptor(ctx: *mut c_void) {
         None => {}
     }
     write(seq, &record);
+}
+
+/// Whether the watched process with this id (in the initial pid namespace) is the one that the pass is for; user space,
+/// which may be in another pid namespace, learns the id from it.
+#[inline(always)]
+fn is_meant(tgid: u32) -> bool {
+    let Some(walk) = WALK.get_ptr_mut(0) else { return false };
+    // SAFETY: an element of a map; only one pass runs at a time, and user space waits for its end.
+    let walk = unsafe { &mut *walk };
+    if walk.wanted != 0 && walk.wanted != tgid {
+        return false;
+    }
+    walk.tgid = tgid;
+    true
 }
 
 #[inline(always)]

@@ -1,9 +1,10 @@
 //! Counterfoil's kernel side.
 //!
-//! * `tag_first`, `tag_second`: when this process connects a TCP socket, a tag is stored on that socket. The tag dies with the
-//!   socket, so that there is no event of closing to miss, no table to fill up and no address to be reused.
+//! * `tag_first`, `tag_second`: when the process that loaded them, or one that it watches, connects a TCP socket, a tag is
+//!   stored on that socket. The tag dies with the socket, so that there is no event of closing to miss, no table to fill up
+//!   and no address to be reused.
 //! * `sweep`: reads all tagged sockets, each with its live state.
-//! * `descriptors`: reads the TCP sockets behind this process's descriptors: the witness, and the way to sockets that were
+//! * `descriptors`: reads the TCP sockets behind the descriptors of a process: the witness, and the way to sockets that were
 //!   opened before the programs were attached.
 //!
 //! Nothing here decides anything: the programs report, user space judges. Structure layouts come from the running kernel's

@@ -5,8 +5,11 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use counterfoil_common::{
-    COUNTERS as COUNTER_SLOTS, Counter, FieldOffsets, Owner, PassHeader, SocketRecord, SocketTag,
+    COUNTERS as COUNTER_SLOTS, Counter, FieldOffsets, Owner, PassHeader, Peer, SocketRecord, SocketTag, Walk,
 };
+
+/// How many processes can be watched at once.
+const MAX_TARGETS: u32 = 4096;
 
 /// The tag of each socket. Written by the tag programs and by `descriptors` for the cookies in [`ADOPT`]; has no size of
 /// its own. When the kernel has no memory for a tag, a counter says so.
@@ -29,6 +32,19 @@ pub static PASS: Array<PassHeader> = Array::with_max_entries(1, 0);
 /// Cookies of sockets that shall be tagged by the next `descriptors` pass. Written by user space, read by `descriptors`.
 #[map]
 pub static ADOPT: HashMap<u64, u8> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// Processes that are watched, by their ids in the initial pid namespace. Written by user space as they come and go; when it
+/// is full, user space says so.
+#[map]
+pub static TARGETS: HashMap<u32, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
+
+/// Peers whose connections are counted. Written by user space once; resized when loaded.
+#[map]
+pub static PEERS: HashMap<Peer, u8> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// Whose descriptors the next pass walks. Written by user space, answered by `descriptors`.
+#[map]
+pub static WALK: Array<Walk> = Array::with_max_entries(1, 0);
 
 /// [`Counter`]s; never reset.
 #[map]

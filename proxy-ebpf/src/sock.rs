@@ -3,9 +3,9 @@
 use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get, bpf_skc_to_tcp_sock};
-use counterfoil_common::{AF_INET, AF_INET6, IPPROTO_TCP, SocketRecord, SocketTag, flags};
+use counterfoil_common::{AF_INET, AF_INET6, IPPROTO_TCP, Peer, SocketRecord, SocketTag, flags};
 
-use crate::maps::{TAGS, constant};
+use crate::maps::{PEERS, TAGS, constant};
 
 /// A `struct sock *` that is not null, given by the kernel for this run of the program.
 #[derive(Clone, Copy)]
@@ -59,6 +59,17 @@ impl Sock {
         u16::from_be(load(self.0, constant!(FIELD_OFFSETS.remote_port)))
     }
 
+    /// Whether its peer is one of those whose connections are counted.
+    #[inline(always)]
+    pub fn is_towards_a_peer(self) -> bool {
+        let mut peer = Peer { address: self.remote(), port: self.remote_port(), ..Peer::default() };
+        if self.family() == AF_INET {
+            let [a, b, c, d, ..] = peer.address;
+            peer.address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+        }
+        PEERS.get_ptr(peer).is_some()
+    }
+
     /// Stores a tag; false if the kernel has no memory for it. An older tag is overwritten.
     #[inline(always)]
     pub fn put_tag(self, mut tag: SocketTag) -> bool {
@@ -83,10 +94,7 @@ impl Sock {
     /// The socket's tag, if it has one.
     #[inline(always)]
     pub fn tag(self) -> Option<SocketTag> {
-        // SAFETY: as in `put_tag`; without a value and flags the kernel only looks.
-        let stored =
-            unsafe { bpf_sk_storage_get((&raw const TAGS).cast_mut().cast(), self.raw(), core::ptr::null_mut(), 0) }
-                .cast::<SocketTag>();
+        let stored = self.stored_tag();
         if stored.is_null() {
             return None;
         }
@@ -94,11 +102,41 @@ impl Sock {
         Some(unsafe { *stored })
     }
 
+    /// Whether it has a tag.
+    #[inline(always)]
+    pub fn is_tagged(self) -> bool {
+        !self.stored_tag().is_null()
+    }
+
+    /// Changes the owner in the socket's tag, if it has one.
+    #[inline(always)]
+    pub fn set_owner(self, owner: u32) {
+        let stored = self.stored_tag();
+        if !stored.is_null() {
+            // SAFETY: as in `put_tag`.
+            unsafe { (*stored).owner = owner }
+        }
+    }
+
+    #[inline(always)]
+    fn stored_tag(self) -> *mut SocketTag {
+        // SAFETY: as in `put_tag`; without a value and flags the kernel only looks.
+        unsafe { bpf_sk_storage_get((&raw const TAGS).cast_mut().cast(), self.raw(), core::ptr::null_mut(), 0) }.cast()
+    }
+
     /// Everything that the socket itself knows.
     #[inline(always)]
     pub fn record(self) -> SocketRecord {
         let net: *const u8 = load(self.0, constant!(FIELD_OFFSETS.net));
-        let held = !load::<*const u8>(self.0, constant!(FIELD_OFFSETS.socket)).is_null();
+        let socket: *const u8 = load(self.0, constant!(FIELD_OFFSETS.socket));
+        let held = !socket.is_null();
+        let inode: u64 = if held {
+            let file: *const u8 = load(socket, constant!(FIELD_OFFSETS.socket_file));
+            let inode: *const u8 = load(file, constant!(FIELD_OFFSETS.file_inode));
+            load(inode, constant!(FIELD_OFFSETS.inode_number))
+        } else {
+            0
+        };
         let mut record = SocketRecord {
             cookie: self.cookie(),
             local: self.address(constant!(FIELD_OFFSETS.local_v4), constant!(FIELD_OFFSETS.local_v6)),
@@ -108,6 +146,8 @@ impl Sock {
             family: self.family(),
             state: load(self.0, constant!(FIELD_OFFSETS.state)),
             flags: if held { flags::HELD } else { 0 },
+            // Sockets have inodes of 32 bits, as `sock_diag` says them.
+            inode: inode as u32,
             ..SocketRecord::EMPTY
         };
         // SAFETY: a live socket; null if it is no full TCP socket.

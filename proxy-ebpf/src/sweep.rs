@@ -47,6 +47,7 @@ pub fn on_socket(ctx: *mut c_void) {
     let tag = unsafe { *value };
     let mut record = sock.record();
     record.opened_ns = tag.opened_ns;
+    record.owner = tag.owner;
     record.flags |= flags::TAGGED | tag.flags;
     if tag.remote_port != 0 {
         // What `connect()` was given: a refused or reset socket may have lost it.

@@ -1,12 +1,13 @@
-//! Tagging a socket when this process connects it.
+//! Tagging a socket when the own process connects it, or a watched one towards one of the peers.
 
 use aya_ebpf::bindings::bpf_pidns_info;
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use aya_ebpf::helpers::generated::{bpf_get_ns_current_pid_tgid, bpf_ktime_get_ns};
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
 use counterfoil_common::{Counter, SocketTag, TCP_SYN_SENT};
 
-use crate::maps::{constant, count};
+use crate::maps::{TARGETS, constant, count};
 use crate::sock::Sock;
 
 /// `inet_sock_set_state(sk, old, new)`. SYN_SENT is entered inside `connect()`, so the current task is the caller; in most
@@ -18,12 +19,26 @@ pub fn on_set_state(ctx: &BtfTracePointContext, tagged: Counter, failed: Counter
         return;
     }
     let Some(sock) = Sock::new(ctx.arg(0)) else { return };
-    if !sock.is_tcp() || !current_is_owner() {
+    if !sock.is_tcp() {
         return;
     }
+    let owner = if constant!(OWNER.beside) == 0 {
+        if !current_is_owner() {
+            return;
+        }
+        0
+    } else {
+        // In the initial pid namespace, as the targets are.
+        let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+        if TARGETS.get_ptr(tgid).is_none() || !sock.is_towards_a_peer() {
+            return;
+        }
+        tgid
+    };
     // SAFETY: no preconditions.
     let opened_ns = unsafe { bpf_ktime_get_ns() };
-    let tag = SocketTag { opened_ns, remote: sock.remote(), remote_port: sock.remote_port(), ..SocketTag::EMPTY };
+    let tag =
+        SocketTag { opened_ns, remote: sock.remote(), remote_port: sock.remote_port(), owner, ..SocketTag::EMPTY };
     if sock.put_tag(tag) {
         count(tagged);
     } else if count(failed).is_power_of_two() {

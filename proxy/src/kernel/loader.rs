@@ -1,7 +1,7 @@
 //! Brings the eBPF program into the kernel: constants, maps, programs, links.
 
 use std::error::Error;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::{fs, io};
 
@@ -9,11 +9,12 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::{BtfTracePoint, Iter, ProgramError};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
-use counterfoil_common::{ABI_VERSION, FieldOffsets, Owner, PassHeader, names};
+use counterfoil_common::{ABI_VERSION, FieldOffsets, Owner, PassHeader, Peer, Walk as Whom, names};
 
 use super::btf::{KernelTypes, VMLINUX};
 use super::error::chain;
 use super::log::ToTracing;
+use super::peers::Peers;
 use super::sys::{self, RecordArray, Walk};
 use super::{ViewError, capability};
 
@@ -23,16 +24,30 @@ const OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT
 #[cfg(not(ebpf_object))]
 const OBJECT: Option<&[u8]> = None;
 
+/// Whose sockets the programs tag.
+#[derive(Clone, Copy)]
+pub(super) enum Subject<'a> {
+    /// This process.
+    Itself,
+    /// Other processes, which come and go, and their sockets towards these peers.
+    Others(&'a Peers),
+}
+
 /// The loaded program with everything that user space touches. Dropping it detaches the programs and frees the maps.
 pub(super) struct Loaded {
     /// Keeps the programs attached.
     _ebpf: Ebpf,
     pub(super) logger: EbpfLogger<ToTracing>,
     pub(super) sweep: OwnedFd,
+    /// The program that walks descriptors.
     pub(super) descriptors: OwnedFd,
+    /// The kernel can walk the descriptors of one task only (Linux 6.1), and need not walk those of all.
+    pub(super) walks_one: bool,
     pub(super) records: RecordArray,
     pub(super) pass: Array<MapData, PassHeader>,
     pub(super) adopt: HashMap<MapData, u64, u8>,
+    pub(super) targets: HashMap<MapData, u32, u8>,
+    pub(super) walk: Array<MapData, Whom>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     /// Descriptors of the tag programs, for their statistics.
     pub(super) tag_programs: [RawFd; 2],
@@ -42,38 +57,53 @@ pub(super) struct Loaded {
 ///
 /// # Errors
 /// Each says which privilege or which feature of the kernel is missing.
-pub(super) fn load(max_sockets: u32) -> Result<Loaded, ViewError> {
+pub(super) fn load(subject: Subject<'_>, max_sockets: u32) -> Result<Loaded, ViewError> {
     let object = OBJECT.ok_or(ViewError::NotBuilt)?;
     let raw = fs::read(VMLINUX).map_err(|source| ViewError::NoBtf { path: VMLINUX, source })?;
     let offsets = field_offsets(&KernelTypes::parse(&raw)?)?;
     let btf = Btf::parse(&raw, Default::default())
         .map_err(|error| failed("reading the kernel's type information", &error))?;
     drop(raw);
-    let owner = owner(max_sockets)?;
+    let owner = owner(subject, max_sockets)?;
+    let peers = match subject {
+        Subject::Itself => 1,
+        // A map of none is refused.
+        Subject::Others(peers) => u32::try_from(peers.len()).unwrap_or(u32::MAX).max(1),
+    };
     let mut ebpf = EbpfLoader::new()
         .btf(Some(&btf))
         .override_global(names::FIELD_OFFSETS, &offsets, true)
         .override_global(names::OWNER, &owner, true)
         .map_max_entries(names::RECORDS, max_sockets)
         .map_max_entries(names::ADOPT, max_sockets)
+        .map_max_entries(names::PEERS, peers)
         .load(object)
         .map_err(object_error)?;
     // The logger's map must be taken before the programs are loaded, and live as long as they do.
     let logger = EbpfLogger::init_with_logger(&mut ebpf, ToTracing).map_err(|error| abi(&error))?;
-    let programs = [
-        load_iterator(&mut ebpf, names::SWEEP_PROGRAM, names::SWEEP_ITERATOR, &btf)?,
-        load_iterator(&mut ebpf, names::DESCRIPTORS_PROGRAM, names::DESCRIPTORS_ITERATOR, &btf)?,
-    ];
+    let sweep = load_iterator(&mut ebpf, names::SWEEP_PROGRAM, names::SWEEP_ITERATOR, &btf)?;
+    let descriptors = load_iterator(&mut ebpf, names::DESCRIPTORS_PROGRAM, names::DESCRIPTORS_ITERATOR, &btf)?;
+    // Before the programs that read them are attached.
+    if let Subject::Others(peers) = subject {
+        let map = ebpf.map_mut(names::PEERS).ok_or_else(|| abi(&format!("no map {}", names::PEERS)))?;
+        let mut map: HashMap<_, Peer, u8> = HashMap::try_from(map).map_err(|error| abi(&error))?;
+        for peer in peers.keys() {
+            map.insert(peer, 1, 0).map_err(|error| abi(&chain(&error)))?;
+        }
+    }
     let tag_programs =
         [attach_tag(&mut ebpf, names::TAG_PROGRAMS[0], &btf)?, attach_tag(&mut ebpf, names::TAG_PROGRAMS[1], &btf)?];
 
     let tags = take(&mut ebpf, names::TAGS)?;
     let Map::SkStorage(tags) = tags else { return Err(abi(&"TAGS is no socket storage")) };
-    let [sweep, descriptors] = programs;
     let sweep = iterator_link(&ebpf, sweep, Walk::Map(tags.fd().as_fd()))?;
-    // All threads share the first one's descriptors.
-    let descriptors = iterator_link(&ebpf, descriptors, Walk::Task(std::process::id()))
-        .or_else(|_| iterator_link(&ebpf, descriptors, Walk::Everything))?;
+    let walks_one = iterator_link(&ebpf, descriptors, Walk::Task(std::process::id())).is_ok();
+    if !walks_one {
+        iterator_link(&ebpf, descriptors, Walk::Everything)?;
+    }
+    let descriptors = iterator(&ebpf, descriptors)?
+        .try_clone_to_owned()
+        .map_err(ViewError::io("duplicating the descriptor of a program"))?;
 
     let records = take(&mut ebpf, names::RECORDS)?;
     let Map::Array(records) = records else { return Err(abi(&"RECORDS is no array")) };
@@ -83,9 +113,12 @@ pub(super) fn load(max_sockets: u32) -> Result<Loaded, ViewError> {
         logger,
         sweep,
         descriptors,
+        walks_one,
         records,
         pass: Array::try_from(take(&mut ebpf, names::PASS)?).map_err(|error| abi(&error))?,
         adopt: HashMap::try_from(take(&mut ebpf, names::ADOPT)?).map_err(|error| abi(&error))?,
+        targets: HashMap::try_from(take(&mut ebpf, names::TARGETS)?).map_err(|error| abi(&error))?,
+        walk: Array::try_from(take(&mut ebpf, names::WALK)?).map_err(|error| abi(&error))?,
         counters: PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(|error| abi(&error))?,
         tag_programs,
         _ebpf: ebpf,
@@ -107,6 +140,9 @@ fn field_offsets(types: &KernelTypes<'_>) -> Result<FieldOffsets, ViewError> {
         net: common("skc_net", 8)?,
         protocol: types.offset("sock", "sk_protocol", 2)?,
         socket: types.offset("sock", "sk_socket", 8)?,
+        socket_file: types.offset("socket", "file", 8)?,
+        file_inode: types.offset("file", "f_inode", 8)?,
+        inode_number: types.offset("inode", "i_ino", 8)?,
         net_inode: types.offset("net", "ns.inum", 4)?,
         socket_sk: types.offset("socket", "sk", 8)?,
         task_tgid: types.offset("task_struct", "tgid", 4)?,
@@ -120,8 +156,8 @@ fn field_offsets(types: &KernelTypes<'_>) -> Result<FieldOffsets, ViewError> {
     })
 }
 
-/// This process, as the eBPF program recognises it.
-fn owner(max_records: u32) -> Result<Owner, ViewError> {
+/// Whose sockets these are, as the eBPF program recognises them: this process by its id in its own pid namespace.
+fn owner(subject: Subject<'_>, max_records: u32) -> Result<Owner, ViewError> {
     let namespace = fs::metadata("/proc/self/ns/pid").map_err(ViewError::io("reading /proc/self/ns/pid"))?;
     let (major, minor) = (rustix::fs::major(namespace.dev()), rustix::fs::minor(namespace.dev()));
     Ok(Owner {
@@ -130,6 +166,8 @@ fn owner(max_records: u32) -> Result<Owner, ViewError> {
         pidns_inode: namespace.ino(),
         tgid: std::process::id(),
         max_records,
+        beside: u32::from(matches!(subject, Subject::Others(_))),
+        _pad: 0,
     })
 }
 
@@ -159,14 +197,18 @@ fn load_iterator(
     Ok(name)
 }
 
-fn iterator_link(ebpf: &Ebpf, name: &'static str, walk: Walk<'_>) -> Result<OwnedFd, ViewError> {
+fn iterator<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<BorrowedFd<'a>, ViewError> {
     let program: &Iter = ebpf
         .program(name)
         .ok_or_else(|| abi(&format!("no program {name}")))?
         .try_into()
         .map_err(|error: ProgramError| abi(&error))?;
-    let fd = program.fd().map_err(|error| program_error(name, &error))?.as_fd();
-    sys::iterator_link(fd, walk).map_err(|error| failed(&format!("attaching the iterator `{name}`"), &error))
+    Ok(program.fd().map_err(|error| program_error(name, &error))?.as_fd())
+}
+
+fn iterator_link(ebpf: &Ebpf, name: &'static str, walk: Walk<'_>) -> Result<OwnedFd, ViewError> {
+    sys::iterator_link(iterator(ebpf, name)?, walk)
+        .map_err(|error| failed(&format!("attaching the iterator `{name}`"), &error))
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, ViewError> {

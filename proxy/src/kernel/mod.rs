@@ -137,8 +137,8 @@ pub struct KernelSocket {
     pub state: TcpState,
     /// Some descriptor, of any process, still refers to it. Without one the kernel only finishes the closing handshake.
     pub held: bool,
-    /// A process that holds it, by its id in the watcher's pid namespace: the oldest, if several that are watched do. 0 if
-    /// that is not known, and in a view of this process itself.
+    /// Whose it is: a watched process, by its id in the watcher's pid namespace. 0 if that has ended, and in a view of this
+    /// process itself.
     pub owner: u32,
     /// When `connect()` began (the last one, if there were several), nanoseconds of `CLOCK_MONOTONIC`.
     /// `None`: before the view was opened, not connected yet, or not known to this view.

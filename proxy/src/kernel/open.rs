@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use crate::config::View;
 
-use super::beside::{DiagBeside, Who};
+use super::beside::{DiagBeside, EbpfBeside, Who};
 use super::diag::DiagView;
 use super::view::EbpfView;
 use super::{Crosscheck, KernelSnapshot, KernelView, Source, ViewError};
@@ -38,17 +38,17 @@ pub fn open(choice: View, listeners: &[SocketAddr], max_sockets: u32) -> Result<
 /// none (yet) with a name or in a cgroup is no error.
 pub fn open_beside(choice: View, who: &Who, peers: &[SocketAddr], max_sockets: u32) -> Result<Opened, ViewError> {
     match choice {
-        View::Ebpf => ebpf_beside(max_sockets),
+        View::Ebpf => ebpf_beside(who, peers, max_sockets, "as configured"),
         View::SockDiag => sock_diag_beside(who, peers, "as configured".to_owned()),
         View::None => Ok((Box::new(NoView), Source::None, "as configured".to_owned())),
-        View::Auto => ebpf_beside(max_sockets)
+        View::Auto => ebpf_beside(who, peers, max_sockets, "eBPF is available")
             .or_else(|error| sock_diag_beside(who, peers, format!("eBPF is not available: {error}"))),
     }
 }
 
-fn ebpf_beside(_max_sockets: u32) -> Result<Opened, ViewError> {
-    let what = "watching other processes by eBPF".to_owned();
-    Err(ViewError::NotOffered { what, detail: "this version of the program cannot".to_owned() })
+fn ebpf_beside(who: &Who, peers: &[SocketAddr], max_sockets: u32, reason: &str) -> Result<Opened, ViewError> {
+    let view = EbpfBeside::open(who, peers, max_sockets)?;
+    Ok((Box::new(view), Source::Ebpf, reason.to_owned()))
 }
 
 fn sock_diag_beside(who: &Who, peers: &[SocketAddr], reason: String) -> Result<Opened, ViewError> {

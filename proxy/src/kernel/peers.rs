@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
+use counterfoil_common::Peer;
+
 /// Addresses and ports, IPv4 in IPv6 as IPv4.
 #[derive(Clone, Debug)]
 pub(super) struct Peers(HashSet<(IpAddr, u16)>);
@@ -14,6 +16,21 @@ impl Peers {
 
     pub(super) fn contains(&self, address: SocketAddr) -> bool {
         self.0.contains(&end(address))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// In the form in which the eBPF program compares them.
+    pub(super) fn keys(&self) -> impl Iterator<Item = Peer> {
+        self.0.iter().map(|(ip, port)| {
+            let address = match ip {
+                IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+                IpAddr::V6(v6) => *v6,
+            };
+            Peer { address: address.octets(), port: *port, ..Peer::default() }
+        })
     }
 
     /// The port that all of them have, else 0.

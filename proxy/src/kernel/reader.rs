@@ -4,15 +4,17 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 
 use aya::maps::MapError;
-use counterfoil_common::{ABI_VERSION, Counter, PassHeader, SocketRecord};
+use counterfoil_common::{ABI_VERSION, Counter, PassHeader, SocketRecord, Walk as Whom};
 use rustix::time::{ClockId, clock_getres, clock_gettime};
 
 use super::convert::Ticks;
 use super::error::chain;
-use super::loader::{self, Loaded};
-use super::{ViewError, sys};
+use super::loader::{self, Loaded, Subject};
+use super::sys::{self, Walk};
+use super::{ViewError, capability};
 
 /// As much as the kernel gives in one read.
 const ITERATOR_BUFFER: usize = 32 * 1024;
@@ -45,8 +47,8 @@ pub(super) struct Reader {
 
 impl Reader {
     /// Loads and attaches the programs.
-    pub(super) fn open(max_sockets: u32) -> Result<Self, ViewError> {
-        Ok(Self { loaded: loader::load(max_sockets)?, tick_ns: tick_ns(), max_sockets })
+    pub(super) fn open(subject: Subject<'_>, max_sockets: u32) -> Result<Self, ViewError> {
+        Ok(Self { loaded: loader::load(subject, max_sockets)?, tick_ns: tick_ns(), max_sockets })
     }
 
     /// How many sockets a sweep has room for.
@@ -89,8 +91,35 @@ impl Reader {
 
     /// Reads the TCP sockets behind this process's descriptors, each once.
     pub(super) fn descriptors(&mut self) -> Result<Vec<SocketRecord>, ViewError> {
+        // All threads share the first one's descriptors.
+        self.behind(std::process::id())
+    }
+
+    /// Reads the sockets towards the peers that are behind another process's descriptors, each once, and the process's id in
+    /// the initial pid namespace (0 if it has no descriptor). `thread` is one of its threads, which nearly always share them.
+    pub(super) fn descriptors_of(&mut self, pid: u32, thread: u32) -> Result<(u32, Vec<SocketRecord>), ViewError> {
+        let map = map_error("whose descriptors were walked");
+        // Before Linux 6.1 all processes are walked, and the program leaves out the others: by the id in the initial pid
+        // namespace, which is known here only if it is this one.
+        let wanted = if self.loaded.walks_one { 0 } else { initial_pid(pid)? };
+        self.loaded.walk.set(0, Whom { wanted, tgid: 0 }, 0).map_err(&map)?;
+        let records = self.behind(thread)?;
+        Ok((self.loaded.walk.get(&0, 0).map_err(map)?.tgid, records))
+    }
+
+    /// Tags the sockets towards the peers that a process connects from now on, by its id in the initial pid namespace.
+    pub(super) fn watch(&mut self, tgid: u32) -> Result<(), ViewError> {
+        self.loaded.targets.insert(tgid, 1, 0).map_err(map_error("the processes to watch"))
+    }
+
+    /// Ends what [`watch`](Self::watch) began.
+    pub(super) fn unwatch(&mut self, tgid: u32) -> Result<(), ViewError> {
+        self.loaded.targets.remove(&tgid).map_err(map_error("the processes to watch"))
+    }
+
+    fn behind(&self, task: u32) -> Result<Vec<SocketRecord>, ViewError> {
         let mut records =
-            self.walk_descriptors().map_err(ViewError::io("walking the descriptors"))?.ok_or_else(|| {
+            self.walk_descriptors(task).map_err(ViewError::io("walking the descriptors"))?.ok_or_else(|| {
                 ViewError::Incomplete { what: "the descriptors", detail: "the walk did not reach its end".to_owned() }
             })?;
         let mut seen = HashSet::with_capacity(records.len());
@@ -99,8 +128,10 @@ impl Reader {
     }
 
     /// The records up to the one that marks the end; `None` if the output ends without it.
-    fn walk_descriptors(&self) -> io::Result<Option<Vec<SocketRecord>>> {
-        let mut iterator = sys::iterator_open(self.loaded.descriptors.as_fd())?;
+    fn walk_descriptors(&self, task: u32) -> io::Result<Option<Vec<SocketRecord>>> {
+        let walk = if self.loaded.walks_one { Walk::Task(task) } else { Walk::Everything };
+        let link = sys::iterator_link(self.loaded.descriptors.as_fd(), walk)?;
+        let mut iterator = sys::iterator_open(link.as_fd())?;
         let mut output = Vec::new();
         let mut buffer = [0; ITERATOR_BUFFER];
         loop {
@@ -120,12 +151,25 @@ impl Reader {
 
     /// Tags the sockets with these cookies, as far as they are still behind a descriptor.
     pub(super) fn adopt(&mut self, cookies: &[u64]) -> Result<(), ViewError> {
+        self.adopt_in(cookies, |reader| reader.descriptors().map(drop))
+    }
+
+    /// The same behind another process's descriptors; from then on they are its own.
+    pub(super) fn adopt_of(&mut self, pid: u32, thread: u32, cookies: &[u64]) -> Result<(), ViewError> {
+        self.adopt_in(cookies, |reader| reader.descriptors_of(pid, thread).map(drop))
+    }
+
+    fn adopt_in(
+        &mut self,
+        cookies: &[u64],
+        pass: impl Fn(&mut Self) -> Result<(), ViewError>,
+    ) -> Result<(), ViewError> {
         let map = map_error("the cookies");
         for cookies in cookies.chunks(self.max_sockets as usize) {
             for cookie in cookies {
                 self.loaded.adopt.insert(cookie, 1, 0).map_err(&map)?;
             }
-            let result = self.descriptors().map(drop);
+            let result = pass(self);
             for cookie in cookies {
                 self.loaded.adopt.remove(cookie).map_err(&map)?;
             }
@@ -149,6 +193,23 @@ impl Reader {
         let per_cpu = self.loaded.counters.get(&(counter as u32), 0).map_err(map_error("the counters"))?;
         Ok(per_cpu.iter().sum())
     }
+}
+
+/// The same id, if this process is in the initial pid namespace.
+fn initial_pid(pid: u32) -> Result<u32, ViewError> {
+    /// `PROC_PID_INIT_INO` of the kernel's interface.
+    const INITIAL: u64 = 0xEFFF_FFFC;
+    let namespace = fs::metadata("/proc/self/ns/pid").map_err(ViewError::io("reading /proc/self/ns/pid"))?;
+    if namespace.ino() == INITIAL {
+        return Ok(pid);
+    }
+    Err(ViewError::Incomplete {
+        what: "the descriptors of another process",
+        detail: format!(
+            "inside a pid namespace this takes Linux 6.1, and this is {}; start the watch outside of it",
+            capability::release()
+        ),
+    })
 }
 
 fn map_error(what: &'static str) -> impl Fn(MapError) -> ViewError {

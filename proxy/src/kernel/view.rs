@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use counterfoil_common::{SocketRecord, flags};
 
 use super::listeners::Listeners;
+use super::loader::Subject;
 use super::netlink::SockDiag;
 use super::reader::{Misses, Reader, Sweep, now_ns};
 use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError, convert};
@@ -41,7 +42,7 @@ pub(super) struct TakenUp {
 impl EbpfView {
     /// Loads the programs and takes up the sockets that are open already.
     pub(super) fn open(listeners: &[SocketAddr], max_sockets: u32) -> Result<Self, ViewError> {
-        let reader = Reader::open(max_sockets)?;
+        let reader = Reader::open(Subject::Itself, max_sockets)?;
         let diag = SockDiag::open().inspect_err(|error| tracing::info!(%error, "no second witness")).ok();
         let netns =
             fs::metadata("/proc/thread-self/ns/net").map_err(ViewError::io("reading /proc/thread-self/ns/net"))?.ino();
@@ -166,7 +167,7 @@ impl KernelView for EbpfView {
 ///
 /// One that was missed by both programs, and counted by both, is in order: the view knew of the miss and has the socket
 /// now. One that nothing accounts for says that the view does not know what it misses.
-fn verdict(
+pub(super) fn verdict(
     found: u64,
     last_search: Misses,
     began: Misses,
@@ -184,7 +185,7 @@ fn verdict(
     }
 }
 
-fn is_listening(record: &SocketRecord) -> bool {
+pub(super) fn is_listening(record: &SocketRecord) -> bool {
     TcpState::from_kernel(record.state) == Some(TcpState::Listen)
 }
 

@@ -58,7 +58,7 @@ fn refusing() -> SocketAddr {
 }
 
 /// Which views are tried.
-const VIEWS: [View; 1] = [View::SockDiag];
+const VIEWS: [View; 2] = [View::Ebpf, View::SockDiag];
 
 #[test]
 fn a_process_in_namespaces_of_its_own_is_seen_from_outside() {

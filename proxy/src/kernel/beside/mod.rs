@@ -3,10 +3,15 @@
 //! A watcher counts only connections towards the peers that it was given, and only of the processes that it was told to
 //! watch. They may live in other network and pid namespaces, end, and come back.
 //!
-//! Whose a socket is: it is watched as long as a watched process holds a descriptor of it. If several do, because they were
-//! forked or were handed it, it is one socket, and the oldest of them is named as its owner.
+//! Whose a socket is, if several processes hold it, because they were forked or were handed it: it is one socket. To eBPF
+//! its owner is the process that connected it, as long as that lives, whoever else holds it. Once that has ended, or if eBPF
+//! did not see the connecting, it is the oldest watched process that has a descriptor of it. A socket that only others hold,
+//! after its owner has ended, is not counted any more. Without eBPF only descriptors tell: a socket that a watched process
+//! has connected, and that only others still hold, is not seen.
 
+mod crosscheck;
 mod diag;
+mod ebpf;
 mod namespace;
 mod process;
 mod who;
@@ -15,3 +20,4 @@ pub use process::Process;
 pub use who::Who;
 
 pub(super) use diag::DiagBeside;
+pub(super) use ebpf::EbpfBeside;

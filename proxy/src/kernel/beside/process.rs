@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 use std::{fs, io};
 
 use super::super::ViewError;
@@ -53,27 +52,30 @@ impl Stat {
 /// Inodes of the sockets in its table of descriptors; `None` if it has ended.
 pub(super) fn sockets(process: Process) -> Result<Option<HashSet<u64>>, ViewError> {
     let mut sockets = HashSet::new();
-    for table in tables(process.pid)? {
-        match read_table(&table) {
+    for thread in threads(process.pid)? {
+        match read_table(&format!("/proc/{}/task/{thread}/fd", process.pid)) {
             Ok(inodes) => sockets.extend(inodes),
             Err(error) if is_gone(&error) => {}
             Err(source) => return Err(ViewError::unreadable(process.pid, "descriptors (/proc/PID/fd)", source)),
         }
     }
     // What was read is this process's only if it is there still.
-    Ok(Stat::read(process.pid)?.is_some_and(|stat| stat.process == process).then_some(sockets))
+    Ok(is_alive(process)?.then_some(sockets))
 }
 
-/// Where its descriptors are: that of its first thread, which nearly always shares them with all others, or, if that has
-/// ended, those of all threads.
-fn tables(pid: u32) -> Result<Vec<PathBuf>, ViewError> {
-    let first = PathBuf::from(format!("/proc/{pid}/fd"));
+/// Whether it has not ended: what was read of its id before is of this process.
+pub(super) fn is_alive(process: Process) -> Result<bool, ViewError> {
+    Ok(Stat::read(process.pid)?.is_some_and(|stat| stat.process == process))
+}
+
+/// The threads whose descriptors are those of the process: the first one, which nearly always shares them with all others,
+/// or all of them if that has ended.
+pub(super) fn threads(pid: u32) -> Result<Vec<u32>, ViewError> {
+    if !fs::read(format!("/proc/{pid}/task/{pid}/stat")).is_ok_and(|line| is_zombie(&line)) {
+        return Ok(vec![pid]);
+    }
     match fs::read_dir(format!("/proc/{pid}/task")) {
-        Ok(threads) => {
-            let ended = fs::read(format!("/proc/{pid}/task/{pid}/stat")).is_ok_and(|line| is_zombie(&line));
-            let each = threads.filter_map(Result::ok).map(|thread| thread.path().join("fd"));
-            Ok(if ended { each.collect() } else { vec![first] })
-        }
+        Ok(threads) => Ok(threads.filter_map(|thread| thread.ok()?.file_name().to_str()?.parse().ok()).collect()),
         Err(error) if is_gone(&error) => Ok(Vec::new()),
         Err(source) => Err(ViewError::unreadable(pid, "threads (/proc/PID/task)", source)),
     }
@@ -84,7 +86,7 @@ fn is_zombie(stat: &[u8]) -> bool {
     close.and_then(|close| stat.get(close + 2)) == Some(&b'Z')
 }
 
-fn read_table(directory: &std::path::Path) -> io::Result<Vec<u64>> {
+fn read_table(directory: &str) -> io::Result<Vec<u64>> {
     let mut inodes = Vec::new();
     for entry in fs::read_dir(directory)? {
         match fs::read_link(entry?.path()) {
