@@ -26,8 +26,6 @@ use crate::{admin, drill, kernel, metrics, privilege, watchdog};
 const BACKLOG: i32 = 4096;
 /// Beyond `drain_timeout`, before a worker that does not end is given up.
 const LAST_CALL: Duration = Duration::from_secs(5);
-/// Connections that drills may have open at one time.
-const DRILL_CONNECTIONS: usize = 16;
 
 /// A forwarder that is ready to run.
 pub struct App {
@@ -53,8 +51,8 @@ impl App {
         let count = config.server.workers;
         let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();
         let limits = backends.iter().map(|backend| backend.max_connections);
-        let caps = Arc::new(Caps::new(limits, config.connections.max_total).with_drill(DRILL_CONNECTIONS));
-        let slots = config.connections.max_total + DRILL_CONNECTIONS;
+        let caps = Arc::new(Caps::new(limits, config.connections.max_total).with_drill(drill::AT_ONCE));
+        let slots = config.connections.max_total + drill::AT_ONCE;
         let ledger = Arc::new(Ledger::new(count + 1, slots, backends.len() + 1, Arc::clone(&caps)));
 
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..=count).map(|_| mpsc::unbounded_channel()).unzip();

@@ -34,8 +34,8 @@ enum Command {
     },
     /// Make one bounded leak in the running process and follow it until it is gone.
     Drill {
-        /// orphan, ghost, zombie or hoard.
-        class: String,
+        #[command(flatten)]
+        order: crate::drill::Order,
         /// The running process's `[admin] socket`.
         #[arg(long, default_value = "/run/counterfoil/counterfoil.sock")]
         socket: PathBuf,
@@ -79,7 +79,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run(&args),
         Command::CheckConfig { file } => config::check::run(&file),
-        Command::Drill { class, socket } => match crate::drill::client(&class, &socket, &mut std::io::stdout()) {
+        Command::Drill { order, socket } => match crate::drill::client(&order, &socket, &mut std::io::stdout()) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(error) => {

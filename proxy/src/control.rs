@@ -34,6 +34,9 @@ pub enum Control {
     /// Block the thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang(Duration),
+    /// Never clean up again, as a bug would: what is idle stays open.
+    #[cfg(feature = "test-hooks")]
+    Neglect,
     /// From now on leave every `nth` row out of the ledger, as a bug would.
     #[cfg(feature = "test-hooks")]
     ForgetRows {

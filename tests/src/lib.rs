@@ -13,6 +13,7 @@
 
 pub mod config;
 pub mod counterfoil;
+pub mod drill;
 pub mod driver;
 pub mod fake_backend;
 pub mod load;

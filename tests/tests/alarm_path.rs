@@ -1,5 +1,6 @@
 //! The whole path of an alarm: a drill leaks, the watchdog finds it, Prometheus scrapes and evaluates the shipped rules,
-//! Alertmanager notifies a webhook; the reaper ends it, and the webhook hears that it is over.
+//! Alertmanager notifies a webhook; the reaper ends it, and the webhook hears that it is over. Or the reaper can't, and
+//! the webhook hears that.
 #![expect(clippy::expect_used, reason = "tests panic")]
 
 use std::collections::BTreeSet;
@@ -7,7 +8,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::counterfoil::{Counterfoil, Options, field, message};
+use counterfoil_tests::drill::Drilled;
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::qtype;
 use counterfoil_tests::servers::{Alertmanager, Notified, Prometheus};
@@ -17,12 +19,15 @@ use counterfoil_tests::wait;
 /// For one step between two programs, on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
-/// The classes that can be drilled, their alerts, and the outcome of their reaping.
-const DRILLS: [(&str, &str, &str); 4] = [
+/// The classes, their alerts, and the outcome of their reaping.
+const DRILLS: [(&str, &str, &str); 7] = [
     ("zombie", "CounterfoilZombieConnections", "released"),
     ("orphan", "CounterfoilOrphanSockets", "severed"),
     ("ghost", "CounterfoilGhostConnections", "released"),
     ("hoard", "CounterfoilHoardedConnections", "released"),
+    ("stuck", "CounterfoilStuckConnections", "released"),
+    ("embryo", "CounterfoilEmbryoConnections", "released"),
+    ("lingering", "CounterfoilLingeringConnections", "released"),
 ];
 
 /// Raised by what the reaper did, whatever the class.
@@ -62,11 +67,12 @@ fn a_drilled_leak_reaches_the_receiver_and_so_does_its_end() {
     println!("{:>5.1} s  everything runs", begin.elapsed().as_secs_f64());
 
     let webhook = &alertmanager.webhook;
-    for (id, (class, alert, outcome)) in (0..).zip(DRILLS) {
-        client.exchange(id, "healthy.example.test", qtype::A);
-        let start = Instant::now();
-        let (ok, output) = counterfoil.drill(class, Duration::from_secs(60));
-        assert!(ok, "{class}: {output}");
+    client.exchange(1, "healthy.example.test", qtype::A);
+    let start = Instant::now();
+    let drilled = Drilled::all(&counterfoil, &DRILLS.map(|(class, ..)| (class, false)));
+    client.exchange(2, "healthy.example.test", qtype::A);
+    for (drilled, (class, alert, outcome)) in drilled.iter().zip(DRILLS) {
+        assert!(drilled.succeeded(), "{drilled:#?}");
         let is = |notified: &Notified, status: &str| {
             notified.name == alert
                 && notified.status == status
@@ -97,5 +103,40 @@ fn a_drilled_leak_reaches_the_receiver_and_so_does_its_end() {
     assert_eq!(backend.accepted(), 1);
     println!("{:>5.1} s  done", begin.elapsed().as_secs_f64());
     drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Without CAP_NET_ADMIN nobody can sever: neither an orphan, nor what its owner does not close. It is said in the log, in
+/// the metric, and by the alert.
+#[test]
+fn a_reaping_without_effect_reaches_the_receiver() {
+    const ALERT: &str = "CounterfoilReaperIneffective";
+    let backend = FakeBackend::answering(true);
+    let config = Config::new(backend.address).set("watchdog", "reap", "\"on\"");
+    let capabilities = Some(&["bpf", "perfmon"][..]);
+    let counterfoil = Counterfoil::start_with(&config, Options { capabilities, ..Options::default() });
+    let alertmanager = Alertmanager::start();
+    let rules = [shipped("rules.yml"), shipped("alerts.yml")];
+    let prometheus = Prometheus::start(counterfoil.admin.expect("an address"), &rules, Some(alertmanager.address));
+    wait::until("reapings are scraped, so that their increase is seen", SOON, || {
+        !prometheus.query("counterfoil_reaped_total").is_empty()
+    });
+    for drilled in Drilled::all(&counterfoil, &[("orphan", false), ("hoard", true)]) {
+        assert!(!drilled.succeeded(), "{drilled:#?}");
+        assert_eq!(drilled.text("reaping", "rung"), "sock_destroy", "{drilled:#?}");
+        assert_eq!(drilled.text("outcome", "outcome"), "ineffective", "{drilled:#?}");
+        let labels = [("class", drilled.class), ("outcome", "ineffective")];
+        assert_eq!(counterfoil.metrics().sum("reaped_total", &labels), 1.0, "{drilled:#?}");
+        let lines = counterfoil.process.lines();
+        let line = lines.iter().filter_map(|line| message(line, "reaped")).find(|line| line["class"] == drilled.class);
+        let line = line.expect("a line in the log");
+        assert_eq!(field(&line, "outcome").as_deref(), Some("ineffective"), "{line}");
+        let why = "SOCK_DESTROY: CAP_NET_ADMIN is missing; grant it to the process (systemd: `AmbientCapabilities=";
+        assert!(field(&line, "note").is_some_and(|note| note.starts_with(why)), "{line}");
+        let firing = alertmanager.webhook.wait_for(&format!("{ALERT} of {}", drilled.class), SOON, |notified| {
+            notified.name == ALERT && notified.status == "firing" && notified.label("class") == drilled.class
+        });
+        assert_eq!(firing.label("severity"), "critical");
+    }
     counterfoil.assert_quiescent();
 }

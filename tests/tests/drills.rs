@@ -8,24 +8,18 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::counterfoil::{Counterfoil, field, message};
+use counterfoil_tests::drill::Drilled;
 use counterfoil_tests::driver::{Client, Load};
 use counterfoil_tests::fake_backend::FakeBackend;
-use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::message::{answer_to, qtype};
 use counterfoil_tests::sockets::State;
 use counterfoil_tests::wait;
 
 /// What must hold between the moment that a class's condition holds and its finding.
 const DETECTED_WITHIN: Duration = Duration::from_secs(5);
 
-/// `[connections] idle_timeout` and `cleanup_interval` here: a hoard is one only when idle for longer than both.
-const IDLE: Duration = Duration::from_secs(2);
-const CLEANUP: Duration = Duration::from_secs(1);
-/// The program's default `[watchdog] grace`.
-const GRACE: Duration = Duration::from_secs(3);
-
-/// How much longer it may take where `cargo xtask kernels` runs this, on a processor that is emulated: to start the
-/// program that asks for the drill takes up to two seconds there, and they count here.
+/// How much longer it may take where `cargo xtask kernels` runs this, on a processor that is emulated.
 fn slack() -> Duration {
     let processor = std::fs::read_to_string("/proc/cpuinfo").expect("every Linux has it");
     if processor.contains("QEMU TCG CPU") { DETECTED_WITHIN } else { Duration::ZERO }
@@ -42,14 +36,11 @@ fn keep_asking(client: &mut Client, stop: &AtomicBool) -> usize {
     answered
 }
 
-/// Runs one drill with reaping on; `condition` is how long after the leak was made the class's condition holds.
-fn drill(class: &str, condition: Duration) {
+/// Runs these drills at once with reaping on, beside a healthy connection, and checks what each came to: class, deaf,
+/// the last rung of the ladder, and the outcome.
+fn drill(expected: &[(&'static str, bool, &str, &str)]) {
     let backend = FakeBackend::answering(true);
-    let config = Config::new(backend.address)
-        .identity("connection")
-        .set("watchdog", "reap", "\"on\"")
-        .set("connections", "idle_timeout", format!("\"{}s\"", IDLE.as_secs()))
-        .set("connections", "cleanup_interval", format!("\"{}s\"", CLEANUP.as_secs()));
+    let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"on\"");
     let counterfoil = Counterfoil::start(&config);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -58,51 +49,129 @@ fn drill(class: &str, condition: Duration) {
             keep_asking(&mut client, &stop)
         });
         wait::until("the healthy connection is open", DETECTED_WITHIN, || backend.open() == 1);
-        let labels = [("class", class)];
-        let within = condition + DETECTED_WITHIN + slack();
-        let start = Instant::now();
-        let run = scope.spawn(|| counterfoil.drill(class, Duration::from_secs(60)));
-        let found = wait::poll(within + Duration::from_secs(1), || {
-            (counterfoil.metrics().sum("discrepancy_sockets", &labels) > 0.0).then(|| start.elapsed())
-        });
-        let (ok, output) = run.join().expect("the drill ends");
+        let drills: Vec<_> = expected.iter().map(|(class, deaf, ..)| (*class, *deaf)).collect();
+        let drilled = Drilled::all(&counterfoil, &drills);
         stop.store(true, Ordering::Relaxed);
-        println!("{class}: found after {found:?}\n{output}");
-        assert!(ok, "{class}: {output}");
-        let found = found.unwrap_or_else(|| panic!("{class} was not found: {output}\n{}", counterfoil.process.tail()));
-        assert!(found <= within, "{class} was found after {found:?}");
-        let metrics = counterfoil.wait_metrics("the finding is gone", DETECTED_WITHIN, |metrics| {
-            metrics.sum("reaped_total", &labels) >= 1.0 && metrics.sum("discrepancy_sockets", &labels) == 0.0
+        for (drilled, (class, _, rung, outcome)) in drilled.iter().zip(expected) {
+            let (detection, reaping) = (drilled.detection(), drilled.reaping());
+            println!("{class}: found after {detection:?}, {outcome} by {rung} after another {reaping:?}");
+            assert!(drilled.succeeded(), "{drilled:#?}");
+            assert!(detection <= DETECTED_WITHIN + slack(), "{class} was found after {detection:?}");
+            assert_eq!((drilled.text("reaping", "rung"), drilled.text("outcome", "outcome")), (*rung, *outcome));
+            // What is severed is still held: an orphan as before, the others as a connection that is closed.
+            let remains = drilled.events.iter().find(|event| event["event"] == "remains");
+            let wanted = match (*class, *outcome) {
+                ("orphan", "severed") => Some("orphan"),
+                (_, "severed") => Some("zombie"),
+                _ => None,
+            };
+            assert_eq!(remains.and_then(|remains| remains["class"].as_str()), wanted, "{drilled:#?}");
+            assert_recorded(&counterfoil, drilled);
+        }
+        let metrics = counterfoil.wait_metrics("the findings are gone", DETECTED_WITHIN, |metrics| {
+            metrics.sum("discrepancy_sockets", &[]) == 0.0
         });
-        for outcome in ["ineffective", "dry_run"] {
-            assert_eq!(metrics.sum("reaped_total", &[("outcome", outcome)]), 0.0, "{class}");
+        for (class, _, _, outcome) in expected {
+            assert_eq!(metrics.sum("reaped_total", &[("class", class), ("outcome", outcome)]), 1.0, "{class}");
         }
         // One leak, one reaping: the healthy connection is still the first and only one.
-        assert_eq!(metrics.sum("reaped_total", &[]), 1.0, "{class}");
+        assert_eq!(metrics.sum("reaped_total", &[]), expected.len() as f64);
         assert!(healthy.join().expect("the healthy client was served") > 10);
-        assert_eq!(backend.accepted(), 1, "{class}: the healthy connection lived on");
+        assert_eq!(backend.accepted(), 1, "the healthy connection lived on");
     });
     counterfoil.assert_quiescent();
 }
 
-#[test]
-fn orphan() {
-    drill("orphan", Duration::ZERO);
+/// The log's line of a drill's reaping, and what `ctl show leaks` has of it.
+fn assert_recorded(counterfoil: &Counterfoil, drilled: &Drilled) {
+    let lines = counterfoil.process.lines();
+    let line = lines.iter().filter_map(|line| message(line, "reaped")).find(|line| line["cookie"] == drilled.cookie());
+    let line = line.unwrap_or_else(|| panic!("{drilled:#?}: {}", counterfoil.process.tail()));
+    let (ok, shown) = counterfoil.ctl(&["show", "leaks", "-o", "json"], DETECTED_WITHIN * 4);
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap_or_else(|e| panic!("{ok} {e}: {shown}"));
+    let reaps = shown["reaps"].as_array().expect("a list");
+    let record = reaps.iter().find(|reap| reap["cookie"] == drilled.cookie()).expect("it is remembered");
+    for field in ["class", "backend", "rung", "outcome", "note", "ordered", "sweeps", "tlv_types", "evidence"] {
+        assert_eq!(line[field], record[field], "{field}: {line} {record}");
+    }
+    assert_eq!((&line["class"], &line["backend"]), (&drilled.class.into(), &"drill".into()));
+    let ghost = drilled.class == "ghost";
+    let ends = |of: &serde_json::Value| [of["local"].clone(), of["remote"].clone()];
+    let leaked = drilled.step("leaked");
+    // A ghost has no socket, and so no ends.
+    assert_eq!(ends(&line), if ghost { ["".into(), "".into()] } else { ends(leaked) }, "{line}");
+    assert_eq!(ends(record), if ghost { [().into(), ().into()] } else { ends(leaked) }, "{record}");
+    let evidence = field(&line, "evidence").expect("text");
+    assert!(evidence.starts_with("kernel: ") && evidence.contains("; ledger: "), "{line}");
+    let changes = field(&line, "changes").expect("text");
+    assert!(changes.split(", ").all(|change| change.contains(" s ago ") && change.contains('/')), "{line}");
+    let number = |field: &str| line[field].as_f64().expect("a number");
+    assert!(number("since_seconds") >= 3.0 && number("sweeps") >= 3.0, "{line}");
+    assert!(number("age_seconds") >= number("since_seconds") || ghost, "{line}");
+    assert!(!record["changes"].as_array().expect("a list").is_empty(), "{record}");
 }
 
+/// The first rung is enough for each of them: the owner is asked. Nobody owns an orphan, and nobody holds a ghost.
 #[test]
-fn ghost() {
-    drill("ghost", Duration::ZERO);
+fn each_class_is_found_and_reaped() {
+    drill(&[
+        ("orphan", false, "sock_destroy", "severed"),
+        ("ghost", false, "retire_row", "released"),
+        ("zombie", false, "ask_owner", "released"),
+        ("hoard", false, "ask_owner", "released"),
+        ("stuck", false, "ask_owner", "released"),
+        ("embryo", false, "ask_owner", "released"),
+        ("lingering", false, "ask_owner", "released"),
+    ]);
 }
 
+/// Where the owner does nothing, `shutdown(2)` ends what needs nobody's consent any more: the backend has closed, or has
+/// never answered. The others wait for their backend's FIN, until SOCK_DESTROY.
 #[test]
-fn zombie() {
-    drill("zombie", Duration::ZERO);
+fn a_deaf_owner_is_climbed_past() {
+    drill(&[
+        ("zombie", true, "shutdown", "severed"),
+        ("embryo", true, "shutdown", "severed"),
+        ("hoard", true, "sock_destroy", "severed"),
+        ("stuck", true, "sock_destroy", "severed"),
+        ("lingering", true, "sock_destroy", "severed"),
+    ]);
 }
 
+/// A worker whose clean-up has ended keeps a client's connection for ever, as a bug would: the reaper asks it, and its
+/// log line says whose connection it was.
 #[test]
-fn hoard() {
-    drill("hoard", IDLE + CLEANUP + GRACE);
+fn a_neglected_connection_is_reaped_by_its_worker() {
+    let backend = FakeBackend::answering(true);
+    let config = Config::new(backend.address)
+        .identity("connection")
+        .tlv(0xe0, "x")
+        .tlv(0xea, "y")
+        .set("listener", "idle_timeout", "\"60s\"")
+        .set("connections", "idle_timeout", "\"1s\"")
+        .set("connections", "cleanup_interval", "\"100ms\"")
+        .set("watchdog", "reap", "\"on\"");
+    let mut counterfoil = Counterfoil::start(&config);
+    let neglect = counterfoil.admin(&json!({"cmd": "neglect", "worker": 0}), DETECTED_WITHIN);
+    assert!(neglect.last().is_some_and(|event| event["ok"] == true), "{neglect:?}");
+    let mut client = counterfoil.client();
+    client.exchange(1, "first.example.test", qtype::A);
+    let within = DETECTED_WITHIN * 2 + slack() * 2;
+    let line = counterfoil.process.wait_for_line(within, "the reaping", |line| message(line, "reaped"));
+    println!("{line}");
+    let text = |name: &str| field(&line, name).unwrap_or_default();
+    assert_eq!((text("class"), text("backend")), ("hoard".to_owned(), "backend-0".to_owned()));
+    assert_eq!((text("rung"), text("outcome")), ("ask_owner".to_owned(), "released".to_owned()));
+    assert_eq!((text("tlv_types"), text("remote")), ("0xE0,0xEA".to_owned(), backend.address.to_string()));
+    assert_eq!((&line["owner"], &line["ordered"]), (&1.into(), &false.into()));
+    assert!(text("evidence").contains("kernel: established") && text("evidence").contains("ledger: owned idle"));
+    assert!(text("changes").contains("established/idle"), "{line}");
+    // The client notices nothing: its next query goes over a new connection.
+    client.exchange(2, "second.example.test", qtype::A);
+    assert_eq!(backend.accepted(), 2);
+    drop(client);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("reaped_total", &[("class", "hoard"), ("outcome", "released")]), 1.0);
 }
 
 /// By default the watchdog says what it would do, and does nothing.
@@ -136,7 +205,7 @@ fn a_hanging_worker_is_reported_and_nothing_of_it_is_reaped() {
             return;
         }
         let Some(query) = connection.query() else { return };
-        connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        connection.send(&answer_to(&query, [192, 0, 2, 53]));
         let closing = signal.0.lock().unwrap();
         let _closing = signal.1.wait_timeout_while(closing, Duration::from_secs(30), |closing| !*closing).unwrap();
     });

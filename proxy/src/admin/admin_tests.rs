@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::clock;
-use crate::config::{ReapMode, View};
+use crate::config::{Class, ReapMode, View};
 use crate::drill;
 use crate::kernel;
 use crate::metrics;
@@ -22,6 +22,14 @@ struct Running {
     _watchdog: Watchdog,
     _worker: tokio::sync::mpsc::UnboundedReceiver<crate::control::Control>,
     directory: PathBuf,
+}
+
+impl Running {
+    /// Connections of drills.
+    fn drills(&self) -> usize {
+        let drill = self.observed.policy.drill();
+        self.observed.ledger.caps().backend(drill).unwrap().1
+    }
 }
 
 impl Drop for Running {
@@ -91,8 +99,7 @@ fn the_unix_socket_is_its_owners_and_goes_away() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let taken = socket::Bound::new(&path).unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
-    for bad in ["", "no json", "{\"cmd\":\"drill\"}", "{\"cmd\":\"drill\",\"class\":\"stuck\"}", "{\"cmd\":\"other\"}"]
-    {
+    for bad in ["", "no json", "{\"cmd\":\"drill\"}", "{\"cmd\":\"drill\",\"class\":\"leak\"}", "{\"cmd\":\"other\"}"] {
         let events = ask(&running, bad);
         assert_eq!(events.len(), 1, "{events:?}");
         assert_eq!((&events[0]["event"], &events[0]["ok"]), (&"done".into(), &false.into()), "{events:?}");
@@ -129,20 +136,20 @@ fn a_stale_socket_is_replaced_and_errors_name_the_path() {
 fn a_zombie_is_drilled_found_and_released() {
     let running = start_with(ReapMode::On, "zombie");
     let mut output = Vec::new();
-    let ok = drill::client("zombie", running.admin.socket().unwrap(), &mut output).unwrap();
+    let order = drill::Order { class: "zombie".to_owned(), deaf: false };
+    let ok = drill::client(&order, running.admin.socket().unwrap(), &mut output).unwrap();
     let output = String::from_utf8(output).unwrap();
     assert!(ok, "{output}");
     for step in ["leaked", "condition", "finding", "alarm", "rung: ask_owner", "outcome: released", "clear", "done"] {
         assert!(output.contains(step), "{step} is missing: {output}");
     }
-    assert_eq!(running.observed.ledger.caps().total().1, 0, "nothing is left");
+    assert_eq!(running.drills(), 0, "nothing is left");
 }
 
 #[test]
 fn every_class_is_found_and_leaves_nothing() {
     let running = start_with(ReapMode::DryRun, "all");
-    for class in ["orphan", "ghost", "zombie", "hoard"] {
-        let events = ask(&running, &format!("{{\"cmd\":\"drill\",\"class\":\"{class}\"}}"));
+    for (class, events) in Class::ALL.map(Class::name).into_iter().zip(drill_all(&running)) {
         let names: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
         assert_eq!(names[..5], ["start", "leaked", "condition", "finding", "alarm"], "{events:?}");
         assert!(names.contains(&"clear"), "{events:?}");
@@ -150,20 +157,52 @@ fn every_class_is_found_and_leaves_nothing() {
         let done = events.last().unwrap();
         assert_eq!(done["ok"], class == "zombie", "{events:?}");
     }
-    assert_eq!(running.observed.ledger.caps().total().1, 0, "nothing is left");
+    assert_eq!(running.drills(), 0, "nothing is left");
+}
+
+/// A drill of each class, all at once.
+fn drill_all(running: &Running) -> Vec<Vec<serde_json::Value>> {
+    std::thread::scope(|scope| {
+        let drill = |class: Class| {
+            scope.spawn(move || ask(running, &format!("{{\"cmd\":\"drill\",\"class\":\"{}\"}}", class.name())))
+        };
+        let drills = Class::ALL.map(drill);
+        drills.into_iter().map(|drill| drill.join().unwrap()).collect()
+    })
+}
+
+/// An owner that does nothing when it is asked: `shutdown(2)` has to do, and what is left of it is still a finding.
+#[test]
+fn a_deaf_owner_is_climbed_past() {
+    let running = start_with(ReapMode::On, "deaf");
+    let events = ask(&running, "{\"cmd\":\"drill\",\"class\":\"zombie\",\"deaf\":true}");
+    let step = |name: &str| events.iter().find(|event| event["event"] == name).unwrap();
+    assert_eq!((&step("reaping")["rung"], &step("outcome")["outcome"]), (&"shutdown".into(), &"severed".into()));
+    assert_eq!((&step("remains")["class"], &step("done")["ok"]), (&"zombie".into(), &true.into()));
+    for class in ["orphan", "ghost"] {
+        let refused = ask(&running, &format!("{{\"cmd\":\"drill\",\"class\":\"{class}\",\"deaf\":true}}"));
+        assert_eq!((refused.len(), &refused[0]["ok"]), (1, &false.into()), "nobody is asked: {refused:?}");
+    }
+    assert_eq!(running.drills(), 0, "nothing is left");
 }
 
 #[test]
-fn a_drill_ends_with_its_client() {
+fn drills_are_bounded_and_end_with_their_clients() {
     let running = start_with(ReapMode::Off, "gone");
-    let mut stream = UnixStream::connect(running.admin.socket().unwrap()).unwrap();
-    writeln!(stream, "{{\"cmd\":\"drill\",\"class\":\"hoard\"}}").unwrap();
-    let used = || running.observed.ledger.caps().total().1;
-    wait_until(|| used() == 1);
-    let second = ask(&running, "{\"cmd\":\"drill\",\"class\":\"hoard\"}");
-    assert_eq!(second[0]["message"], "another drill is running");
-    drop(stream);
-    wait_until(|| used() == 0);
+    let request = "{\"cmd\":\"drill\",\"class\":\"hoard\"}";
+    let clients: Vec<UnixStream> = (0..drill::AT_ONCE)
+        .map(|_| {
+            let mut stream = UnixStream::connect(running.admin.socket().unwrap()).unwrap();
+            writeln!(stream, "{request}").unwrap();
+            stream
+        })
+        .collect();
+    wait_until(|| running.drills() == drill::AT_ONCE);
+    let refused = ask(&running, request);
+    assert_eq!((refused.len(), &refused[0]["ok"]), (1, &false.into()), "{refused:?}");
+    assert!(refused[0]["message"].as_str().unwrap().ends_with("are running, more are not made at once"), "{refused:?}");
+    drop(clients);
+    wait_until(|| running.drills() == 0);
 }
 
 fn wait_until(mut condition: impl FnMut() -> bool) {

@@ -20,10 +20,10 @@ use tokio::time::timeout;
 
 use super::show::{self, What};
 use super::{Served, order};
-use crate::drill::Drill;
+use crate::drill::{self, Drill};
 
-/// Connections at once.
-const MAX_CONNECTIONS: usize = 8;
+/// Connections at once: some are left however many drills are running.
+const MAX_CONNECTIONS: usize = drill::AT_ONCE + 8;
 
 /// Longest request, bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -147,7 +147,7 @@ pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>
 #[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
 enum Request {
     /// One drill.
-    Drill { class: String },
+    Drill(drill::Order),
     /// A page of what there is, behind the key `after`.
     Show {
         what: What,
@@ -159,6 +159,9 @@ enum Request {
     /// Blocks a worker's thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang { worker: usize, millis: u64 },
+    /// Ends a worker's clean-up, as a bug would.
+    #[cfg(feature = "test-hooks")]
+    Neglect { worker: usize },
 }
 
 async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::Result<()> {
@@ -197,20 +200,27 @@ async fn gone(read: OwnedReadHalf) -> io::Result<()> {
 
 async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: UnboundedSender<Value>) {
     match serde_json::from_str::<Request>(line) {
-        Ok(Request::Drill { class }) => drill.run(&class, &events).await,
+        Ok(Request::Drill(order)) => drill.run(&order, &events).await,
         Ok(Request::Show { what, after }) => show::show(what, after, served, &events).await,
         Ok(Request::Reap { cookie }) => order::reap(cookie, served, &events).await,
         #[cfg(feature = "test-hooks")]
         Ok(Request::Hang { worker, millis }) => {
             let hang = crate::control::Control::Hang(Duration::from_millis(millis));
-            let sent = worker < served.observed.policy.workers && served.observed.controls.send(worker, hang);
-            done(&events, sent, if sent { "sent" } else { "there is no such worker" });
+            misbehave(worker, hang, served, &events);
         }
+        #[cfg(feature = "test-hooks")]
+        Ok(Request::Neglect { worker }) => misbehave(worker, crate::control::Control::Neglect, served, &events),
         Err(error) => {
             tracing::debug!(http = ?served.observed.config.admin.http, %error, "admin socket: bad request");
             done(&events, false, &format!("the request cannot be read: {error}"));
         }
     }
+}
+
+#[cfg(feature = "test-hooks")]
+fn misbehave(worker: usize, how: crate::control::Control, served: &Served, events: &UnboundedSender<Value>) {
+    let sent = worker < served.observed.policy.workers && served.observed.controls.send(worker, how);
+    done(events, sent, if sent { "sent" } else { "there is no such worker" });
 }
 
 fn done(events: &UnboundedSender<Value>, ok: bool, message: &str) {

@@ -59,10 +59,7 @@ enum Command {
         cookie: u64,
     },
     /// Make one bounded leak and follow it until it is gone.
-    Drill {
-        /// orphan, ghost, zombie or hoard.
-        class: String,
-    },
+    Drill(crate::drill::Order),
 }
 
 /// What can be shown.
@@ -102,9 +99,7 @@ pub fn run(args: &CtlArgs) -> ExitCode {
     let done = match &args.command {
         Command::Show { what } => show(*what, args, &mut output).map(|()| true),
         Command::Reap { cookie } => follow(&json!({"cmd": "reap", "cookie": cookie}), REAPING, args, &mut output),
-        Command::Drill { class } => {
-            follow(&json!({"cmd": "drill", "class": class}), crate::drill::SILENCE, args, &mut output)
-        }
+        Command::Drill(order) => follow(&crate::drill::request(order), crate::drill::SILENCE, args, &mut output),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -9,11 +9,12 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::leak::{Leak, Site};
+use super::{AT_ONCE, Order};
 use crate::clock::{self, Mono};
 use crate::config::{Class, ReapMode};
 use crate::metrics::Metrics;
 use crate::watchdog::reaper::ReapRecord;
-use crate::watchdog::{Finding, Handle, HeldBack, Observed, Outcome, Rung};
+use crate::watchdog::{Finding, Handle, HeldBack, Look, Observed, Outcome, Rung};
 
 /// Between two looks at the watchdog's report.
 const LOOK: Duration = Duration::from_millis(50);
@@ -21,17 +22,14 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What is added to each expected time before a step has failed.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// The classes that can be drilled.
-const DRILLED: [Class; 4] = [Class::Orphan, Class::Ghost, Class::Zombie, Class::Hoard];
-
-/// The drills of this process; one at a time.
+/// The drills of this process. Each follows its own socket, by its cookie.
 #[derive(Debug)]
 pub(crate) struct Drill {
     pub(super) observed: Observed,
     pub(super) watchdog: Handle,
     pub(super) metrics: Arc<Metrics>,
     pub(super) site: Site,
-    pub(super) busy: Cell<bool>,
+    pub(super) running: Cell<usize>,
 }
 
 /// Why a drill did not succeed.
@@ -46,26 +44,29 @@ enum Failed {
 struct Course<'a> {
     drill: &'a Drill,
     class: Class,
+    deaf: bool,
     started: Mono,
     events: &'a UnboundedSender<Value>,
 }
 
 impl Drill {
     /// Runs one drill and sends its events; the last one is `done`.
-    pub(crate) async fn run(self: Rc<Self>, class: &str, events: &UnboundedSender<Value>) {
+    pub(crate) async fn run(self: Rc<Self>, order: &Order, events: &UnboundedSender<Value>) {
         let done = |ok: bool, message: String| {
             // The client is gone: then nobody needs to know.
             let _ = events.send(json!({"event": "done", "ok": ok, "message": message}));
         };
-        let Some(class) = DRILLED.into_iter().find(|drilled| drilled.name() == class) else {
-            let names: Vec<_> = DRILLED.iter().map(|class| class.name()).collect();
-            return done(false, format!("there is no drill for {class:?}, only {}", names.join(", ")));
+        let Some(class) = Class::ALL.into_iter().find(|class| class.name() == order.class) else {
+            let names: Vec<_> = Class::ALL.iter().map(|class| class.name()).collect();
+            return done(false, format!("there is no class {:?}, only {}", order.class, names.join(", ")));
         };
-        if self.busy.replace(true) {
-            return done(false, "another drill is running".to_owned());
+        if order.deaf && matches!(class, Class::Orphan | Class::Ghost) {
+            return done(false, format!("no owner is asked to close the leak of class {}", class.name()));
         }
-        let _busy = Busy(&self.busy);
-        let course = Course { drill: &self, class, started: clock::now(), events };
+        let Some(_place) = Place::take(&self.running) else {
+            return done(false, format!("{AT_ONCE} drills are running, more are not made at once"));
+        };
+        let course = Course { drill: &self, class, deaf: order.deaf, started: clock::now(), events };
         match course.run().await {
             Ok(message) => done(true, message),
             Err(Failed::Because(message)) => done(false, message),
@@ -74,14 +75,31 @@ impl Drill {
             }
         }
     }
+
+    /// Sweeps at once, so that one drill by hand takes no longer than it must. Not if there are others: sweeps that
+    /// follow each other at once would cut short the interval for which each of their findings is published.
+    fn hurry(&self) {
+        if self.running.get() == 1 {
+            self.watchdog.sweep_now();
+        }
+    }
 }
 
-/// Ends the exclusion, also when the task is dropped.
-struct Busy<'a>(&'a Cell<bool>);
+/// One of the drills at once; given back also when the task is dropped.
+struct Place<'a>(&'a Cell<usize>);
 
-impl Drop for Busy<'_> {
+impl<'a> Place<'a> {
+    fn take(running: &'a Cell<usize>) -> Option<Self> {
+        (running.get() < AT_ONCE).then(|| {
+            running.set(running.get() + 1);
+            Self(running)
+        })
+    }
+}
+
+impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.0.set(false);
+        self.0.set(self.0.get().saturating_sub(1));
     }
 }
 
@@ -92,24 +110,25 @@ impl Course<'_> {
             "start",
             json!({
                 "class": self.class.name(),
+                "deaf": self.deaf,
                 "reap": mode(watchdog.reap),
                 "view": self.drill.watchdog.report().source.as_str(),
             }),
         )?;
         tracing::info!(class = self.class.name(), "drill");
-        let leak = self.drill.site.leak(self.class).await;
+        let leak = self.drill.site.leak(self.class, self.deaf).await;
         let leak = leak.map_err(|error| Failed::Because(format!("no leak could be made: {error}")))?;
         self.say(
             "leaked",
             json!({
                 "cookie": leak.cookie,
                 "local": leak.local.to_string(),
-                "remote": self.drill.site.address.to_string(),
+                "remote": leak.remote.to_string(),
                 "message": what(self.class),
             }),
         )?;
-        self.drill.watchdog.sweep_now();
-        let condition = self.wait_for_condition().await?;
+        self.drill.hurry();
+        let condition = self.wait_for_condition(&leak).await?;
         let finding = self.wait_for_finding(&leak, condition).await?;
         self.show_alarm()?;
         let verdict = self.follow_reaping(&leak, &finding).await?;
@@ -130,12 +149,15 @@ impl Course<'_> {
     }
 
     /// When the class's condition holds, grace included for a hoard, whose definition has it in.
-    async fn wait_for_condition(&self) -> Result<Mono, Failed> {
+    async fn wait_for_condition(&self, leak: &Leak) -> Result<Mono, Failed> {
         let policy = &self.drill.observed.policy;
-        let condition = match (self.class, policy.backend(policy.drill())) {
-            (Class::Hoard, Some(backend)) => self.started.after(backend.hoard_after + policy.grace),
-            _ => clock::now(),
-        };
+        let after = policy.backend(policy.drill()).map_or(Duration::ZERO, |backend| match self.class {
+            Class::Hoard => backend.hoard_after + policy.grace,
+            Class::Stuck => backend.stuck_after,
+            Class::Embryo => backend.embryo_after,
+            Class::Orphan | Class::Ghost | Class::Zombie | Class::Lingering => Duration::ZERO,
+        });
+        let condition = leak.quiet_since.after(after);
         while clock::now() < condition {
             self.check_client()?;
             tokio::time::sleep(LOOK.min(condition.since(clock::now()))).await;
@@ -205,12 +227,31 @@ impl Course<'_> {
         };
         self.say("reaping", json!({"rung": record.rung.map(Rung::name), "note": record.note}))?;
         self.say("outcome", json!({"outcome": record.outcome.map_or("withdrawn", Outcome::label)}))?;
+        if record.outcome == Some(Outcome::Severed) {
+            self.wait_for_remains(leak, &record).await?;
+        }
         Ok(self.judge(&record))
     }
 
+    /// A descriptor still holds a socket that was severed, so there must be a finding of it after as before.
+    async fn wait_for_remains(&self, leak: &Leak, record: &ReapRecord) -> Result<(), Failed> {
+        let watchdog = &self.drill.observed.config.watchdog;
+        let limit = watchdog.grace.max(watchdog.interval * watchdog.sweeps) + watchdog.interval + MARGIN;
+        let found = self
+            .until(record.at.after(limit), || {
+                let report = self.drill.watchdog.report();
+                let finding = report.findings.iter().find(|finding| finding.cookie == leak.cookie);
+                finding.filter(|_| report.taken > record.at).cloned()
+            })
+            .await?;
+        let found = found.ok_or_else(|| Failed::Because("severed and still held, but not a finding".to_owned()))?;
+        let fields = json!({"class": found.class.name(), "evidence": found.evidence(clock::now())});
+        self.say("remains", fields)
+    }
+
     fn judge(&self, record: &ReapRecord) -> Result<String, Failed> {
-        // SOCK_DESTROY takes an orphan's connection away; its descriptor is the drill's.
-        let wanted = if self.class == Class::Orphan { Outcome::Severed } else { Outcome::Released };
+        // Nobody closes the descriptor of an orphan, nor a deaf owner its own: more than the connection can't be had.
+        let wanted = if self.class == Class::Orphan || self.deaf { Outcome::Severed } else { Outcome::Released };
         match record.outcome {
             Some(Outcome::DryRun) => Ok("found and reported; dry run: nothing was done about it".to_owned()),
             Some(outcome) if outcome == wanted => Ok(format!("found, reported and {}", outcome.label())),
@@ -222,17 +263,24 @@ impl Course<'_> {
     /// Until neither view has anything of it left.
     async fn wait_until_clear(&self, leak: &Leak) -> Result<(), Failed> {
         let released = clock::now();
-        let drill = Some(self.drill.observed.policy.drill());
-        self.drill.watchdog.sweep_now();
-        let clear = self
-            .until(clock::now().after(self.drill.observed.config.watchdog.interval + MARGIN), || {
+        let limit = self.drill.observed.config.watchdog.interval + MARGIN;
+        self.drill.hurry();
+        let over = self
+            .until(released.after(limit), || {
                 let report = self.drill.watchdog.report();
-                let finding = report.findings.iter().any(|finding| finding.cookie == leak.cookie);
-                let socket = report.sockets.keys().any(|(backend, _)| *backend == drill);
-                (report.taken > released && !finding && !socket).then_some(())
+                let found = report.findings.iter().any(|finding| finding.cookie == leak.cookie);
+                (report.taken > released && !found).then_some(())
             })
             .await?;
-        clear.ok_or_else(|| Failed::Because("something of the leak is still there".to_owned()))?;
+        over.ok_or_else(|| Failed::Because("what was leaked is still a finding".to_owned()))?;
+        let look = tokio::time::timeout(limit, self.drill.watchdog.look()).await;
+        let Ok(Ok(Look { kernel: Ok(kernel), ledger, .. })) = look else {
+            return Err(Failed::Because("the watchdog cannot say whether something of it is left".to_owned()));
+        };
+        let socket = kernel.sockets.iter().any(|socket| socket.held && socket.cookie == leak.cookie);
+        if socket || ledger.rows.iter().any(|row| row.cookie == leak.cookie) {
+            return Err(Failed::Because("something of the leak is still there".to_owned()));
+        }
         self.say("clear", json!({"message": "nothing of it is left in either view"}))
     }
 
@@ -269,6 +317,8 @@ fn what(class: Class) -> &'static str {
         Class::Ghost => "its descriptor is closed, its ledger entry kept",
         Class::Zombie => "its peer has closed, its owner does nothing",
         Class::Hoard => "its owner keeps it idle past the idle timeout",
-        Class::Stuck | Class::Embryo | Class::Lingering => "",
+        Class::Stuck => "a query is in flight on it, its peer says nothing",
+        Class::Embryo => "its peer does not answer the connect",
+        Class::Lingering => "it is shut down for writing, its peer does not close, its owner does nothing",
     }
 }

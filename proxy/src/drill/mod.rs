@@ -2,10 +2,11 @@
 //!
 //! This module alone may break I1 and I2, on purpose. Its peer is a listener inside the process, its shard is the
 //! ledger's last one, and nothing in the watchdog knows that a socket is a drill's: its backend is one more backend,
-//! whose idle timeout happens to be short. Whatever happens, the leak ends with its [`Leak`](leak::Leak) value.
+//! whose timeouts happen to be short. Whatever happens, the leak ends with its [`Leak`](leak::Leak) value.
 
 mod client;
 mod follow;
+mod holder;
 mod leak;
 
 use std::cell::Cell;
@@ -14,16 +15,33 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use serde::Deserialize;
+use tokio::sync::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub(crate) use client::SILENCE;
 pub use client::client;
+pub(crate) use client::{SILENCE, request};
 pub(crate) use follow::Drill;
 
 use crate::control::Control;
 use crate::metrics::Metrics;
 use crate::watchdog::{Handle, Observed};
-use leak::Holder;
+use holder::Holder;
+
+/// Drills at once, each with one connection.
+pub(crate) const AT_ONCE: usize = 32;
+
+/// Which leak is asked for.
+#[derive(Clone, Debug, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// orphan, ghost, zombie, hoard, stuck, embryo or lingering.
+    pub class: String,
+    /// Its owner does nothing when the reaper asks it to close: shutdown(2) and SOCK_DESTROY have to do.
+    #[arg(long)]
+    #[serde(default)]
+    pub deaf: bool,
+}
 
 /// What drills need from the start of the process: their peer's listener, and the requests to the owner of their shard.
 #[derive(Debug)]
@@ -54,7 +72,7 @@ impl Setup {
     /// Takes the drill's shard and begins to answer requests to its owner. On a `LocalSet` only.
     pub(crate) fn start(self, observed: Observed, watchdog: Handle, metrics: Arc<Metrics>) -> io::Result<Rc<Drill>> {
         let address = self.address()?;
-        let listener = tokio::net::TcpListener::from_std(self.listener)?;
+        let listener = Mutex::new(tokio::net::TcpListener::from_std(self.listener)?);
         let shard = observed.ledger.shards().saturating_sub(1);
         let writer = observed
             .ledger
@@ -64,6 +82,6 @@ impl Setup {
         tokio::task::spawn_local(Rc::clone(&holder).answer(self.controls));
         let backend = observed.policy.drill();
         let site = leak::Site { listener, address, writer, backend, holder };
-        Ok(Rc::new(Drill { observed, watchdog, metrics, site, busy: Cell::new(false) }))
+        Ok(Rc::new(Drill { observed, watchdog, metrics, site, running: Cell::new(0) }))
     }
 }

@@ -164,6 +164,8 @@ impl Keeper {
             #[cfg(feature = "test-hooks")]
             Control::Hang(duration) => std::thread::sleep(duration),
             #[cfg(feature = "test-hooks")]
+            Control::Neglect => self.shell.core.borrow_mut().next_cleanup = clock::Mono::MAX,
+            #[cfg(feature = "test-hooks")]
             Control::ForgetRows { nth } => self.shell.ledger.forget_every(nth),
         }
     }

@@ -41,10 +41,9 @@ pub(super) const EBPF: &[Suite] = &[
     Suite {
         program: "drills",
         tests: &[
-            "orphan",
-            "ghost",
-            "zombie",
-            "hoard",
+            "each_class_is_found_and_reaped",
+            "a_deaf_owner_is_climbed_past",
+            "a_neglected_connection_is_reaped_by_its_worker",
             "in_dry_run_nothing_is_touched",
             "a_hanging_worker_is_reported_and_nothing_of_it_is_reaped",
         ],
