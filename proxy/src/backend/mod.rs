@@ -1,5 +1,6 @@
 //! Towards the backends: the pool of connections, the table of queries in flight on each, and the task of each.
 
+pub mod choose;
 pub(crate) mod conn;
 pub(crate) mod connect;
 pub mod history;

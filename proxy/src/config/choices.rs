@@ -1,6 +1,6 @@
 //! The words of the keys that know a few words only: one list for reading, writing and messages.
 
-use super::{Class, Health, OneShotClose, ReapMode, View};
+use super::{Class, Health, OneShotClose, Policy, ReapMode, View};
 
 /// A value that the file writes as one of a few words.
 pub trait Choice: Copy + 'static {
@@ -12,6 +12,21 @@ pub trait Choice: Copy + 'static {
 
     /// The word.
     fn word(self) -> &'static str;
+}
+
+impl Choice for Policy {
+    const ALL: &'static [Self] =
+        &[Self::LeastOutstanding, Self::RoundRobin, Self::WeightedRandom, Self::ConsistentHash, Self::FirstAvailable];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::LeastOutstanding => "least-outstanding",
+            Self::RoundRobin => "round-robin",
+            Self::WeightedRandom => "weighted-random",
+            Self::ConsistentHash => "consistent-hash",
+            Self::FirstAvailable => "first-available",
+        }
+    }
 }
 
 impl Choice for OneShotClose {

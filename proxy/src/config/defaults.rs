@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{
-    Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Pool, ProxyProtocol, ReapMode, Server,
-    View, Watchdog,
+    Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool, ProxyProtocol, ReapMode,
+    Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
@@ -57,6 +57,7 @@ impl Pool {
     pub fn new(name: &str, backends: Vec<Backend>) -> Self {
         Self {
             name: name.to_owned(),
+            policy: Policy::LeastOutstanding,
             query_timeout: Duration::from_secs(5),
             retries: 1,
             proxy_protocol: None,
@@ -77,6 +78,7 @@ impl Backend {
         Self {
             name: name.to_owned(),
             address,
+            weight: 1,
             max_in_flight: 32,
             max_connections: 512,
             connect_timeout: Duration::from_secs(2),

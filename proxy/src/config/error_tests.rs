@@ -227,6 +227,12 @@ fn choices() {
          \"embryo\" or \"lingering\", found \"leak\""
     );
     assert_eq!(
+        pool("name = \"p\"\npolicy = \"leastOutstanding\"", &format!("{BACKEND}\nweight = 0")),
+        "f.toml:7:10: key `pool.policy`: expected \"least-outstanding\", \"round-robin\", \"weighted-random\", \
+         \"consistent-hash\" or \"first-available\", found \"leastOutstanding\"\n\
+         f.toml:11:10: key `pool.backend.weight`: must be from 1 to 1000"
+    );
+    assert_eq!(
         pool(POOL, &format!("{BACKEND}\none_shot_close = \"rst\"\nhealth.mode = \"on\"")),
         "f.toml:10:18: key `pool.backend.one_shot_close`: expected \"reset\" or \"fin\", found \"rst\"\n\
          f.toml:11:15: key `pool.backend.health.mode`: expected \"up\" or \"down\", found \"on\""

@@ -91,6 +91,8 @@ pub struct Listener {
 pub struct Pool {
     /// Unique name.
     pub name: String,
+    /// Which backend a query goes to.
+    pub policy: Policy,
     /// From the arrival of a query to its SERVFAIL; covers waiting, connecting and the retry.
     pub query_timeout: Duration,
     /// On a fresh connection, before any byte of an answer.
@@ -119,6 +121,8 @@ pub struct Backend {
     pub name: String,
     /// Where it listens.
     pub address: SocketAddr,
+    /// Its share of the queries, compared with those of the others, where the policy has shares.
+    pub weight: u32,
     /// Queries in flight on one connection.
     pub max_in_flight: usize,
     /// Connections of all kinds together.
@@ -131,6 +135,22 @@ pub struct Backend {
     pub one_shot_close: OneShotClose,
     /// `[pool.backend.health] mode`
     pub health: Health,
+}
+
+/// `[[pool]] policy`: which backend a query goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Policy {
+    /// The one with the fewest queries that it has not answered, by weight; of equals each in turn.
+    #[default]
+    LeastOutstanding,
+    /// Each in turn, as often as its weight says.
+    RoundRobin,
+    /// Any, with a probability by weight.
+    WeightedRandom,
+    /// The one that the name in the question falls to, by weight.
+    ConsistentHash,
+    /// The first in the file that is up.
+    FirstAvailable,
 }
 
 /// `one_shot_close`: who keeps TIME_WAIT.

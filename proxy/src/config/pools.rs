@@ -14,6 +14,9 @@ use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
 /// Most queries in flight on one connection: as many as a message ID can tell apart (RFC 1035 section 4.1.1).
 pub(super) const MAX_IN_FLIGHT: usize = 1 << 16;
 
+/// The largest weight: shares finer than a thousandth are nobody's intention.
+const MAX_WEIGHT: u32 = 1000;
+
 /// Most retries: each repeats the query while its client waits.
 const MAX_RETRIES: u8 = 10;
 
@@ -48,6 +51,7 @@ impl<'a, 'i> Pools<'a, 'i> {
             let backends = read_backends(section, &mut backend_names, &mut pools.addresses);
             let default = Pool::new(name, backends);
             pools.pools.push(Pool {
+                policy: section.choice("policy", default.policy),
                 query_timeout: section.duration("query_timeout", default.query_timeout, MILLISECOND),
                 retries: section.integer("retries", default.retries, 0..=MAX_RETRIES),
                 proxy_protocol: read_proxy_protocol(&section.table("proxy_protocol")),
@@ -175,6 +179,7 @@ fn read_backends<'a, 'i>(
         });
         let default = Backend::new(name, address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))));
         backends.push(Backend {
+            weight: section.integer("weight", default.weight, 1..=MAX_WEIGHT),
             max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=MAX_IN_FLIGHT),
             max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
             connect_timeout: section.duration("connect_timeout", default.connect_timeout, MILLISECOND),

@@ -82,6 +82,7 @@ fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
 fn pool(out: &mut Writer, pool: &Pool) {
     out.heading("[[pool]]");
     out.text("name", &pool.name);
+    out.text("policy", pool.policy.word());
     out.duration("query_timeout", pool.query_timeout);
     out.bare("retries", pool.retries);
     if let Some(proxy) = &pool.proxy_protocol {
@@ -119,6 +120,7 @@ fn backend(out: &mut Writer, backend: &Backend) {
     out.heading("[[pool.backend]]");
     out.text("name", &backend.name);
     out.text("address", backend.address);
+    out.bare("weight", backend.weight);
     out.bare("max_in_flight", backend.max_in_flight);
     out.bare("max_connections", backend.max_connections);
     out.duration("connect_timeout", backend.connect_timeout);

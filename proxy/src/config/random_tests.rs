@@ -63,6 +63,7 @@ prop_compose! {
 prop_compose! {
     fn backend()(
         port in 1..=u16::MAX,
+        weight in 1..=1000u32,
         v6 in any::<bool>(),
         max_in_flight in 1..=65_536usize,
         max_connections in 1..=100_000usize,
@@ -75,6 +76,7 @@ prop_compose! {
             if v6 { format!("2001:db8::{host:x}").parse().unwrap() } else { IpAddr::from([192, 0, 2, host]) }
         };
         Backend {
+            weight,
             max_in_flight,
             max_connections,
             connect_timeout,
@@ -88,6 +90,7 @@ prop_compose! {
 
 prop_compose! {
     fn pool()(
+        policy in prop::sample::select(<Policy as choices::Choice>::ALL),
         query_timeout in duration(1),
         retries in 0..=10u8,
         proxy_protocol in prop::option::of(proxy_protocol()),
@@ -95,7 +98,7 @@ prop_compose! {
     ) -> Pool {
         backends.sort_by_key(|backend| backend.address);
         backends.dedup_by_key(|backend| backend.address);
-        Pool { query_timeout, retries, proxy_protocol, ..Pool::new("", backends) }
+        Pool { policy, query_timeout, retries, proxy_protocol, ..Pool::new("", backends) }
     }
 }
 

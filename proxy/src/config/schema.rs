@@ -101,7 +101,7 @@ const LISTENER_TLS: &[Key] =
 
 const POOL: &[Key] = &[
     works("name"),
-    not_yet("policy"),
+    works("policy"),
     works("query_timeout"),
     works("retries"),
     not_yet("on_failure"),
@@ -126,7 +126,7 @@ const TLV: &[Key] = &[works("type"), works("value")];
 const BACKEND: &[Key] = &[
     works("name"),
     works("address"),
-    not_yet("weight"),
+    works("weight"),
     works("max_in_flight"),
     works("max_connections"),
     works("connect_timeout"),

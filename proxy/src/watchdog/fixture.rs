@@ -9,8 +9,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::Observed;
 use crate::config::{
-    Admin, Backend, Class, Config, Connections, Health, Kernel, Listener, OneShotClose, Pool, ReapMode, Server, View,
-    Watchdog,
+    Admin, Backend, Class, Config, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool, ReapMode, Server,
+    View, Watchdog,
 };
 use crate::control::{Control, Controls};
 use crate::drill::{AT_ONCE, Setup};
@@ -39,12 +39,14 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
         }],
         pools: vec![Pool {
             name: "resolvers".to_owned(),
+            policy: Policy::LeastOutstanding,
             query_timeout: Duration::from_secs(5),
             retries: 1,
             proxy_protocol: None,
             backends: vec![Backend {
                 name: "unbound".to_owned(),
                 address: "127.0.0.1:9".parse().unwrap(),
+                weight: 1,
                 max_in_flight: 32,
                 max_connections: 100,
                 connect_timeout: Duration::from_secs(2),

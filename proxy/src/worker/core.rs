@@ -16,6 +16,7 @@ use super::house::Backoff;
 use super::plan::Plan;
 use super::queries::{NewQuery, Place, Queries, QueryKey};
 use super::timers::{TimerKey, Timers};
+use crate::backend::choose::Chooser;
 use crate::backend::pool::{ConnKey, Pool};
 use crate::backend::wait::WaitQueue;
 use crate::client::session::{Addresses, Session, SessionKey};
@@ -74,6 +75,8 @@ pub struct Core {
     pub(crate) timers: Timers,
     pub(crate) waits: Box<[WaitQueue]>,
     pub(crate) backoff: Box<[Backoff]>,
+    /// By pool.
+    pub(crate) choosers: Box<[Chooser]>,
     /// Connections opened for a client address in the current second, if `max_opens_per_client` limits them.
     pub(crate) opens: HashMap<IpAddr, u32, foldhash::fast::RandomState>,
     pub(crate) opens_since: Mono,
@@ -93,6 +96,7 @@ impl Core {
         let backends = plan.backends.len();
         Self {
             queries: Queries::new(plan.pools.len()),
+            choosers: plan.pools.iter().map(|pool| Chooser::new(pool.policy, pool.backends.len())).collect(),
             next_cleanup: now.after(plan.connections.cleanup_interval),
             plan,
             stats,

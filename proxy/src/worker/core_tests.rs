@@ -343,7 +343,7 @@ fn a_query_goes_to_the_backend_with_the_fewest_outstanding() {
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     Connect(u8),
     Ask { client: usize, label: u8 },
     Leave(usize),
@@ -353,7 +353,7 @@ enum Op {
     Pass(u16),
 }
 
-fn ops() -> impl Strategy<Value = Vec<Op>> {
+pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         2 => any::<u8>().prop_map(Op::Connect),
         12 => (any::<usize>(), 0u8..12).prop_map(|(client, label)| Op::Ask { client, label }),
@@ -374,7 +374,7 @@ struct Model {
     next: u16,
 }
 
-fn run(proxy: &str, extra: &str, ops: Vec<Op>) {
+pub(super) fn run(proxy: &str, extra: &str, ops: Vec<Op>) {
     let mut sim = Sim::new(&configuration(proxy, extra));
     let mut model = Model::default();
     for op in ops {

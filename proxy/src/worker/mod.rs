@@ -2,6 +2,8 @@
 //! Nothing in it is shared with other workers but the counters of the caps.
 
 pub(crate) mod answer;
+#[cfg(test)]
+mod backends_tests;
 pub mod buffer;
 pub mod core;
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::backend::choose;
 use crate::client::session::Limits;
-use crate::config::{Config, Connections, OneShotClose};
+use crate::config::{Config, Connections, OneShotClose, Policy};
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::{Class, TlvSet};
@@ -35,8 +36,9 @@ pub(crate) struct ListenerPlan {
 pub(crate) struct PoolPlan {
     pub(crate) query_timeout: Duration,
     pub(crate) retries: u8,
+    pub(crate) policy: Policy,
     pub(crate) proxy: Option<ProxyPlan>,
-    /// The backends that are up.
+    /// All but those that are never used.
     pub(crate) backends: Vec<BackendIndex>,
 }
 
@@ -51,12 +53,17 @@ pub(crate) struct ProxyPlan {
     pub(crate) per_query: bool,
     /// The header can never be used again.
     pub(crate) unique: bool,
+    /// The header names the forwarder's own side, which differs between backends.
+    pub(crate) per_backend: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct BackendPlan {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
+    pub(crate) weight: u32,
+    /// Digest of the name.
+    pub(crate) digest: u64,
     pub(crate) max_in_flight: usize,
     pub(crate) connect_timeout: Duration,
     pub(crate) write_timeout: Duration,
@@ -83,6 +90,8 @@ impl Plan {
                 backends.push(BackendPlan {
                     name: backend.name.clone(),
                     address: backend.address,
+                    weight: backend.weight,
+                    digest: choose::digest(backend.name.as_bytes()),
                     max_in_flight: backend.max_in_flight,
                     connect_timeout: backend.connect_timeout,
                     write_timeout: BACKEND_WRITE_TIMEOUT,
@@ -105,9 +114,16 @@ impl Plan {
                     owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
                     per_query: class >= Class::PerQuery,
                     unique: class == Class::Unique,
+                    per_backend: proxy.identity == Identity::Forwarder,
                 }
             });
-            pools.push(PoolPlan { query_timeout: pool.query_timeout, retries: pool.retries, proxy, backends: of_pool });
+            pools.push(PoolPlan {
+                query_timeout: pool.query_timeout,
+                retries: pool.retries,
+                policy: pool.policy,
+                proxy,
+                backends: of_pool,
+            });
         }
         let listeners = config
             .listeners

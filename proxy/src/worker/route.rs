@@ -3,8 +3,10 @@
 use std::rc::Rc;
 
 use super::core::Core;
-use super::plan::ProxyPlan;
-use crate::backend::pool::{Conn, ConnKey, Phase};
+use super::house::Backoff;
+use super::plan::{BackendPlan, Plan, ProxyPlan};
+use crate::backend::choose::{Candidate, digest};
+use crate::backend::pool::{Conn, ConnKey, Phase, Pool};
 use crate::client::session::{Header, SessionKey};
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
@@ -68,10 +70,14 @@ impl Core {
         now: Mono,
     ) -> Route {
         let plan = Rc::clone(&self.plan);
-        let Some(backend) = self.choose_backend(pool, how.avoid(), now) else {
+        let proxy = plan.pools[usize::from(pool)].proxy.as_ref();
+        if let Some(proxy) = proxy.filter(|proxy| proxy.owned) {
+            return self.route_owned(session, pool, proxy, question, how, now);
+        }
+        let Some(backend) = self.choose_backend(pool, question, how, now) else {
             return Route::Fail(FailReason::NoBackend);
         };
-        let Some(proxy) = &plan.pools[usize::from(pool)].proxy else {
+        let Some(proxy) = proxy else {
             let found = self.pool.shared(backend).filter(|key| !how.fresh_only() || self.is_fresh(*key));
             return match found {
                 Some(conn) => Route::Use(conn),
@@ -85,9 +91,6 @@ impl Core {
             Ok(digest) => digest,
             Err(reason) => return Route::Fail(reason),
         };
-        if proxy.owned {
-            return self.route_owned(session, pool, backend, proxy, digest, how, now);
-        }
         let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !proxy.unique);
         match found.filter(|key| !how.fresh_only() || self.is_fresh(*key)) {
             Some(conn) => Route::Use(conn),
@@ -99,15 +102,29 @@ impl Core {
         }
     }
 
-    /// The backend with the fewest queries outstanding, the first of equals; one that just refused connections only if
-    /// there is no other, as it may have open ones.
-    fn choose_backend(&self, pool: u16, avoid: Option<BackendIndex>, now: Mono) -> Option<BackendIndex> {
-        let backends = &self.plan.pools[usize::from(pool)].backends;
-        let rank = |backend: &&BackendIndex| {
-            let refuses = self.backoff[usize::from(**backend)].holds(now);
-            (refuses, Some(**backend) == avoid, self.pool.outstanding(**backend))
-        };
-        backends.iter().min_by_key(rank).copied()
+    /// The backend that the pool's policy chooses.
+    fn choose_backend(
+        &mut self,
+        pool: u16,
+        question: Option<Question<'_>>,
+        how: How,
+        now: Mono,
+    ) -> Option<BackendIndex> {
+        let Self { plan, pool: conns, backoff, choosers, random, .. } = self;
+        let backends = plan.pools[usize::from(pool)].backends.as_slice();
+        let chooser = &mut choosers[usize::from(pool)];
+        let name = question.filter(|_| chooser.needs_question()).map_or(0, |question| digest(question.name_wire));
+        let of = |at: usize| candidate(plan, conns, backoff, backends[at], how, now);
+        let chosen = chooser.choose(of, name, random)?;
+        backends.get(chosen).copied()
+    }
+
+    /// Whether the client that owns a connection to this backend stays there, by its pool's policy.
+    fn keeps_backend(&self, pool: u16, backend: BackendIndex, how: How, now: Mono) -> bool {
+        let backends = self.plan.pools[usize::from(pool)].backends.as_slice();
+        let of = |at: usize| candidate(&self.plan, &self.pool, &self.backoff, backends[at], how, now);
+        let place = backends.iter().position(|other| *other == backend);
+        place.is_some_and(|at| self.choosers[usize::from(pool)].keeps(at, of))
     }
 
     /// Writes the query's header into `self.header`; returns its digest. A header that is the same for all queries of
@@ -154,17 +171,30 @@ impl Core {
         Ok(digest)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one search, whose circumstances these are")]
     fn route_owned(
         &mut self,
         key: SessionKey,
         pool: u16,
-        backend: BackendIndex,
         proxy: &ProxyPlan,
-        digest: u64,
+        question: Option<Question<'_>>,
         how: How,
         now: Mono,
     ) -> Route {
+        let backends = &self.plan.pools[usize::from(pool)].backends;
+        let Some(first) = backends.first().copied() else { return Route::Fail(FailReason::NoBackend) };
+        // Where the header does not depend on the backend, what the client has already decides.
+        let stays = backends.len() > 1 && !proxy.per_backend && self.choosers[usize::from(pool)].is_sticky();
+        let mut chosen = None;
+        if !stays {
+            chosen = self.choose_backend(pool, question, how, now);
+            if chosen.is_none() {
+                return Route::Fail(FailReason::NoBackend);
+            }
+        }
+        let digest = match self.write_header(key, chosen.unwrap_or(first), proxy, question) {
+            Ok(digest) => digest,
+            Err(reason) => return Route::Fail(reason),
+        };
         let session = &mut self.sessions[key.0];
         let mut seen = 1;
         if proxy.per_query && !proxy.unique {
@@ -175,21 +205,26 @@ impl Core {
                 history.frequency(digest).saturating_sub(1)
             };
         }
+        let fits = |conn: &Conn| {
+            conn.header_digest == digest
+                && conn.has_room()
+                && conn.kind == ConnKind::Owned
+                && *conn.header == *self.header
+                && (!how.fresh_only() || conn.phase == Phase::Connecting)
+        };
+        let here = |conn: &Conn| match chosen {
+            Some(backend) => conn.backend == backend,
+            None => self.keeps_backend(pool, conn.backend, how, now),
+        };
         if !proxy.unique {
-            let pool = &self.pool;
-            let header = self.header.as_slice();
-            let fits = |conn: &Conn| {
-                conn.header_digest == digest
-                    && conn.backend == backend
-                    && conn.has_room()
-                    && conn.kind == ConnKind::Owned
-                    && *conn.header == *header
-                    && (!how.fresh_only() || conn.phase == Phase::Connecting)
-            };
-            if let Some(found) = session.owned.iter().find(|key| pool.get(**key).is_some_and(fits)) {
+            let mut owned = self.sessions[key.0].owned.iter();
+            if let Some(found) = owned.find(|key| self.pool.get(**key).is_some_and(|conn| fits(conn) && here(conn))) {
                 return Route::Use(*found);
             }
         }
+        let Some(backend) = chosen.or_else(|| self.choose_backend(pool, question, how, now)) else {
+            return Route::Fail(FailReason::NoBackend);
+        };
         if self.backoff[usize::from(backend)].holds(now) {
             // Before room is made for a connection that will not be opened.
             return Route::Fail(FailReason::ConnectFailed);
@@ -258,4 +293,13 @@ impl Core {
     fn is_fresh(&self, key: ConnKey) -> bool {
         self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Connecting)
     }
+}
+
+/// What the choice of a backend goes by. One that just refused connections comes last, as it may have open ones; before
+/// it the one that has just failed the query.
+fn candidate(plan: &Plan, conns: &Pool, backoff: &[Backoff], backend: BackendIndex, how: How, now: Mono) -> Candidate {
+    let at = usize::from(backend);
+    let rank = 2 * u8::from(backoff[at].holds(now)) + u8::from(Some(backend) == how.avoid());
+    let BackendPlan { weight, digest, .. } = plan.backends[at];
+    Candidate { weight, outstanding: conns.outstanding(backend), rank: Some(rank), name: digest }
 }

@@ -66,7 +66,7 @@ pub(crate) struct Sim {
     header: bool,
     proxy_len: fn(&[u8]) -> Option<usize>,
     max_owned: usize,
-    max_per_backend: usize,
+    max_per_backend: Vec<usize>,
 }
 
 impl Sim {
@@ -83,7 +83,7 @@ impl Sim {
         let now = Mono(1_000_000_000);
         Self {
             max_owned: config.connections.max_owned_per_client,
-            max_per_backend: config.pools[0].backends[0].max_connections,
+            max_per_backend: config.pools[0].backends.iter().map(|backend| backend.max_connections).collect(),
             header: config.pools[0].proxy_protocol.is_some(),
             core: Core::new(plan, stats, shared, 7, now),
             now,
@@ -263,6 +263,12 @@ impl Sim {
         self.now = end;
     }
 
+    /// The connections to a backend.
+    pub(crate) fn to_backend(&self, backend: usize) -> Vec<ConnKey> {
+        let to = |key: &ConnKey| self.core.pool.get(*key).is_some_and(|conn| usize::from(conn.backend) == backend);
+        self.wires.keys().copied().filter(to).collect()
+    }
+
     /// What must hold at all times.
     fn check(&mut self) {
         for (_, conn) in self.core.pool.iter() {
@@ -273,7 +279,9 @@ impl Sim {
             assert!(session.in_flight() <= session.limits.max_in_flight);
             self.most_owned = self.most_owned.max(session.owned.len());
         }
-        assert!(self.wires.len() <= self.max_per_backend, "more connections than the backend's limit");
+        for (backend, limit) in self.max_per_backend.iter().enumerate() {
+            assert!(self.to_backend(backend).len() <= *limit, "more connections than the backend's limit");
+        }
         assert_eq!(self.core.shared.caps.total().1, self.core.pool.len());
         let stats = &self.core.stats.listeners[0];
         let failed: u64 = stats.failed.iter().map(crate::stats::Counter::get).sum();
