@@ -12,6 +12,7 @@ use crate::config;
 use crate::ctl::CtlArgs;
 use crate::demo::Demo;
 use crate::query::QueryArgs;
+use crate::watch::WatchArgs;
 
 /// The exit code for a bad configuration or command line (EX_USAGE of sysexits.h).
 const EX_USAGE: u8 = 64;
@@ -42,6 +43,16 @@ enum Command {
     },
     /// Look into the running process, or have it do something.
     Ctl(CtlArgs),
+    /// Watch another process's connections to backends, by the kernel's word.
+    ///
+    /// Nothing is done to the process unless --reap is given: without it, findings are reported, counted, and logged as
+    /// what would be reaped. Reaping severs a connection (SOCK_DESTROY); the process keeps its descriptor.
+    Watch {
+        #[command(flatten)]
+        args: WatchArgs,
+        #[command(flatten)]
+        log: LogArgs,
+    },
     /// Ask a DNS server over TCP, with a PROXY v2 header if wanted.
     Query(QueryArgs),
 }
@@ -51,12 +62,28 @@ struct RunArgs {
     /// The configuration (TOML).
     #[arg(long)]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct LogArgs {
     /// What is logged, such as `info,counterfoil::watchdog=debug`; goes before `[server] log`.
     #[arg(long)]
     log: Option<String>,
     /// How it is logged.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+}
+
+impl LogArgs {
+    /// Starts the log; `default` unless `--log` is given.
+    fn start(&self, default: &str) -> Result<(), ExitCode> {
+        start_log(self.log.as_deref().unwrap_or(default), self.log_format).map_err(|error| {
+            complain(&format_args!("error: --log: {error}\n"));
+            ExitCode::from(EX_USAGE)
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -88,6 +115,7 @@ pub fn main() -> ExitCode {
             }
         },
         Command::Ctl(args) => crate::ctl::run(&args),
+        Command::Watch { args, log } => watch(&args, &log),
         Command::Query(args) => crate::query::run(&args),
     }
 }
@@ -111,12 +139,29 @@ fn run(args: &RunArgs) -> ExitCode {
             }
         },
     };
-    let filter = args.log.as_deref().unwrap_or(&config.server.log);
-    if let Err(error) = start_log(filter, args.log_format) {
-        complain(&format_args!("error: --log: {error}\n"));
-        return ExitCode::from(EX_USAGE);
+    if let Err(code) = args.log.start(&config.server.log) {
+        return code;
     }
-    match serve(config, demo) {
+    ended(serve(config, demo))
+}
+
+fn watch(args: &WatchArgs, log: &LogArgs) -> ExitCode {
+    let plan = match args.plan() {
+        Ok(plan) => plan,
+        Err(error) => {
+            complain(&format_args!("error: {error}\n"));
+            return ExitCode::from(EX_USAGE);
+        }
+    };
+    if let Err(code) = log.start("info") {
+        return code;
+    }
+    ended(plan.run())
+}
+
+/// The exit code of what runs until it is stopped.
+fn ended(result: anyhow::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "stopped");

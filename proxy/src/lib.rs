@@ -26,5 +26,6 @@ pub mod proxy_protocol;
 pub mod query;
 pub mod responder;
 pub mod stats;
+pub mod watch;
 pub mod watchdog;
 pub mod worker;

@@ -20,8 +20,14 @@ const VIEW: [CapabilitySet; 3] = [
     CapabilitySet::BPF.union(CapabilitySet::PERFMON).union(CapabilitySet::SYS_ADMIN),
 ];
 
+/// Looking into processes of other users: into `/proc/PID/fd` (CAP_DAC_READ_SEARCH), and at what is behind its links
+/// (CAP_SYS_PTRACE).
+const OTHERS: CapabilitySet = CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH);
+
 /// Those that can be kept, by their names of capabilities(7).
-const NAMES: [(CapabilitySet, &str); 4] = [
+const NAMES: [(CapabilitySet, &str); 6] = [
+    (CapabilitySet::DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"),
+    (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE"),
     (CapabilitySet::BPF, "CAP_BPF"),
     (CapabilitySet::PERFMON, "CAP_PERFMON"),
     (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN"),
@@ -45,7 +51,10 @@ pub fn forbid_new() -> Result<()> {
 pub fn keep_for_watchdog(view: &mut dyn KernelView, reap: ReapMode) -> Result<()> {
     let permitted = capabilities(None).context("capget(2)")?.permitted;
     let source = view.source();
-    let for_view = if source == Source::Ebpf { needed_to_read(view, permitted)? } else { CapabilitySet::empty() };
+    let for_view = match source {
+        Source::Ebpf => needed_to_read(view, permitted, CapabilitySet::empty())?,
+        Source::SockDiag | Source::None => CapabilitySet::empty(),
+    };
     let for_reaper = needed_to_reap(source, reap);
     if !permitted.contains(for_reaper) {
         tracing::warn!(
@@ -60,6 +69,33 @@ pub fn keep_for_watchdog(view: &mut dyn KernelView, reap: ReapMode) -> Result<()
     limit(kept, kept)
 }
 
+/// Like [`keep_for_watchdog`], for a watch beside other processes. `elsewhere`: one of them lives in another network
+/// namespace, so the next one may as well, and has to be followed there (CAP_SYS_ADMIN).
+///
+/// # Errors
+/// The kernel or a seccomp filter refuses.
+pub fn keep_for_watch(view: &mut dyn KernelView, reap: ReapMode, elsewhere: bool) -> Result<()> {
+    let permitted = capabilities(None).context("capget(2)")?.permitted;
+    let source = view.source();
+    let follow = if elsewhere { OTHERS | CapabilitySet::SYS_ADMIN } else { OTHERS };
+    let for_view = match source {
+        Source::Ebpf => needed_to_read(view, permitted, follow)?,
+        Source::SockDiag | Source::None => follow & permitted,
+    };
+    let for_reaper = needed_to_reap(source, reap);
+    if !permitted.contains(for_reaper) {
+        tracing::warn!(
+            lacks = "CAP_NET_ADMIN",
+            "nothing can be severed, as SOCK_DESTROY is not permitted; grant CAP_NET_ADMIN (systemd: \
+             `AmbientCapabilities=`), or watch without --reap"
+        );
+    }
+    let kept = (for_view | for_reaper) & permitted;
+    let user = geteuid().as_raw();
+    tracing::info!(user, kept = words(kept), why = "for the watchdog's thread only", "privileges");
+    limit(kept, kept)
+}
+
 /// Gives up, in this thread, all capabilities.
 ///
 /// # Errors
@@ -68,11 +104,11 @@ pub fn drop_all() -> Result<()> {
     limit(CapabilitySet::empty(), CapabilitySet::empty())
 }
 
-/// The least of [`VIEW`] with which the view can be read.
-fn needed_to_read(view: &mut dyn KernelView, permitted: CapabilitySet) -> Result<CapabilitySet> {
+/// The least of [`VIEW`], with `always`, with which the view can be read.
+fn needed_to_read(view: &mut dyn KernelView, permitted: CapabilitySet, always: CapabilitySet) -> Result<CapabilitySet> {
     let mut needed = CapabilitySet::empty();
     for set in VIEW {
-        needed = set & permitted;
+        needed = (set | always) & permitted;
         limit(needed, permitted)?;
         match view.crosscheck() {
             Ok(_) => return Ok(needed),
@@ -169,6 +205,26 @@ mod tests {
             let keeps = keeps & before;
             assert_eq!(after, CapabilitySets { effective: keeps, permitted: keeps, inheritable: none });
             assert_eq!(last, CapabilitySets { effective: none, permitted: none, inheritable: none });
+        }
+    }
+
+    #[test]
+    fn a_watch_keeps_what_it_takes_to_look_into_others() {
+        for (needs, reap, elsewhere, keeps) in [
+            (CapabilitySet::empty(), ReapMode::DryRun, false, OTHERS),
+            (CapabilitySet::BPF, ReapMode::On, false, OTHERS | CapabilitySet::BPF | CapabilitySet::NET_ADMIN),
+            (CapabilitySet::empty(), ReapMode::DryRun, true, OTHERS | CapabilitySet::SYS_ADMIN),
+        ] {
+            let (before, after) = std::thread::spawn(move || {
+                let before = capabilities(None).unwrap().permitted;
+                keep_for_watch(&mut Strict(needs), reap, elsewhere).unwrap();
+                (before, capabilities(None).unwrap())
+            })
+            .join()
+            .unwrap();
+            let keeps = keeps & before;
+            let inheritable = CapabilitySet::empty();
+            assert_eq!(after, CapabilitySets { effective: keeps, permitted: keeps, inheritable });
         }
     }
 

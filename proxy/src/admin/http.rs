@@ -22,6 +22,11 @@ pub(super) async fn serve(listener: TcpListener, served: Served) {
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
         .with_state(served);
+    serve_router(listener, router).await;
+}
+
+/// Serves a router's routes, to a limited number of clients, until its task is dropped.
+pub(crate) async fn serve_router(listener: TcpListener, router: Router) {
     // Never returns: errors of `accept(2)` are handled by the listener.
     if let Err(error) = axum::serve(Guarded::new(listener), router).await {
         tracing::error!(%error, "admin: http has ended");

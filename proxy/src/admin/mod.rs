@@ -4,7 +4,7 @@
 //! nor be blocked by one; what a peer can make it hold is bounded ([`guard`]).
 
 mod guard;
-mod http;
+pub(crate) mod http;
 mod order;
 mod show;
 mod socket;

@@ -1,6 +1,8 @@
 //! The kernel's view, and what the watchdog makes of both.
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
@@ -11,7 +13,7 @@ use crate::config::Class;
 use crate::kernel::TcpState;
 use crate::ledger::BackendIndex;
 use crate::watchdog::report::{Report, SWEEP_BOUNDS};
-use crate::watchdog::{Handle, Observed, Outcome};
+use crate::watchdog::{Handle, Outcome, Policy};
 
 /// States that are always shown, so that a rule on them never lacks its series.
 const SHOWN: [TcpState; 8] = [
@@ -28,7 +30,9 @@ const SHOWN: [TcpState; 8] = [
 /// Reads the last sweep's report: a scrape never touches the kernel view itself.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    pub(super) observed: Observed,
+    pub(super) policy: Arc<Policy>,
+    /// Between sweeps.
+    pub(super) interval: Duration,
     pub(super) watchdog: Handle,
 }
 
@@ -39,19 +43,15 @@ impl Collector for Kernel {
         self.view(&mut families, &report)?;
         self.findings(&mut families, &report)?;
         sweeps(&mut families, &report)?;
-        families.gauge(
-            "watchdog_interval_seconds",
-            "Time between sweeps, as configured",
-            self.observed.config.watchdog.interval.as_secs_f64(),
-        )
+        families.gauge("watchdog_interval_seconds", "Time between sweeps, as configured", self.interval.as_secs_f64())
     }
 }
 
 impl Kernel {
     /// All backends, the drill's peer, and the sockets whose peer is none of them.
     fn backends(&self) -> impl Iterator<Item = (Option<BackendIndex>, &str)> {
-        let known = (0..self.observed.policy.backends.len()).map(|index| u16::try_from(index).ok());
-        known.chain([None]).map(|index| (index, self.observed.policy.label(index)))
+        let known = (0..self.policy.backends.len()).map(|index| u16::try_from(index).ok());
+        known.chain([None]).map(|index| (index, self.policy.label(index)))
     }
 
     fn view(&self, families: &mut Families<'_>, report: &Report) -> fmt::Result {
@@ -82,7 +82,7 @@ impl Kernel {
             "kernel_oldest_socket_age_seconds",
             "Age of the oldest such socket",
             report.sockets.iter().filter_map(|((backend, state), group)| {
-                let labels = [("backend", self.observed.policy.label(*backend)), ("tcp_state", state.as_str())];
+                let labels = [("backend", self.policy.label(*backend)), ("tcp_state", state.as_str())];
                 Some((labels, age(group.oldest?)))
             }),
         )

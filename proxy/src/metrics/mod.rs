@@ -3,6 +3,7 @@
 //! Everything is read when it is scraped: counters from the workers, gauges from the ledger (I11), findings from the
 //! watchdog's last report. Labels come from the configuration and from closed enums only, so their number is bounded.
 
+mod beside;
 mod encode;
 mod kernel;
 mod limits;
@@ -10,13 +11,16 @@ mod process;
 mod traffic;
 
 use std::fmt;
+use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-use crate::watchdog::{Handle, Observed};
+use crate::watch::Watched;
+use crate::watchdog::{Handle, Observed, Subject};
+use beside::Beside;
 use encode::Families;
 use kernel::Kernel;
 use limits::Limits;
@@ -39,7 +43,20 @@ pub fn registry(observed: Observed, watchdog: Handle) -> Metrics {
     own.register_collector(Box::new(Build));
     own.register_collector(Box::new(Traffic { observed: observed.clone() }));
     own.register_collector(Box::new(Limits::new(observed.clone())));
-    own.register_collector(Box::new(Kernel { observed, watchdog }));
+    let (policy, interval) = (Arc::clone(&observed.policy), observed.config.watchdog.interval);
+    own.register_collector(Box::new(Kernel { policy, interval, watchdog }));
+    registry.register_collector(Box::new(Process));
+    Metrics { registry }
+}
+
+/// The metrics of a watch beside other processes.
+pub fn beside(subject: &Subject, watched: Arc<Watched>, watchdog: Handle) -> Metrics {
+    let mut registry = Registry::default();
+    let own = registry.sub_registry_with_prefix("counterfoil");
+    let (policy, interval) = (Arc::clone(&subject.policy), subject.settings.interval);
+    own.register_collector(Box::new(Build));
+    own.register_collector(Box::new(Kernel { policy, interval, watchdog: watchdog.clone() }));
+    own.register_collector(Box::new(Beside { watched, watchdog }));
     registry.register_collector(Box::new(Process));
     Metrics { registry }
 }

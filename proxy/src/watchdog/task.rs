@@ -21,7 +21,7 @@ use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::Class;
 use crate::control::Control;
-use crate::kernel::{self, KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
+use crate::kernel::{KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
 use crate::ledger::{LedgerSnapshot, RowId};
 
 /// Between two steps of the reaper while it is busy.
@@ -243,7 +243,7 @@ impl Task {
         let Ok((kernel, ledger)) = self.read() else { return };
         let policy = Arc::clone(&self.subject.policy);
         let joined = Joined::new(&kernel, self.trust(), &ledger);
-        let mut hands = Grip { subject: &self.subject, doubt: false };
+        let mut hands = Grip { subject: &self.subject, view: &mut *self.view, doubt: false };
         self.reaper.step(&joined, &policy, &mut hands, clock::now());
         self.doubt |= hands.doubt;
         self.publish();
@@ -297,9 +297,10 @@ impl Task {
     }
 }
 
-/// The reaper's hands on this process.
+/// The reaper's hands: on this process's connections, and on any that the view can name.
 struct Grip<'a> {
     subject: &'a Subject,
+    view: &'a mut dyn KernelView,
     doubt: bool,
 }
 
@@ -322,7 +323,7 @@ impl Hands for Grip<'_> {
     }
 
     fn destroy(&mut self, socket: &KernelSocket) -> io::Result<()> {
-        kernel::destroy(socket).map_err(io::Error::other)?.result()
+        self.view.destroy(socket).map_err(io::Error::other)?.result()
     }
 
     fn retire(&mut self, row: RowId, cookie: u64) -> bool {
