@@ -5,6 +5,8 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 #![expect(clippy::disallowed_methods, reason = "these sockets are the test's own, and nothing pauses its clock")]
 
+mod apart;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -433,6 +435,19 @@ fn without_capabilities_the_error_says_which() {
     let (source, reason) = auto.unwrap();
     assert_eq!(source, Source::SockDiag);
     assert!(reason.contains("eBPF is not available") && reason.contains("CAP_BPF"), "{reason}");
+}
+
+#[test]
+fn in_namespaces_of_its_own_it_is_as_exact() {
+    let _alone = alone();
+    apart::repeat_apart(&[
+        "ebpf_sees_every_state",
+        "sock_diag_sees_the_same_states",
+        "both_views_agree",
+        "a_socket_held_by_another_process_is_reported",
+        "destroying_severs_exactly_that_socket",
+        "membership_is_exact_while_sockets_come_and_go",
+    ]);
 }
 
 #[test]

@@ -2,7 +2,12 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 #![expect(clippy::disallowed_methods, reason = "these sockets are the test's own, and nothing pauses its clock")]
 
+#[path = "../apart/mod.rs"]
+mod apart;
+mod owners;
+mod privileges;
 mod puppet;
+mod states;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
@@ -52,9 +57,20 @@ fn socket(snapshot: &KernelSnapshot, cookie: u64) -> KernelSocket {
     snapshot.sockets.iter().find(|socket| socket.cookie == cookie).unwrap().clone()
 }
 
-/// A port of loopback that refuses.
+/// An address of loopback that refuses.
 fn refusing() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// The held sockets, with owner and state.
+fn held(snapshot: &KernelSnapshot) -> BTreeMap<u64, (u32, TcpState)> {
+    let held = snapshot.sockets.iter().filter(|socket| socket.held).cloned().collect();
+    states(&KernelSnapshot { sockets: held, ..KernelSnapshot::default() })
+}
+
+/// A name for puppets of this test run only: others may run at the same time.
+fn own_name(word: &str) -> String {
+    format!("{word}-{}", std::process::id())
 }
 
 /// Which views are tried.
@@ -110,11 +126,11 @@ fn a_restart_is_followed_by_name_and_not_by_id() {
     for choice in VIEWS {
         let backend = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = backend.local_addr().unwrap();
-        let name = "puppet-restart";
-        let mut by_name = beside(choice, &Who::Name(name.to_owned()), &[address]);
+        let name = own_name("again");
+        let mut by_name = beside(choice, &Who::Name(name.clone()), &[address]);
         assert_eq!(pids(&by_name.snapshot().unwrap()), [0; 0], "not yet");
 
-        let mut first = Puppet::start(name, &Home::Here);
+        let mut first = Puppet::start(&name, &Home::Here);
         let mut by_id = beside(choice, &Who::Pid(first.pid), &[address]);
         let cookie = first.cookie(&format!("connect {address}"));
         let expected = BTreeMap::from([(cookie, (first.pid, TcpState::Established))]);
@@ -127,15 +143,9 @@ fn a_restart_is_followed_by_name_and_not_by_id() {
             until(view.as_mut(), "ended", |s| s.processes.is_empty() && s.sockets.iter().all(|s| !s.held));
         }
 
-        let mut second = Puppet::start(name, &Home::Here);
+        let mut second = Puppet::start(&name, &Home::Here);
         let cookie = second.cookie(&format!("connect {address}"));
         let expected = BTreeMap::from([(cookie, (second.pid, TcpState::Established))]);
-        let held = |s: &KernelSnapshot| {
-            states(&KernelSnapshot {
-                sockets: s.sockets.iter().filter(|socket| socket.held).cloned().collect(),
-                ..KernelSnapshot::default()
-            })
-        };
         let snapshot = until(by_name.as_mut(), "the second", |snapshot| held(snapshot) == expected);
         assert_eq!(pids(&snapshot), [second.pid]);
         assert_eq!(pids(&by_id.snapshot().unwrap()), [0; 0], "the end of a process is final");
@@ -158,4 +168,14 @@ fn only_the_peers_of_the_watch_are_counted() {
         assert_eq!(states(&snapshot), BTreeMap::from([(mine, (puppet.pid, TcpState::Established))]));
         drop((stranger, other));
     }
+}
+
+#[test]
+fn a_watcher_in_namespaces_of_its_own_sees_as_much() {
+    apart::repeat_apart(&[
+        "a_process_in_namespaces_of_its_own_is_seen_from_outside",
+        "a_restart_is_followed_by_name_and_not_by_id",
+        "only_the_peers_of_the_watch_are_counted",
+        "owners::processes_with_one_name_keep_their_sockets_apart",
+    ]);
 }

@@ -3,15 +3,17 @@
 //! It is this test program again, running only the test [`puppet`], and takes one order per line on its standard input.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
-use std::{env, fs, io, thread};
+use std::{env, fs, io};
 
 use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::apart::{tool, words};
 
 /// Marks an answer among what the test framework prints.
 const MARK: &str = "puppet: ";
@@ -92,19 +94,6 @@ impl Drop for Puppet {
     }
 }
 
-/// A program, or the applet of busybox where that is all there is.
-fn tool(name: &'static str) -> Vec<&'static str> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&path).chain(["/sbin".into(), "/usr/sbin".into()]).any(|p| p.join(name).exists());
-    if found { vec![name] } else { vec!["busybox", name] }
-}
-
-fn words(words: &[&str]) -> Command {
-    let mut command = Command::new(words[0]);
-    command.args(&words[1..]);
-    command
-}
-
 /// The one child of a process.
 fn child_of(parent: u32) -> u32 {
     let is_child = |pid: &u32| {
@@ -118,13 +107,13 @@ fn child_of(parent: u32) -> u32 {
 /// What a puppet has open.
 #[derive(Default)]
 struct Open {
-    listener: Option<TcpListener>,
+    listeners: Vec<TcpListener>,
     /// Client ends by cookie.
-    clients: BTreeMap<u64, OwnedFd>,
+    clients: BTreeMap<u64, TcpStream>,
     /// The ends that its own listener accepted, by the cookies of the clients.
     servers: BTreeMap<u64, TcpStream>,
-    copies: Vec<OwnedFd>,
-    children: Vec<Child>,
+    /// Accepted from elsewhere, and second descriptors.
+    others: Vec<OwnedFd>,
 }
 
 /// The process itself.
@@ -140,10 +129,6 @@ fn puppet() {
         let words: Vec<&str> = order.split(' ').collect();
         println!("{MARK}{}", open.obey(words[0], words.get(1).copied().unwrap_or_default()));
     }
-    for mut child in open.children {
-        let _ = child.kill();
-        let _ = child.wait();
-    }
 }
 
 impl Open {
@@ -153,7 +138,7 @@ impl Open {
             "listen" => {
                 let listener = TcpListener::bind(what).unwrap();
                 let address = listener.local_addr().unwrap();
-                self.listener = Some(listener);
+                self.listeners.push(listener);
                 address.to_string()
             }
             // Connects to an address; to its own listener it accepts as well.
@@ -171,6 +156,25 @@ impl Open {
                 SockRef::from(&server).set_linger(Some(Duration::ZERO)).unwrap();
                 "done".to_owned()
             }
+            // Eight bytes there, which are read.
+            "send" => {
+                let cookie = what.parse().unwrap();
+                (&self.clients[&cookie]).write_all(b"question").unwrap();
+                (&self.servers[&cookie]).read_exact(&mut [0; 8]).unwrap();
+                "done".to_owned()
+            }
+            // Six bytes back, which nobody reads.
+            "peer-sends" => {
+                (&self.servers[&what.parse().unwrap()]).write_all(b"answer").unwrap();
+                "done".to_owned()
+            }
+            // Takes a connection that somebody else opened to the last listener.
+            "accept" => {
+                let socket = self.listeners.last().unwrap().accept().unwrap().0;
+                let cookie = cookie(&socket);
+                self.others.push(socket.into());
+                cookie.to_string()
+            }
             "close" => {
                 self.clients.remove(&what.parse().unwrap());
                 "done".to_owned()
@@ -181,18 +185,15 @@ impl Open {
             }
             // A second descriptor of the same socket.
             "duplicate" => {
-                self.copies.push(self.clients[&what.parse().unwrap()].try_clone().unwrap());
+                self.others.push(self.clients[&what.parse().unwrap()].try_clone().unwrap().into());
                 "done".to_owned()
             }
-            // A child of another name that inherits this one.
+            // A child of another name that inherits this one, and lives on when the puppet ends.
             "inherit" => {
-                let socket = self.clients[&what.parse().unwrap()].try_clone().unwrap();
-                let mut command = words(&["sh", "-c", "read -r line"]);
-                // Ends when the puppet does, as its input does.
-                let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(socket).spawn().unwrap();
-                let pid = child.id();
-                self.children.push(child);
-                pid.to_string()
+                let socket: OwnedFd = self.clients[&what.parse().unwrap()].try_clone().unwrap().into();
+                let mut command = words(&tool("sleep"));
+                command.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(socket);
+                command.spawn().unwrap().id().to_string()
             }
             "id" => std::process::id().to_string(),
             "namespace" => fs::read_link(Path::new("/proc/self/ns").join(what)).unwrap().display().to_string(),
@@ -205,14 +206,11 @@ impl Open {
         let socket = Socket::new(domain, Type::STREAM, None).unwrap();
         let connected = socket.connect(&address.into());
         let cookie = cookie(&socket);
-        let own = self.listener.as_ref().and_then(|listener| listener.local_addr().ok());
-        match (connected, own) {
-            (Ok(()), Some(own)) if own.port() == address.port() => {
-                let server = self.listener.as_ref().unwrap().accept().unwrap().0;
-                self.servers.insert(cookie, server);
-            }
-            // Refused: it is kept as it is.
-            _ => thread::yield_now(),
+        let canonical = SocketAddr::new(address.ip().to_canonical(), address.port());
+        let own = self.listeners.iter().find(|listener| listener.local_addr().unwrap() == canonical);
+        // One that is refused is kept as it is.
+        if let (Ok(()), Some(listener)) = (connected, own) {
+            self.servers.insert(cookie, listener.accept().unwrap().0);
         }
         self.clients.insert(cookie, socket.into());
         cookie

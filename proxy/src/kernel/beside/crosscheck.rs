@@ -7,7 +7,10 @@ use std::collections::{HashMap, HashSet};
 use counterfoil_common::SocketRecord;
 
 use super::super::{Crosscheck, ViewError};
-use super::ebpf::EbpfBeside;
+use super::ebpf::{EbpfBeside, is_held};
+
+/// Sockets by cookie.
+type Records = HashMap<u64, SocketRecord>;
 
 impl EbpfBeside {
     pub(super) fn compare(&mut self) -> Result<Crosscheck, ViewError> {
@@ -22,6 +25,7 @@ impl EbpfBeside {
             before.keys().filter(|cookie| after.contains_key(cookie) && !swept.contains(cookie)).copied().collect();
         Ok(Crosscheck {
             compared: [swept.len(), after.len(), 0],
+            held_elsewhere: self.held_elsewhere(&sweep.records, &before, &after),
             found: found.iter().map(|record| record.cookie).collect(),
             disagreement: (!escaped.is_empty() && sweep.overflowed == 0)
                 .then(|| format!("descriptors that eBPF does not see: {}", escaped.len())),
@@ -29,8 +33,16 @@ impl EbpfBeside {
         })
     }
 
+    /// Held sockets of a watched process that no watched process has a descriptor of.
+    fn held_elsewhere(&self, swept: &[SocketRecord], before: &Records, after: &Records) -> Vec<u64> {
+        let owners: HashSet<u32> = self.watched.values().copied().collect();
+        let has_descriptor = |cookie: &u64| before.contains_key(cookie) || after.contains_key(cookie);
+        let held = swept.iter().filter(|record| is_held(record) && owners.contains(&record.owner));
+        held.map(|record| record.cookie).filter(|cookie| !has_descriptor(cookie)).collect()
+    }
+
     /// The sockets behind descriptors of all watched processes.
-    fn descriptors(&mut self) -> Result<HashMap<u64, SocketRecord>, ViewError> {
+    fn descriptors(&mut self) -> Result<Records, ViewError> {
         let mut descriptors = HashMap::new();
         for process in self.watched.keys().copied().collect::<Vec<_>>() {
             if let Some((_, records)) = self.walk(process)? {

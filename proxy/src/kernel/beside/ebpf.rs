@@ -67,6 +67,8 @@ impl EbpfBeside {
         let gone: Vec<Process> = self.watched.keys().filter(|process| !now.contains(process)).copied().collect();
         for process in gone {
             self.leave(process)?;
+            // Opened again when they are needed: each keeps its namespace alive.
+            self.namespaces.keep(&HashSet::new());
         }
         // One without any descriptor is asked again: its id is not known yet.
         let new: Vec<Process> =
@@ -238,6 +240,6 @@ impl KernelView for EbpfBeside {
     }
 }
 
-fn is_held(record: &SocketRecord) -> bool {
+pub(super) fn is_held(record: &SocketRecord) -> bool {
     record.flags & flags::HELD != 0
 }
