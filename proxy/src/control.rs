@@ -28,8 +28,10 @@ pub enum Control {
     CapacityFreed,
     /// Stop accepting, answer what is in flight, close what is idle, end.
     Drain {
-        /// The time over which idle client connections are closed.
+        /// After this time client connections are closed, whatever is in flight on them.
         over: Duration,
+        /// The time over which idle client connections are closed.
+        spread: Duration,
     },
     /// Block the thread, as a bug would.
     #[cfg(feature = "test-hooks")]

@@ -26,6 +26,7 @@ pub mod proxy_protocol;
 pub mod query;
 pub mod responder;
 pub mod stats;
+pub mod systemd;
 pub mod watch;
 pub mod watchdog;
 pub mod worker;

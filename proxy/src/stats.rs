@@ -2,6 +2,8 @@
 //!
 //! A counter is a load and a store, never a locked instruction: nobody else writes it.
 
+use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -198,5 +200,31 @@ impl WorkerStats {
             backends: (0..backends).map(|_| BackendStats::default()).collect(),
             waiting: Counter::default(),
         }
+    }
+}
+
+/// What goes on now, all workers together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Client connections.
+    pub clients: u64,
+    /// Queries in flight.
+    pub queries: u64,
+}
+
+impl Tally {
+    /// Of these workers.
+    pub fn of(workers: &[Arc<WorkerStats>]) -> Self {
+        let listeners = || workers.iter().flat_map(|worker| worker.listeners.iter());
+        Self {
+            clients: listeners().map(|listener| listener.connections.get()).sum(),
+            queries: listeners().map(|listener| listener.in_flight.get()).sum(),
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} client connections, {} queries in flight", self.clients, self.queries)
     }
 }

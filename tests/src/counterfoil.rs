@@ -1,10 +1,11 @@
 //! The program under test, as a process of its own.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -47,7 +48,14 @@ pub struct Options<'a> {
     pub descriptors: Option<u32>,
     /// As the ordinary user [`NOBODY`] with exactly these capabilities, by their names in setpriv(1), as a systemd unit would.
     pub capabilities: Option<&'a [&'a str]>,
+    /// With these variables of the environment, as a service manager sets them.
+    pub environment: &'a [(&'a str, &'a str)],
+    /// With this listening socket, as a service manager passes it (sd_listen_fds(3)). Not in a namespace.
+    pub listener: Option<&'a TcpListener>,
 }
+
+/// Makes the standard input the first descriptor that is passed. The shell becomes the program, so its id is right.
+const PASS: &str = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\" 3<&0 </dev/null";
 
 /// The user and group `nobody` of Debian.
 const NOBODY: u32 = 65534;
@@ -86,10 +94,23 @@ impl Counterfoil {
             command.extend(["prlimit", limit.as_str(), "--"]);
         }
         command.extend(ordinary.iter().map(String::as_str));
+        let variables: Vec<String> =
+            options.environment.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        if !variables.is_empty() {
+            command.push("env");
+            command.extend(variables.iter().map(String::as_str));
+        }
+        if options.listener.is_some() {
+            command.extend(["sh", "-c", PASS, "sh"]);
+        }
         command.extend([program.as_str(), "run", "--config", &file, "--log-format", "json"]);
         let mut process = match options.namespace {
             Some(namespace) => namespace.start("counterfoil", &command),
-            None => Process::start("counterfoil", command[0], &command[1..]),
+            None => {
+                let listener = options.listener.map(|listener| listener.try_clone().expect("a descriptor is left"));
+                let input = listener.map_or_else(Stdio::null, |listener| Stdio::from(OwnedFd::from(listener)));
+                Process::start_with("counterfoil", command[0], &command[1..], input)
+            }
         };
         let address = process
             .wait_for_line(START, "its listener", |line| field(&message(line, "listening")?, "address")?.parse().ok());
@@ -156,15 +177,28 @@ impl Counterfoil {
     /// If the socket does not answer, or an event is not JSON.
     #[track_caller]
     pub fn admin(&self, command: &Value, deadline: Duration) -> Vec<Value> {
-        let mut stream = UnixStream::connect(&self.socket).expect("the admin socket accepts");
-        stream.set_read_timeout(Some(deadline)).expect("a timeout that is not zero");
-        stream.write_all(format!("{command}\n").as_bytes()).expect("the admin socket reads");
         let mut events = Vec::new();
-        for line in BufReader::new(stream).lines() {
+        for line in self.send(command, deadline).lines() {
             let line = line.unwrap_or_else(|e| panic!("{command} after {events:?}: {e}\n{}", self.process.tail()));
             events.push(serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}")));
         }
         events
+    }
+
+    /// Sends a command to the admin socket; its events are read one by one.
+    ///
+    /// # Panics
+    /// If the socket does not take it.
+    #[track_caller]
+    pub fn begin(&self, command: &Value) -> Events {
+        Events(self.send(command, REST))
+    }
+
+    fn send(&self, command: &Value, deadline: Duration) -> BufReader<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).expect("the admin socket accepts");
+        stream.set_read_timeout(Some(deadline)).expect("a timeout that is not zero");
+        stream.write_all(format!("{command}\n").as_bytes()).expect("the admin socket reads");
+        BufReader::new(stream)
     }
 
     /// Runs `counterfoil drill CLASS` as an operator would; `true` and its output if it succeeded.
@@ -215,6 +249,23 @@ impl Counterfoil {
     pub fn terminate(&mut self, deadline: Duration) -> ExitStatus {
         self.process.signal(Signal::TERM);
         self.process.wait_exit(deadline)
+    }
+}
+
+/// The events that answer a command.
+#[derive(Debug)]
+pub struct Events(BufReader<UnixStream>);
+
+impl Events {
+    /// The next one.
+    ///
+    /// # Panics
+    /// If there is none soon, or it is no JSON.
+    #[track_caller]
+    pub fn wait(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("an event");
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
     }
 }
 

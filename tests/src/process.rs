@@ -66,9 +66,22 @@ impl Process {
     /// # Panics
     /// If it cannot be started.
     pub fn start<S: AsRef<std::ffi::OsStr>>(name: &str, program: impl AsRef<std::ffi::OsStr>, args: &[S]) -> Self {
+        Self::start_with(name, program, args, Stdio::null())
+    }
+
+    /// Like [`Self::start`], with this as its standard input.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_with<S: AsRef<std::ffi::OsStr>>(
+        name: &str,
+        program: impl AsRef<std::ffi::OsStr>,
+        args: &[S],
+        input: Stdio,
+    ) -> Self {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
         let log = Arc::new(Log::default());
         let readers = vec![

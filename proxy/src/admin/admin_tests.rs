@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::*;
+use crate::app::order;
 use crate::clock;
 use crate::config::{Class, ReapMode, View};
 use crate::drill;
@@ -19,6 +20,7 @@ use crate::watchdog::{self, Watchdog, fixture};
 struct Running {
     admin: Admin,
     observed: Observed,
+    inbox: Option<order::Inbox>,
     _watchdog: Watchdog,
     _worker: tokio::sync::mpsc::UnboundedReceiver<crate::control::Control>,
     directory: PathBuf,
@@ -47,8 +49,10 @@ fn start_with(reap: ReapMode, name: &str) -> Running {
     let watchdog = watchdog::start(observed.subject(), view).unwrap();
     let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
     let doors = Doors::bind(&observed.config.admin).unwrap();
-    let admin = start(observed.clone(), watchdog.handle(), metrics, setup, doors).unwrap();
-    Running { admin, observed, _watchdog: watchdog, _worker: worker, directory }
+    let (orders, inbox) = order::channel();
+    let served = Served { observed: observed.clone(), watchdog: watchdog.handle(), metrics, orders };
+    let admin = start(served, setup, doors).unwrap();
+    Running { admin, observed, inbox: Some(inbox), _watchdog: watchdog, _worker: worker, directory }
 }
 
 fn get(running: &Running, path: &str) -> String {
@@ -234,4 +238,31 @@ fn what_there_is_can_be_shown() {
         (&false.into(), &"not reaped: neither view has a socket 1".into())
     );
     assert_eq!(ask(&running, "{\"cmd\":\"show\",\"what\":\"all\"}")[0]["ok"], false);
+}
+
+#[test]
+fn draining_is_reported_to_its_end_even_if_the_admin_side_ends_with_it() {
+    let mut running = start_with(ReapMode::Off, "drain");
+    let inbox = running.inbox.take().unwrap();
+    let socket = running.admin.socket().unwrap().to_owned();
+    let operator = std::thread::spawn(move || {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        writeln!(stream, r#"{{"cmd":"drain"}}"#).unwrap();
+        let lines = BufReader::new(stream).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap());
+        lines.collect::<Vec<serde_json::Value>>()
+    });
+    inbox.pretend_to_drain();
+    drop(running);
+    let events = operator.join().unwrap();
+    assert_eq!(events[0], serde_json::json!({"event": "draining", "client_connections": 0, "queries_in_flight": 0}));
+    assert_eq!(events.last().unwrap()["ok"], true, "{events:?}");
+}
+
+#[test]
+fn a_process_that_ends_takes_no_order() {
+    let mut running = start_with(ReapMode::Off, "late");
+    drop(running.inbox.take());
+    let events = ask(&running, r#"{"cmd":"drain"}"#);
+    assert_eq!((events.len(), &events[0]["ok"]), (1, &serde_json::Value::Bool(false)), "{events:?}");
 }

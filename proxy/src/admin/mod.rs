@@ -3,6 +3,7 @@
 //! One thread with a runtime of its own. It reads atomics and the watchdog's reports, so it can neither block a worker
 //! nor be blocked by one; what a peer can make it hold is bounded ([`guard`]).
 
+mod drain;
 mod guard;
 pub(crate) mod http;
 mod order;
@@ -18,14 +19,19 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::LocalSet;
+use tokio::time::timeout;
 
+use crate::app::order::Orders;
 use crate::config;
 use crate::drill::Setup;
 use crate::metrics::Metrics;
 use crate::watchdog::{Handle, Observed};
 use socket::Bound;
+
+/// For the last answers at the socket when the process ends.
+const FAREWELL: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Why the admin side cannot start; names the address or the path.
 #[derive(Debug, thiserror::Error)]
@@ -91,10 +97,15 @@ impl Drop for Admin {
 
 /// What requests are answered from.
 #[derive(Clone, Debug)]
-struct Served {
-    observed: Observed,
-    watchdog: Handle,
-    metrics: Arc<Metrics>,
+pub struct Served {
+    /// What there is to be seen.
+    pub observed: Observed,
+    /// The watchdog's answers.
+    pub watchdog: Handle,
+    /// What `/metrics` shows.
+    pub metrics: Arc<Metrics>,
+    /// The way to the main thread.
+    pub orders: Orders,
 }
 
 /// What `[admin]` asks for, bound but not served yet.
@@ -123,19 +134,12 @@ impl Doors {
 ///
 /// # Errors
 /// The thread cannot be started.
-pub fn start(
-    observed: Observed,
-    watchdog: Handle,
-    metrics: Arc<Metrics>,
-    drill: Setup,
-    doors: Doors,
-) -> Result<Admin, AdminError> {
+pub fn start(served: Served, drill: Setup, doors: Doors) -> Result<Admin, AdminError> {
     let Doors { http, socket: bound } = doors;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let address = http.as_ref().map(TcpListener::local_addr).transpose()?;
     let path = bound.as_ref().map(|bound| bound.path().to_owned());
     let (stop, stopped) = oneshot::channel::<()>();
-    let served = Served { observed, watchdog, metrics };
     let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
         if let Err(error) = serve(&runtime, served, http, bound, drill, stopped) {
             tracing::error!(%error, "the admin side has ended");
@@ -166,11 +170,14 @@ fn serve(
             let listener = tokio::net::TcpListener::from_std(listener)?;
             tokio::task::spawn_local(http::serve(listener, served.clone()));
         }
+        let places = Arc::new(Semaphore::new(socket::MAX_CONNECTIONS));
         if let Some(bound) = bound {
-            tokio::task::spawn_local(socket::serve(bound.listen()?, served, Rc::clone(&drill)));
+            tokio::task::spawn_local(socket::serve(bound.listen()?, served, Rc::clone(&drill), Arc::clone(&places)));
         }
         // The sender is never used, only dropped.
         let _ = stopped.await;
+        // Who waits for the end is told of it: an answer that is under way gets there, all places are free then.
+        let _ = timeout(FAREWELL, places.acquire_many(socket::MAX_CONNECTIONS as u32)).await;
         Ok(())
     })
 }

@@ -19,11 +19,11 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 
 use super::show::{self, What};
-use super::{Served, order};
+use super::{Served, drain, order};
 use crate::drill::{self, Drill};
 
 /// Connections at once: some are left however many drills are running.
-const MAX_CONNECTIONS: usize = drill::AT_ONCE + 8;
+pub(super) const MAX_CONNECTIONS: usize = drill::AT_ONCE + 8;
 
 /// Longest request, bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -118,9 +118,8 @@ pub(super) struct Listening {
     _file: SocketFile,
 }
 
-/// Serves until its task is dropped.
-pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+/// Serves until its task is dropped, as many at once as there are `places`.
+pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>, places: Arc<Semaphore>) {
     loop {
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -156,6 +155,8 @@ enum Request {
     },
     /// One reaping, on an operator's order.
     Reap { cookie: u64 },
+    /// The end of the process, when everything is answered.
+    Drain,
     /// Blocks a worker's thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang { worker: usize, millis: u64 },
@@ -203,6 +204,7 @@ async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: Unbounded
         Ok(Request::Drill(order)) => drill.run(&order, &events).await,
         Ok(Request::Show { what, after }) => show::show(what, after, served, &events).await,
         Ok(Request::Reap { cookie }) => order::reap(cookie, served, &events).await,
+        Ok(Request::Drain) => drain::drain(served, &events).await,
         #[cfg(feature = "test-hooks")]
         Ok(Request::Hang { worker, millis }) => {
             let hang = crate::control::Control::Hang(Duration::from_millis(millis));

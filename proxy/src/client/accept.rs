@@ -24,13 +24,15 @@ pub(crate) struct Acceptor {
     pub(crate) shell: Rc<Shell>,
     pub(crate) listener: TcpListener,
     pub(crate) index: u16,
+    /// Somebody else will accept what is in the queue at the end.
+    pub(crate) leaves_queue: bool,
     pub(crate) limits: std::sync::Arc<ClientLimits>,
     pub(crate) max_per_client: usize,
 }
 
 impl Acceptor {
     /// Runs until `stop` is done; then takes what the kernel has queued already, so that no client that was told it is
-    /// connected is lost.
+    /// connected is lost, unless it is left to the next process.
     pub(crate) async fn run(self, mut stop: tokio::sync::watch::Receiver<bool>) {
         let mut reserve = File::open("/dev/null").ok();
         loop {
@@ -44,7 +46,9 @@ impl Acceptor {
                 Err(error) => self.failed(&error, &mut reserve).await,
             }
         }
-        while let Some(Ok((stream, _))) = poll_once(self.listener.accept()).await {
+        while !self.leaves_queue
+            && let Some(Ok((stream, _))) = poll_once(self.listener.accept()).await
+        {
             self.admit(stream);
         }
     }

@@ -3,6 +3,7 @@
 //! * an iterator link with its parameters, and its file (`aya` cannot pass the parameters),
 //! * the array of records, mapped,
 //! * `getsockopt` on a descriptor that another thread owns,
+//! * descriptors that the process was started with,
 //! * a socket option that no crate knows, and the registration of a shared socket with tokio.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
@@ -193,6 +194,17 @@ pub(super) fn local_address(fd: RawFd) -> io::Result<SocketAddr> {
         }
         _ => Err(io::ErrorKind::Unsupported.into()),
     }
+}
+
+/// Another descriptor of what this number stands for in this process, closed by `execve(2)`.
+pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: an integer is all that is passed; if it is no open descriptor, the kernel says so.
+    let result = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(result) })
 }
 
 /// `IP_BIND_ADDRESS_NO_PORT` (ip(7)): `bind(2)` with port 0 leaves the choice of a port to `connect(2)`, which may then

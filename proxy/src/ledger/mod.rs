@@ -72,6 +72,11 @@ impl Ledger {
         self.shards.len()
     }
 
+    /// Per shard, when its owner last showed that it runs; zero: it never started.
+    pub fn heartbeats(&self) -> Vec<Mono> {
+        self.shards.iter().map(|shard| shard.heartbeat()).collect()
+    }
+
     /// Everything the ledger knows, without stopping anybody.
     pub fn snapshot(&self, now: Mono) -> LedgerSnapshot {
         let mut snapshot =

@@ -150,6 +150,10 @@ impl Shard {
         self.heartbeat.store(now.0, Ordering::Relaxed);
     }
 
+    pub(super) fn heartbeat(&self) -> Mono {
+        Mono(self.heartbeat.load(Ordering::Relaxed))
+    }
+
     /// Fills a free slot. Only the shard's writer calls this.
     pub(super) fn fill(&self, slot: u32, cookie: u64, info: &OpenInfo, now: Mono, socket: &Arc<Socket>) -> u64 {
         let Some(row) = self.slots.get(slot as usize) else { return 0 };
@@ -234,7 +238,7 @@ impl Shard {
     }
 
     pub(super) fn read(&self, snapshot: &mut LedgerSnapshot) {
-        snapshot.heartbeats.push(Mono(self.heartbeat.load(Ordering::Relaxed)));
+        snapshot.heartbeats.push(self.heartbeat());
         for (index, row) in self.slots.iter().enumerate() {
             if let Some(row) = self.read_slot(index, row) {
                 snapshot.rows.push(row);

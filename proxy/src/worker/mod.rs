@@ -19,7 +19,6 @@ pub(crate) mod shell;
 mod sim;
 mod timers;
 
-use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use self::core::{Core, Shared};
 use self::plan::Plan;
 use self::shell::{GRAIN, Shell};
+use crate::app::listen::Accepting;
 use crate::client::accept::Acceptor;
 use crate::client::limits::ClientLimits;
 use crate::clock::{self, Mono};
@@ -39,8 +39,6 @@ use crate::stats::WorkerStats;
 
 /// How often a worker shows that it runs.
 pub const HEARTBEAT: Duration = Duration::from_millis(250);
-/// The part of `drain_timeout` over which idle client connections are closed; the rest is for the last queries.
-const SPREAD: f64 = 0.8;
 
 /// Everything that a worker is made of. Made on the main thread, so that whatever fails fails before anything runs.
 #[derive(Debug)]
@@ -51,8 +49,8 @@ pub struct Worker {
     pub workers: usize,
     /// The configuration.
     pub config: Arc<Config>,
-    /// Bound and listening, in the order of the configuration.
-    pub listeners: Vec<TcpListener>,
+    /// Where it accepts.
+    pub listeners: Vec<Accepting>,
     /// What all workers share.
     pub shared: Arc<Shared>,
     /// The limits on clients.
@@ -85,15 +83,14 @@ impl Worker {
         let core = Core::new(plan, Arc::clone(&self.stats), Arc::clone(&self.shared), seed, clock::now());
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
-        for (index, listener) in self.listeners.into_iter().enumerate() {
-            listener.set_nonblocking(true)?;
+        for Accepting { listener, socket, inherited } in self.listeners {
             let acceptor = Acceptor {
                 shell: Rc::clone(&shell),
-                listener: tokio::net::TcpListener::from_std(listener)?,
-                // Fewer than 65,536, as each has an address and a port.
-                index: index as u16,
+                listener: tokio::net::TcpListener::from_std(socket)?,
+                index: listener,
+                leaves_queue: inherited,
                 limits: Arc::clone(&self.limits),
-                max_per_client: self.config.listeners[index].max_connections_per_client,
+                max_per_client: self.config.listeners[usize::from(listener)].max_connections_per_client,
             };
             tokio::task::spawn_local(acceptor.run(stopped.clone()));
         }
@@ -158,10 +155,10 @@ impl Keeper {
                     core.serve_waiting(backend as u16, now);
                 }
             }
-            Control::Drain { over } => {
+            Control::Drain { over, spread } => {
                 let _ = self.stop.send(true);
                 self.drain_until = Some(now.after(over));
-                self.shell.core.borrow_mut().drain(over.mul_f64(SPREAD), now);
+                self.shell.core.borrow_mut().drain(spread, now);
             }
             #[cfg(feature = "test-hooks")]
             Control::Hang(duration) => std::thread::sleep(duration),

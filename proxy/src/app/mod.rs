@@ -1,40 +1,43 @@
 //! Putting the program together: everything that can fail at start fails in [`App::build`], before a client is served.
 
-use std::net::{SocketAddr, TcpListener};
+mod life;
+pub mod listen;
+pub mod order;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::client::limits::ClientLimits;
 use crate::config::Config;
-use crate::control::{Control, Controls};
+use crate::control::Controls;
 use crate::ledger::Ledger;
 use crate::ledger::caps::Caps;
 use crate::stats::WorkerStats;
+use crate::systemd::{Environment, Notifier, activation};
 use crate::watchdog::{Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
 use crate::{admin, drill, kernel, metrics, privilege, watchdog};
-
-/// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
-const BACKLOG: i32 = 4096;
-/// Beyond `drain_timeout`, before a worker that does not end is given up.
-const LAST_CALL: Duration = Duration::from_secs(5);
+use life::{Life, Pulse, Signals};
+use listen::Listening;
+use order::{Inbox, Orders};
 
 /// A forwarder that is ready to run.
 pub struct App {
     observed: Observed,
     workers: Vec<Worker>,
     addresses: Vec<SocketAddr>,
+    all_inherited: bool,
     watchdog: Watchdog,
     doors: admin::Doors,
     drill: drill::Setup,
+    environment: Environment,
+    notifier: Notifier,
 }
 
 impl App {
@@ -46,6 +49,8 @@ impl App {
     /// An address can't be listened on, or the configured kernel view can't be had; the error says which and why.
     pub fn build(config: Config, others: &[SocketAddr]) -> Result<Self> {
         privilege::forbid_new()?;
+        let environment = Environment::read();
+        let notifier = Notifier::new(environment.notify.as_deref()).context("NOTIFY_SOCKET in the environment")?;
         raise_descriptor_limit();
         let config = Arc::new(config);
         let count = config.server.workers;
@@ -60,23 +65,16 @@ impl App {
         let shared = Arc::new(Shared { caps, waiting: AtomicUsize::new(0), serial: AtomicU64::new(0) });
         let limits = ClientLimits::new(config.server.max_connections);
 
-        let mut bound = Vec::new();
-        for listener in &config.listeners {
-            bound.push(
-                listen(listener.address, count)
-                    .with_context(|| format!("listener `{}` cannot listen on {}", listener.name, listener.address))?,
-            );
-        }
-        let addresses: Vec<SocketAddr> = bound.iter().map(|(address, _)| *address).collect();
-        let mut sockets: Vec<_> = bound.into_iter().map(|(_, sockets)| sockets.into_iter()).collect();
+        let inherited = activation::sockets(&environment)?;
+        let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;
         let mut receivers = receivers.into_iter();
         let mut workers = Vec::with_capacity(count);
-        for (index, requests) in receivers.by_ref().take(count).enumerate() {
+        for (index, (listeners, requests)) in sockets.into_iter().zip(receivers.by_ref()).enumerate() {
             workers.push(Worker {
                 index,
                 workers: count,
                 config: Arc::clone(&config),
-                listeners: sockets.iter_mut().filter_map(Iterator::next).collect(),
+                listeners,
                 shared: Arc::clone(&shared),
                 limits: Arc::clone(&limits),
                 stats: Arc::new(WorkerStats::new(config.listeners.len(), config.pools.len(), backends.len())),
@@ -97,24 +95,25 @@ impl App {
         let observed = Observed::new(config, ledger, stats, controls, drill.address()?).with_view_reason(&reason);
         let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
-        Ok(Self { observed, workers, addresses, watchdog, doors, drill })
+        Ok(Self { observed, workers, addresses, all_inherited, watchdog, doors, drill, environment, notifier })
     }
 
-    /// Serves until SIGTERM or SIGINT, then drains.
+    /// Serves until SIGTERM, SIGINT or an order to drain, then drains.
     ///
     /// # Errors
     ///
     /// A thread can't be started, or a worker failed.
     pub fn run(self) -> Result<()> {
-        let Self { observed, workers, addresses, watchdog, doors, drill } = self;
+        let Self { observed, workers, addresses, all_inherited, watchdog, doors, drill, environment, notifier } = self;
         let config = Arc::clone(&observed.config);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
             // Before the workers: a signal that comes early must not be lost.
-            let mut terminate = signal(SignalKind::terminate())?;
-            let mut interrupt = signal(SignalKind::interrupt())?;
+            let signals = Signals::catch()?;
             let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
-            let admin = admin::start(observed.clone(), watchdog.handle(), metrics, drill, doors)?;
+            let (orders, inbox): (Orders, Inbox) = order::channel();
+            let served = admin::Served { observed: observed.clone(), watchdog: watchdog.handle(), metrics, orders };
+            let admin = admin::start(served, drill, doors)?;
             let http = admin.http().map_or_else(|| "off".to_owned(), |address| address.to_string());
             let socket = admin.socket().map_or_else(|| "off".to_owned(), |path| path.display().to_string());
             tracing::info!(http, socket, "admin");
@@ -127,26 +126,14 @@ impl App {
             }
             observed.set_serving(true);
             tracing::info!("ready");
-            let ended = watch(threads);
-            tokio::pin!(ended);
-            tokio::select! {
-                ended = &mut ended => return ended.and(Err(anyhow!("the workers ended without having been asked to"))),
-                _ = terminate.recv() => tracing::info!(signal = "SIGTERM", "draining"),
-                _ = interrupt.recv() => tracing::info!(signal = "SIGINT", "draining"),
-            }
-            observed.set_serving(false);
-            for worker in 0..config.server.workers {
-                observed.controls.send(worker, Control::Drain { over: config.server.drain_timeout });
-            }
-            tokio::select! {
-                ended = &mut ended => ended?,
-                // A second signal, or a worker that does not come to its end.
-                _ = terminate.recv() => return Err(anyhow!("stopped before everything was drained")),
-                _ = interrupt.recv() => return Err(anyhow!("stopped before everything was drained")),
-                () = tokio::time::sleep(config.server.drain_timeout + LAST_CALL) => {
-                    return Err(anyhow!("a worker did not end within drain_timeout"));
-                }
-            }
+            notifier.ready(&format!(
+                "serving on {} listeners with {} workers, kernel view: {}",
+                addresses.len(),
+                config.server.workers,
+                watchdog.handle().report().source.as_str()
+            ));
+            let pulse = Pulse::new(environment.watchdog, config.server.workers);
+            Life { observed, inbox, signals, notifier, pulse, all_inherited }.run(life::watch(threads)).await?;
             drop((admin, watchdog));
             tracing::info!("drained");
             Ok(())
@@ -160,40 +147,6 @@ fn start(worker: Worker, ledger: &Ledger) -> Result<JoinHandle<Result<()>>> {
     let claim = ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
     let thread = std::thread::Builder::new().name(format!("worker-{shard}"));
     Ok(thread.spawn(move || worker.run(claim.writer()).with_context(|| format!("worker {shard}")))?)
-}
-
-/// Waits for all workers.
-async fn watch(threads: Vec<JoinHandle<Result<()>>>) -> Result<()> {
-    let mut threads = threads;
-    while !threads.is_empty() {
-        let (ended, running): (Vec<_>, Vec<_>) = threads.into_iter().partition(JoinHandle::is_finished);
-        for thread in ended {
-            thread.join().map_err(|_| anyhow!("a worker panicked"))??;
-        }
-        threads = running;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
-}
-
-/// One listening socket per worker on the same address; the kernel spreads the connections (SO_REUSEPORT).
-#[expect(clippy::disallowed_methods, reason = "sockets that listen are no backend sockets")]
-fn listen(address: SocketAddr, workers: usize) -> std::io::Result<(SocketAddr, Vec<TcpListener>)> {
-    let mut address = address;
-    let mut sockets = Vec::with_capacity(workers);
-    for _ in 0..workers {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        let listener = TcpListener::from(socket);
-        // The kernel has chosen a port if the configuration left it open.
-        address = listener.local_addr()?;
-        sockets.push(listener);
-    }
-    Ok((address, sockets))
 }
 
 /// Each connection needs a descriptor on both sides: the soft limit is raised to the hard one.

@@ -1,0 +1,250 @@
+//! From "ready" to the end: signals, orders, and what the service manager is told.
+
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
+
+use super::order::{Inbox, Order, Phase};
+use crate::clock::{self, Mono};
+use crate::config::Config;
+use crate::control::Control;
+use crate::ledger::Ledger;
+use crate::stats::Tally;
+use crate::systemd::Notifier;
+use crate::watchdog::Observed;
+use crate::watchdog::policy::STALLED_AFTER;
+use crate::worker::HEARTBEAT;
+
+/// Beyond `drain_timeout`, before a worker that does not end is given up.
+const LAST_CALL: Duration = Duration::from_secs(5);
+/// The part of `drain_timeout` over which idle client connections are closed; the rest is for the last queries.
+const SPREAD: f64 = 0.8;
+/// Between two lines to the service manager on how far draining is.
+const PROGRESS: Duration = Duration::from_secs(1);
+
+/// The signals that the process takes.
+#[derive(Debug)]
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on none is lost, and none ends the process by itself.
+    pub(super) fn catch() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// One that asks for the end.
+    async fn end(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Who asked for the end.
+#[derive(Clone, Copy, Debug)]
+enum EndedBy {
+    Signal(&'static str),
+    Order,
+}
+
+/// The main thread while the workers run.
+pub(super) struct Life {
+    pub(super) observed: Observed,
+    pub(super) inbox: Inbox,
+    pub(super) signals: Signals,
+    pub(super) notifier: Notifier,
+    pub(super) pulse: Pulse,
+    /// Who wants to connect waits for the next process, so this one should not take long to end.
+    pub(super) all_inherited: bool,
+}
+
+impl Life {
+    /// Until all workers have ended, which somebody must ask for.
+    pub(super) async fn run(mut self, workers: impl Future<Output = Result<()>>) -> Result<()> {
+        tokio::pin!(workers);
+        let by = tokio::select! {
+            ended = &mut workers => return ended.and(Err(anyhow!("the workers ended without having been asked to"))),
+            by = self.serve() => by,
+        };
+        self.begin_to_drain(by);
+        let timeout = self.observed.config.server.drain_timeout;
+        tokio::select! {
+            ended = &mut workers => ended?,
+            // A second signal, or a worker that does not come to its end.
+            signal = self.draining(by) => return Err(anyhow!("stopped by {signal} before everything was drained")),
+            () = sleep(timeout + LAST_CALL) => return Err(anyhow!("a worker did not end within drain_timeout")),
+        }
+        // Whoever waits for it is told; if nobody does, that is no error.
+        let _ = self.inbox.phase.send(Phase::Drained);
+        Ok(())
+    }
+
+    /// Until the end is asked for; returns by whom.
+    async fn serve(&mut self) -> EndedBy {
+        loop {
+            tokio::select! {
+                signal = self.signals.end() => return EndedBy::Signal(signal),
+                Some(order) = self.inbox.orders.recv() => match order {
+                    Order::Drain => return EndedBy::Order,
+                },
+                () = self.pulse.next() => self.pulse.beat(&self.notifier, &self.observed.ledger),
+            }
+        }
+    }
+
+    fn begin_to_drain(&mut self, by: EndedBy) {
+        match by {
+            EndedBy::Signal(signal) => tracing::info!(signal, "draining"),
+            EndedBy::Order => tracing::info!("draining, by order"),
+        }
+        self.observed.set_serving(false);
+        let _ = self.inbox.phase.send(Phase::Draining);
+        self.notifier.stopping("draining");
+        let Config { server, .. } = &*self.observed.config;
+        let spread = if self.all_inherited { Duration::ZERO } else { server.drain_timeout.mul_f64(SPREAD) };
+        for worker in 0..server.workers {
+            self.observed.controls.send(worker, Control::Drain { over: server.drain_timeout, spread });
+        }
+    }
+
+    /// Until a second signal asks for the end at once. After an order the first one says nothing new: it is how a service
+    /// manager stops what is draining already. Nor does another order.
+    async fn draining(&mut self, by: EndedBy) -> &'static str {
+        let mut progress = interval(PROGRESS);
+        let mut signalled = matches!(by, EndedBy::Signal(_));
+        loop {
+            tokio::select! {
+                signal = self.signals.end() => {
+                    if std::mem::replace(&mut signalled, true) {
+                        return signal;
+                    }
+                }
+                Some(Order::Drain) = self.inbox.orders.recv() => {}
+                _ = progress.tick() => {
+                    self.notifier.status(&format!("draining: {}", Tally::of(&self.observed.stats)));
+                }
+                () = self.pulse.next() => self.pulse.beat(&self.notifier, &self.observed.ledger),
+            }
+        }
+    }
+}
+
+/// The signs of life to the service manager: none while a worker shows none, so that it starts the process again.
+#[derive(Debug)]
+pub(super) struct Pulse {
+    interval: Option<Interval>,
+    /// A worker that has been silent for so long is dead.
+    patience: Duration,
+    workers: usize,
+    started: Mono,
+    dead: Option<usize>,
+}
+
+impl Pulse {
+    /// The manager acts after `watchdog` without a sign of life; none: it does not want any.
+    pub(super) fn new(watchdog: Option<Duration>, workers: usize) -> Self {
+        let interval = watchdog.map(|watchdog| {
+            // sd_watchdog_enabled(3) asks for half of the time; a quarter leaves room for one that comes late.
+            let every = (watchdog / 4).max(Duration::from_millis(1));
+            let mut interval = tokio::time::interval_at(Instant::now() + every, every);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        });
+        let patience = watchdog.map_or(STALLED_AFTER, |watchdog| STALLED_AFTER.min(watchdog / 2)).max(HEARTBEAT * 2);
+        Self { interval, patience, workers, started: clock::now(), dead: None }
+    }
+
+    /// When the next sign is due.
+    async fn next(&mut self) {
+        match &mut self.interval {
+            Some(interval) => drop(interval.tick().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn beat(&mut self, notifier: &Notifier, ledger: &Ledger) {
+        let now = clock::now();
+        let heartbeats = ledger.heartbeats();
+        let silent = |worker: &usize| {
+            let beat = heartbeats.get(*worker).copied().unwrap_or(Mono::ZERO);
+            now.since(beat.max(self.started)) > self.patience
+        };
+        let dead = (0..self.workers).find(silent);
+        match dead {
+            None => notifier.alive(),
+            Some(worker) if self.dead.is_none() => {
+                tracing::error!(worker, "no sign of life goes to the service manager while the worker shows none");
+            }
+            Some(_) => {}
+        }
+        self.dead = dead;
+    }
+}
+
+/// Waits for all workers.
+pub(super) async fn watch(threads: Vec<std::thread::JoinHandle<Result<()>>>) -> Result<()> {
+    let mut threads = threads;
+    while !threads.is_empty() {
+        let (ended, running): (Vec<_>, Vec<_>) = threads.into_iter().partition(std::thread::JoinHandle::is_finished);
+        for thread in ended {
+            thread.join().map_err(|_| anyhow!("a worker panicked"))??;
+        }
+        threads = running;
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::ledger::caps::Caps;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_worker_stops_the_pulse_and_a_live_one_starts_it_again() {
+        let name = format!("counterfoil-pulse-{}", std::process::id());
+        let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        manager.set_nonblocking(true).unwrap();
+        let notifier = Notifier::new(Some(format!("@{name}").as_ref())).unwrap();
+        let alive = || std::iter::from_fn(|| manager.recv(&mut [0; 64]).ok()).count();
+        let ledger = Ledger::new(3, 1, 1, Arc::new(Caps::new([1], 1)));
+        let workers = [ledger.writer(0).unwrap(), ledger.writer(1).unwrap()];
+        let mut pulse = Pulse::new(Some(Duration::from_secs(4)), 2);
+        for _ in 0..8 {
+            workers.iter().for_each(|worker| worker.beat(clock::now()));
+            pulse.next().await;
+            pulse.beat(&notifier, &ledger);
+        }
+        assert_eq!(alive(), 8, "one each second");
+        for _ in 0..8 {
+            workers[0].beat(clock::now());
+            pulse.next().await;
+            pulse.beat(&notifier, &ledger);
+        }
+        assert_eq!(alive(), 1, "the other worker is silent for two seconds, then counts as dead");
+        // An owner that has come to its end does not hang.
+        workers[1].beat(Mono::MAX);
+        workers[0].beat(clock::now());
+        pulse.next().await;
+        pulse.beat(&notifier, &ledger);
+        assert_eq!(alive(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_who_wants_no_sign_gets_one() {
+        let mut pulse = Pulse::new(None, 1);
+        assert!(tokio::time::timeout(Duration::from_secs(3600), pulse.next()).await.is_err());
+    }
+}
