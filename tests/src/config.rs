@@ -12,6 +12,7 @@ pub struct Config {
     backends: Vec<(SocketAddr, Vec<(String, String)>)>,
     tlvs: Vec<(u8, String)>,
     proxy: bool,
+    more: String,
 }
 
 impl Config {
@@ -73,6 +74,16 @@ impl Config {
         self
     }
 
+    /// One more listener, on a free port of 127.0.0.1, with a pool of its own, whose one backend gets no PROXY header. All
+    /// three have this name.
+    #[must_use]
+    pub fn listener_without_header(mut self, name: &str, backend: SocketAddr) -> Self {
+        let listener = format!("[[listener]]\nname = \"{name}\"\naddress = \"127.0.0.1:0\"\npool = \"{name}\"\n");
+        let backend = format!("[[pool.backend]]\nname = \"{name}\"\naddress = \"{backend}\"\n");
+        self.more += &format!("{listener}[[pool]]\nname = \"{name}\"\n{backend}[pool.backend.health]\nmode = \"up\"\n");
+        self
+    }
+
     /// The text of the file. `socket` is the admin socket.
     ///
     /// # Panics
@@ -102,7 +113,7 @@ impl Config {
         }
         let admin = [("http", "\"127.0.0.1:0\""), ("socket", &format!("\"{socket}\""))];
         self.section(&mut text, "[admin]", "admin", &admin);
-        text
+        text + &self.more
     }
 
     fn section(&self, text: &mut String, head: &str, name: &str, fixed: &[(&str, &str)]) {
@@ -166,8 +177,10 @@ mod tests {
             .tlv(0xe4, "{client_ip}#{client_port} {listener} {qtype} {uuid}")
             .backend_key("max_in_flight", 100)
             .backend("127.0.0.1:54".parse().unwrap(), &[])
+            .listener_without_header("plain", "127.0.0.1:55".parse().unwrap())
             .text("/run/x");
         let parsed = counterfoil::config::from_str("test", &text).unwrap_or_else(|errors| panic!("{errors}\n{text}"));
         assert_eq!(parsed.pools[0].backends.len(), 2);
+        assert_eq!((parsed.listeners[1].pool, parsed.pools[1].proxy_protocol.is_none()), (1, true));
     }
 }

@@ -126,6 +126,18 @@ impl Counterfoil {
         self.process.pid()
     }
 
+    /// Where the listener of this name accepts clients.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    pub fn listener(&self, name: &str) -> SocketAddr {
+        let lines = self.process.lines();
+        let mut listening = lines.iter().filter_map(|line| message(line, "listening"));
+        let found = listening.find(|fields| fields["listener"] == name).and_then(|fields| field(&fields, "address"));
+        found.and_then(|address| address.parse().ok()).unwrap_or_else(|| panic!("no listener {name}: {lines:#?}"))
+    }
+
     /// Connects a client.
     ///
     /// # Panics

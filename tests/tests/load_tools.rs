@@ -1,63 +1,24 @@
 //! The benchmark's tools judge right: all is well between themselves, and nothing that a proxy could do wrong passes.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
 use counterfoil_tests::load::message;
+use counterfoil_tests::load::tool::{self, Tool};
 use serde_json::Value;
 
 const LOADGEN: &str = env!("CARGO_BIN_EXE_loadgen");
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const ANSWERER: &str = env!("CARGO_BIN_EXE_answerer");
 
-/// A relay or an answerer; it ends when its input is closed.
-struct Tool {
-    child: Child,
-    output: BufReader<std::process::ChildStdout>,
-    address: String,
-}
-
-impl Tool {
-    fn start(program: &str, arguments: &[&str]) -> Self {
-        let mut child =
-            Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        let said: Value = serde_json::from_str(&line).unwrap();
-        let address = said["address"].as_str().unwrap().to_owned();
-        Self { child, output, address }
-    }
-
-    fn counts(&mut self) -> Value {
-        writeln!(self.child.stdin.as_mut().unwrap(), "counts").unwrap();
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-}
-
-impl Drop for Tool {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn load(target: &str, arguments: &[&str]) -> (bool, Value) {
-    let Output { status, stdout, stderr } = Command::new(LOADGEN).arg(target).args(arguments).output().unwrap();
-    let said = serde_json::from_slice(&stdout);
-    (status.success(), said.unwrap_or_else(|_| panic!("no result: {}", String::from_utf8_lossy(&stderr))))
-}
-
 /// 3,000 queries through a relay: how it went, and the backend's counts.
 fn through_relay(mode: &str, checks: &[&str], arguments: &[&str]) -> (bool, Value, Value) {
     let mut answerer = Tool::start(ANSWERER, checks);
     let relay = Tool::start(RELAY, &[&answerer.address, "--mode", mode]);
-    let (well, result) = load(&relay.address, &[&["--count=3000", "--seconds=60", "--patience=1"], arguments].concat());
+    let (well, result) =
+        tool::load(LOADGEN, &relay.address, &[&["--count=3000", "--seconds=60", "--patience=1"], arguments].concat());
     (well, result, answerer.counts())
 }
 
@@ -158,8 +119,11 @@ fn one_fault_in_many_answers_fails_the_load() {
     ];
     for (kind, fault) in cases {
         let target = faulty(fault);
-        let (well, result) =
-            load(&target, &["--clients=1", "--in-flight=4", "--count=1000", "--seconds=60", "--patience=0.2"]);
+        let (well, result) = tool::load(
+            LOADGEN,
+            &target,
+            &["--clients=1", "--in-flight=4", "--count=1000", "--seconds=60", "--patience=0.2"],
+        );
         assert!(!well, "{result}");
         assert!(result[kind].as_u64().unwrap() > 0, "{kind}: {result}");
     }
@@ -170,7 +134,7 @@ fn a_connection_that_the_server_ends_fails_the_load() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let target = listener.local_addr().unwrap().to_string();
     let server = thread::spawn(move || drop(listener.accept().unwrap()));
-    let (well, result) = load(&target, &["--clients=1", "--count=10", "--patience=0.2"]);
+    let (well, result) = tool::load(LOADGEN, &target, &["--clients=1", "--count=10", "--patience=0.2"]);
     server.join().unwrap();
     assert!(!well);
     assert_eq!((&result["closed"], &result["missing"]), (&1.into(), &1.into()), "{result}");

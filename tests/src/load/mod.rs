@@ -12,5 +12,6 @@ pub mod proxy_header;
 pub mod relay;
 pub mod slots;
 pub mod stream;
+pub mod tool;
 
 pub mod generator;
