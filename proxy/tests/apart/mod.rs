@@ -22,10 +22,12 @@ pub(crate) fn words(words: &[&str]) -> Command {
 pub(crate) fn repeat_apart(tests: &[&str]) {
     let program = env::current_exe().unwrap();
     let script = format!(
-        "readlink /proc/self/ns/net /proc/self/ns/pid && {} link set lo up && exec \"$@\"",
-        tool("ip").join(" ")
+        "{readlink} /proc/self/ns/net && {readlink} /proc/self/ns/pid && {ip} link set lo up && exec \"$@\"",
+        readlink = tool("readlink").join(" "),
+        ip = tool("ip").join(" ")
     );
-    let unshare = ["--net", "--pid", "--fork", "--mount-proc", "sh", "-c", &script, "sh"];
+    // Short options: busybox has no others.
+    let unshare = ["-n", "-p", "-f", "--mount-proc", "sh", "-c", &script, "sh"];
     let program = [program.to_str().unwrap(), "--test-threads=1", "--exact"];
     let line: Vec<&str> = tool("unshare").into_iter().chain(unshare).chain(program).collect();
     let output = words(&line).args(tests).output().unwrap();

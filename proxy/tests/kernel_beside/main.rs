@@ -4,6 +4,7 @@
 
 #[path = "../apart/mod.rs"]
 mod apart;
+mod churn;
 mod owners;
 mod privileges;
 mod puppet;
@@ -77,48 +78,55 @@ fn own_name(word: &str) -> String {
 const VIEWS: [View; 2] = [View::Ebpf, View::SockDiag];
 
 #[test]
-fn a_process_in_namespaces_of_its_own_is_seen_from_outside() {
-    for choice in VIEWS {
-        let mut puppet = Puppet::start("puppet-apart", &Home::Apart);
-        assert_ne!(puppet.tell("id"), puppet.pid.to_string(), "a pid namespace of its own");
-        let own = std::fs::read_link("/proc/self/ns/net").unwrap();
-        assert_ne!(puppet.tell("namespace net"), own.display().to_string(), "a network namespace of its own");
-        let backend: SocketAddr = puppet.tell("listen 127.0.0.1:0").parse().unwrap();
-        let early = puppet.cookie(&format!("connect {backend}"));
+fn ebpf_sees_into_other_namespaces() {
+    a_process_in_namespaces_of_its_own_is_seen(View::Ebpf);
+}
 
-        let mut view = beside(choice, &Who::Pid(puppet.pid), &[backend]);
-        let waiting = puppet.cookie(&format!("connect {backend}"));
-        let reset = puppet.cookie(&format!("connect {backend}"));
-        let established = |cookies: &[u64], snapshot: &KernelSnapshot| {
-            states(snapshot) == cookies.iter().map(|cookie| (*cookie, (puppet.pid, TcpState::Established))).collect()
-        };
-        let snapshot = until(view.as_mut(), "established", |s| established(&[early, waiting, reset], s));
-        assert_eq!(pids(&snapshot), [puppet.pid]);
-        assert_eq!(socket(&snapshot, early).remote, backend);
+#[test]
+fn sock_diag_sees_into_other_namespaces() {
+    a_process_in_namespaces_of_its_own_is_seen(View::SockDiag);
+}
 
-        puppet.tell(&format!("peer-closes {waiting}"));
-        puppet.tell(&format!("peer-resets {reset}"));
-        let all = BTreeMap::from([
-            (early, (puppet.pid, TcpState::Established)),
-            (waiting, (puppet.pid, TcpState::CloseWait)),
-            (reset, (puppet.pid, TcpState::Close)),
-        ]);
-        let snapshot = until(view.as_mut(), "by state", |snapshot| states(snapshot) == all);
-        assert!(snapshot.sockets.iter().all(|socket| socket.held));
+fn a_process_in_namespaces_of_its_own_is_seen(choice: View) {
+    let mut puppet = Puppet::start("puppet-apart", &Home::Apart);
+    assert_ne!(puppet.tell("id"), puppet.pid.to_string(), "a pid namespace of its own");
+    let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+    assert_ne!(puppet.tell("namespace net"), own.display().to_string(), "a network namespace of its own");
+    let backend: SocketAddr = puppet.tell("listen 127.0.0.1:0").parse().unwrap();
+    let early = puppet.cookie(&format!("connect {backend}"));
 
-        let zombie = socket(&snapshot, waiting);
-        assert!(matches!(view.destroy(&KernelSocket { cookie: early, ..zombie.clone() }), Ok(Destroyed::Gone)));
-        assert!(matches!(view.destroy(&zombie), Ok(Destroyed::Severed)));
-        until(view.as_mut(), "severed", |s| states(s).get(&waiting) == Some(&(puppet.pid, TcpState::Close)));
-        assert_eq!(puppet.tell(&format!("error {waiting}")), rustix::io::Errno::CONNABORTED.raw_os_error().to_string());
+    let mut view = beside(choice, &Who::Pid(puppet.pid), &[backend]);
+    let waiting = puppet.cookie(&format!("connect {backend}"));
+    let reset = puppet.cookie(&format!("connect {backend}"));
+    let established = |cookies: &[u64], snapshot: &KernelSnapshot| {
+        states(snapshot) == cookies.iter().map(|cookie| (*cookie, (puppet.pid, TcpState::Established))).collect()
+    };
+    let snapshot = until(view.as_mut(), "established", |s| established(&[early, waiting, reset], s));
+    assert_eq!(pids(&snapshot), [puppet.pid]);
+    assert_eq!(socket(&snapshot, early).remote, backend);
 
-        for cookie in [early, waiting, reset] {
-            puppet.tell(&format!("close {cookie}"));
-        }
-        until(view.as_mut(), "all closed", |snapshot| snapshot.sockets.iter().all(|socket| !socket.held));
-        drop(puppet);
-        until(view.as_mut(), "ended", |snapshot| snapshot.processes.is_empty());
+    puppet.tell(&format!("peer-closes {waiting}"));
+    puppet.tell(&format!("peer-resets {reset}"));
+    let all = BTreeMap::from([
+        (early, (puppet.pid, TcpState::Established)),
+        (waiting, (puppet.pid, TcpState::CloseWait)),
+        (reset, (puppet.pid, TcpState::Close)),
+    ]);
+    let snapshot = until(view.as_mut(), "by state", |snapshot| states(snapshot) == all);
+    assert!(snapshot.sockets.iter().all(|socket| socket.held));
+
+    let zombie = socket(&snapshot, waiting);
+    assert!(matches!(view.destroy(&KernelSocket { cookie: early, ..zombie.clone() }), Ok(Destroyed::Gone)));
+    assert!(matches!(view.destroy(&zombie), Ok(Destroyed::Severed)));
+    until(view.as_mut(), "severed", |s| states(s).get(&waiting) == Some(&(puppet.pid, TcpState::Close)));
+    assert_eq!(puppet.tell(&format!("error {waiting}")), rustix::io::Errno::CONNABORTED.raw_os_error().to_string());
+
+    for cookie in [early, waiting, reset] {
+        puppet.tell(&format!("close {cookie}"));
     }
+    until(view.as_mut(), "all closed", |snapshot| snapshot.sockets.iter().all(|socket| !socket.held));
+    drop(puppet);
+    until(view.as_mut(), "ended", |snapshot| snapshot.processes.is_empty());
 }
 
 #[test]
@@ -173,7 +181,8 @@ fn only_the_peers_of_the_watch_are_counted() {
 #[test]
 fn a_watcher_in_namespaces_of_its_own_sees_as_much() {
     apart::repeat_apart(&[
-        "a_process_in_namespaces_of_its_own_is_seen_from_outside",
+        "ebpf_sees_into_other_namespaces",
+        "sock_diag_sees_into_other_namespaces",
         "a_restart_is_followed_by_name_and_not_by_id",
         "only_the_peers_of_the_watch_are_counted",
         "owners::processes_with_one_name_keep_their_sockets_apart",

@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::process::Command;
 
 use counterfoil::config::View;
 use counterfoil::kernel::{TcpState, Who};
 
-use crate::puppet::{Home, Puppet};
+use crate::puppet::{Home, Puppet, kill};
 use crate::{VIEWS, beside, held, own_name, pids, until};
 
 const ESTABLISHED: TcpState = TcpState::Established;
@@ -25,7 +24,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        let _ = Command::new("kill").args(["-9", &self.0.to_string()]).status();
+        kill(self.0);
     }
 }
 

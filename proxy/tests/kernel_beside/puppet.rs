@@ -7,13 +7,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::Duration;
 use std::{env, fs, io};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::apart::{tool, words};
+use crate::churn;
 
 /// Marks an answer among what the test framework prints.
 const MARK: &str = "puppet: ";
@@ -46,7 +47,7 @@ impl Puppet {
             Home::Here => words(&program),
             Home::Apart => {
                 let up = format!("{} link set lo up && exec \"$@\"", tool("ip").join(" "));
-                let apart = ["--net", "--pid", "--fork", "sh", "-c", &up, "sh"];
+                let apart = ["-n", "-p", "-f", "sh", "-c", &up, "sh"];
                 words(&tool("unshare").into_iter().chain(apart).chain(program).collect::<Vec<_>>())
             }
         };
@@ -88,10 +89,15 @@ impl Puppet {
 impl Drop for Puppet {
     fn drop(&mut self) {
         // Its end first, as it may be in a pid namespace that ends with it.
-        let _ = Command::new("kill").args(["-9", &self.pid.to_string()]).status();
+        kill(self.pid);
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Ends a process that a puppet is or has started.
+pub(super) fn kill(pid: u32) {
+    let _ = words(&tool("kill")).args(["-9", &pid.to_string()]).status();
 }
 
 /// The one child of a process.
@@ -114,6 +120,7 @@ struct Open {
     servers: BTreeMap<u64, TcpStream>,
     /// Accepted from elsewhere, and second descriptors.
     others: Vec<OwnedFd>,
+    churned: Vec<Socket>,
 }
 
 /// The process itself.
@@ -195,6 +202,13 @@ impl Open {
                 command.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(socket);
                 command.spawn().unwrap().id().to_string()
             }
+            // Opens and closes at random, towards one address that accepts and one that refuses.
+            "churn" => {
+                let (backend, refusing) = what.split_once(',').unwrap();
+                let open = std::mem::take(&mut self.churned);
+                self.churned = churn::churn(open, backend.parse().unwrap(), refusing.parse().unwrap());
+                churn::cookies(&self.churned)
+            }
             "id" => std::process::id().to_string(),
             "namespace" => fs::read_link(Path::new("/proc/self/ns").join(what)).unwrap().display().to_string(),
             other => panic!("unknown order {other}"),
@@ -217,6 +231,6 @@ impl Open {
     }
 }
 
-fn cookie(socket: &impl AsFd) -> u64 {
+pub(super) fn cookie(socket: &impl AsFd) -> u64 {
     SockRef::from(socket).cookie().unwrap()
 }

@@ -17,68 +17,75 @@ fn now_ns() -> u64 {
 }
 
 #[test]
-fn every_state_and_family_is_seen() {
-    for choice in VIEWS {
-        let mut puppet = Puppet::start("puppet-states", &Home::Here);
-        let v4: SocketAddr = puppet.tell("listen 127.0.0.1:0").parse().unwrap();
-        let v6: SocketAddr = puppet.tell("listen [::1]:0").parse().unwrap();
-        let mapped: SocketAddr = format!("[::ffff:127.0.0.1]:{}", v4.port()).parse().unwrap();
-        let refusing = refusing();
-        // Of two views one starts with the sockets open, the other sees them opened.
-        let early = puppet.cookie(&format!("connect {v4}"));
-        let early_v6 = puppet.cookie(&format!("connect {v6}"));
-        let early_reset = puppet.cookie(&format!("connect {mapped}"));
-        puppet.tell(&format!("peer-resets {early_reset}"));
-        let mut view = beside(choice, &Who::Pid(puppet.pid), &[mapped, v6, refusing]);
+fn ebpf_sees_every_state_and_family() {
+    every_state_and_family_is_seen(View::Ebpf);
+}
 
-        let before = now_ns();
-        let mut connect = |puppet: &mut Puppet, peer: SocketAddr| {
-            let cookie = puppet.cookie(&format!("connect {peer}"));
-            // Without eBPF one that is reset before it is seen is never seen.
-            view.snapshot().unwrap();
-            cookie
-        };
-        let waiting = connect(&mut puppet, v4);
-        puppet.tell(&format!("peer-closes {waiting}"));
-        let reset = connect(&mut puppet, v6);
-        puppet.tell(&format!("peer-resets {reset}"));
-        let shut_down = connect(&mut puppet, v4);
-        puppet.tell(&format!("shut-down {shut_down}"));
-        let duplicated = connect(&mut puppet, v4);
-        puppet.tell(&format!("duplicate {duplicated}"));
-        puppet.tell(&format!("close {duplicated}"));
-        let over_v6 = connect(&mut puppet, mapped);
-        let refused = connect(&mut puppet, refusing);
-        let closed = connect(&mut puppet, v4);
-        puppet.tell(&format!("peer-resets {closed}"));
-        puppet.tell(&format!("close {closed}"));
+#[test]
+fn sock_diag_sees_every_state_and_family() {
+    every_state_and_family_is_seen(View::SockDiag);
+}
 
-        let mut expected = BTreeMap::from([
-            (early, (TcpState::Established, v4)),
-            (early_v6, (TcpState::Established, v6)),
-            (waiting, (TcpState::CloseWait, v4)),
-            (reset, (TcpState::Close, v6)),
-            (shut_down, (TcpState::FinWait2, v4)),
-            (duplicated, (TcpState::Established, v4)),
-            (over_v6, (TcpState::Established, v4)),
-        ]);
-        if choice == View::Ebpf {
-            // The fallback cannot know them.
-            expected.insert(early_reset, (TcpState::Close, v4));
-            expected.insert(refused, (TcpState::Close, refusing));
-        }
-        let owned = expected.iter().map(|(cookie, (state, _))| (*cookie, (puppet.pid, *state))).collect();
-        let snapshot = until(view.as_mut(), "all states", |snapshot| held(snapshot) == owned);
-        for (cookie, (_, remote)) in &expected {
-            let socket = socket(&snapshot, *cookie);
-            assert_eq!(socket.remote, *remote, "{choice:?}: {socket:?}");
-            assert_ne!((socket.netns, socket.local.port()), (0, 0), "{choice:?}: {socket:?}");
-            let seen_opening = choice == View::Ebpf && ![early, early_v6, early_reset].contains(cookie);
-            assert_eq!(socket.opened.is_some_and(|opened| opened >= before), seen_opening, "{choice:?}: {socket:?}");
-        }
-        let check = view.crosscheck().unwrap();
-        assert_eq!((check.disagreement, check.found), (None, vec![]), "{choice:?}");
+fn every_state_and_family_is_seen(choice: View) {
+    let mut puppet = Puppet::start("puppet-states", &Home::Here);
+    let v4: SocketAddr = puppet.tell("listen 127.0.0.1:0").parse().unwrap();
+    let v6: SocketAddr = puppet.tell("listen [::1]:0").parse().unwrap();
+    let mapped: SocketAddr = format!("[::ffff:127.0.0.1]:{}", v4.port()).parse().unwrap();
+    let refusing = refusing();
+    // Of two views one starts with the sockets open, the other sees them opened.
+    let early = puppet.cookie(&format!("connect {v4}"));
+    let early_v6 = puppet.cookie(&format!("connect {v6}"));
+    let early_reset = puppet.cookie(&format!("connect {mapped}"));
+    puppet.tell(&format!("peer-resets {early_reset}"));
+    let mut view = beside(choice, &Who::Pid(puppet.pid), &[mapped, v6, refusing]);
+
+    let before = now_ns();
+    let mut connect = |puppet: &mut Puppet, peer: SocketAddr| {
+        let cookie = puppet.cookie(&format!("connect {peer}"));
+        // Without eBPF one that is reset before it is seen is never seen.
+        view.snapshot().unwrap();
+        cookie
+    };
+    let waiting = connect(&mut puppet, v4);
+    puppet.tell(&format!("peer-closes {waiting}"));
+    let reset = connect(&mut puppet, v6);
+    puppet.tell(&format!("peer-resets {reset}"));
+    let shut_down = connect(&mut puppet, v4);
+    puppet.tell(&format!("shut-down {shut_down}"));
+    let duplicated = connect(&mut puppet, v4);
+    puppet.tell(&format!("duplicate {duplicated}"));
+    puppet.tell(&format!("close {duplicated}"));
+    let over_v6 = connect(&mut puppet, mapped);
+    let refused = connect(&mut puppet, refusing);
+    let closed = connect(&mut puppet, v4);
+    puppet.tell(&format!("peer-resets {closed}"));
+    puppet.tell(&format!("close {closed}"));
+
+    let mut expected = BTreeMap::from([
+        (early, (TcpState::Established, v4)),
+        (early_v6, (TcpState::Established, v6)),
+        (waiting, (TcpState::CloseWait, v4)),
+        (reset, (TcpState::Close, v6)),
+        (shut_down, (TcpState::FinWait2, v4)),
+        (duplicated, (TcpState::Established, v4)),
+        (over_v6, (TcpState::Established, v4)),
+    ]);
+    if choice == View::Ebpf {
+        // The fallback cannot know them.
+        expected.insert(early_reset, (TcpState::Close, v4));
+        expected.insert(refused, (TcpState::Close, refusing));
     }
+    let owned = expected.iter().map(|(cookie, (state, _))| (*cookie, (puppet.pid, *state))).collect();
+    let snapshot = until(view.as_mut(), "all states", |snapshot| held(snapshot) == owned);
+    for (cookie, (_, remote)) in &expected {
+        let socket = socket(&snapshot, *cookie);
+        assert_eq!(socket.remote, *remote, "{choice:?}: {socket:?}");
+        assert_ne!((socket.netns, socket.local.port()), (0, 0), "{choice:?}: {socket:?}");
+        let seen_opening = choice == View::Ebpf && ![early, early_v6, early_reset].contains(cookie);
+        assert_eq!(socket.opened.is_some_and(|opened| opened >= before), seen_opening, "{choice:?}: {socket:?}");
+    }
+    let check = view.crosscheck().unwrap();
+    assert_eq!((check.disagreement, check.found), (None, vec![]), "{choice:?}");
 }
 
 #[test]

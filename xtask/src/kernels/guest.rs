@@ -35,6 +35,17 @@ pub(super) const EBPF: &[Suite] = &[
         ],
     },
     Suite {
+        program: "kernel_beside",
+        tests: &[
+            "ebpf_sees_into_other_namespaces",
+            "sock_diag_sees_into_other_namespaces",
+            "a_restart_is_followed_by_name_and_not_by_id",
+            "owners::processes_with_one_name_keep_their_sockets_apart",
+            "states::ebpf_sees_every_state_and_family",
+            "states::a_missed_socket_makes_the_view_uncertain_until_it_agrees_again",
+        ],
+    },
+    Suite {
         program: "exactness",
         tests: &["emulated_ledger_and_kernel_agree", "emulated_forgetful_ledger_is_found_out"],
     },
@@ -53,6 +64,10 @@ pub(super) const EBPF: &[Suite] = &[
 /// On kernels that are too old for it.
 pub(super) const FALLBACK: &[Suite] = &[
     Suite { program: "kernel_view", tests: &["sock_diag_sees_the_same_states", "the_view_that_is_off_knows_nothing"] },
+    Suite {
+        program: "kernel_beside",
+        tests: &["sock_diag_sees_into_other_namespaces", "states::sock_diag_sees_every_state_and_family"],
+    },
     Suite {
         program: "fallback",
         tests: &[
