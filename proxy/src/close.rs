@@ -77,6 +77,8 @@ reasons! {
         WriteTimeout = "write_timeout",
         /// Broken framing: a length too short for a DNS header.
         Malformed = "malformed",
+        /// A PROXY header from a client whose word is not taken.
+        ProxyUntrusted = "proxy_untrusted",
         /// The process drains.
         Drained = "drained",
         /// Dropped without a reason: a bug, counted so that it is seen.

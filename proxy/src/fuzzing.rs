@@ -11,11 +11,13 @@ use std::net::{IpAddr, SocketAddr};
 use hickory_proto::op::{Message, Query};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
+use crate::client::preface::{Preface, Progress};
 use crate::dns::frame::{Frames, MIN_MESSAGE, PREFIX_LEN, needed};
 use crate::dns::message::{MAX_NAME, QuestionError, first_question, peek, question_matches};
 use crate::dns::synth;
 use crate::proxy_protocol::encode::{EncodeError, HeaderWriter};
-use crate::proxy_protocol::parse::{Command, ParseError, parse};
+use crate::proxy_protocol::parse::{Command, ParseError, Parsed, parse, parse_any};
+use crate::proxy_protocol::parse_v1::{MAX_LINE, parse_v1};
 use crate::proxy_protocol::template::{Class, Context, Template, TemplateError};
 use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
 
@@ -129,14 +131,21 @@ pub fn header_against_ppp(source: SocketAddr, destination: SocketAddr, tlvs: &[(
 
 /// A header is read at its end and not before, stays in bounds, and agrees with `ppp`.
 pub fn proxy_in(bytes: &[u8]) {
+    header_in(bytes, parse);
+    header_in(bytes, parse_any);
+    line_against_ppp(bytes);
+    preface(bytes);
+}
+
+fn header_in(bytes: &[u8], parse: fn(&[u8], usize) -> Result<Parsed, ParseError>) {
     let result = parse(bytes, MAX_LEN);
     match &result {
         Ok(parsed) => {
-            assert!((FIXED_LEN..=bytes.len()).contains(&parsed.len));
+            assert!((MIN_LINE..=bytes.len()).contains(&parsed.len));
             assert_eq!(parsed.source.is_some(), parsed.destination.is_some());
             assert!(parsed.command == Command::Proxy || parsed.source.is_none());
             let values: usize = parsed.tlvs.iter().map(|(_, value)| value.len() + 3).sum();
-            assert!(values <= parsed.len - FIXED_LEN);
+            assert!(values <= parsed.len.saturating_sub(FIXED_LEN));
             assert_eq!(parse(&bytes[..parsed.len], parsed.len), result);
             assert_eq!(parse(&bytes[..parsed.len - 1], MAX_LEN), Err(ParseError::NeedMore));
             assert!(matches!(parse(bytes, parsed.len - 1), Err(ParseError::Invalid(_))));
@@ -148,6 +157,56 @@ pub fn proxy_in(bytes: &[u8]) {
             longer.push(0);
             assert!(matches!(parse(&longer, MAX_LEN), Err(ParseError::Invalid(_))));
         }
+    }
+}
+
+/// `PROXY UNKNOWN` and CR LF.
+const MIN_LINE: usize = 15;
+
+/// Lines of version 1: what we take, `ppp` reads as the same; what it takes and we do not is known.
+fn line_against_ppp(bytes: &[u8]) {
+    use ppp::v1::{Addresses, Header};
+    let theirs = Header::try_from(bytes).ok();
+    match (parse_v1(bytes, MAX_LINE), theirs) {
+        (Ok(ours), Some(theirs)) => {
+            let ends: Option<(SocketAddr, SocketAddr)> = match theirs.addresses {
+                Addresses::Unknown => None,
+                Addresses::Tcp4(ip) => Some((
+                    (ip.source_address, ip.source_port).into(),
+                    (ip.destination_address, ip.destination_port).into(),
+                )),
+                Addresses::Tcp6(ip) => Some((
+                    (ip.source_address, ip.source_port).into(),
+                    (ip.destination_address, ip.destination_port).into(),
+                )),
+            };
+            assert_eq!(ours.source.zip(ours.destination), ends);
+            assert_eq!(ours.len, theirs.header.len());
+        }
+        // Behind UNKNOWN anything may stand (section 2.1); `ppp` wants text, and few words.
+        (Ok(ours), None) => assert!(ours.source.is_none(), "ppp does not read {:?}", bytes.get(..ours.len)),
+        // `ppp` reads ports with a sign.
+        (Err(_), Some(theirs)) => assert!(theirs.header.contains('+'), "ppp reads {theirs:?}"),
+        (Err(_), None) => {}
+    }
+}
+
+/// In two pieces, cut where the first octet says, the preface comes to what it comes to in one; no octet gets lost.
+fn preface(bytes: &[u8]) {
+    let whole = Preface::new(MAX_LEN).take(bytes);
+    let cut = bytes.last().map_or(0, |octet| usize::from(*octet) % (bytes.len() + 1));
+    let (head, tail) = bytes.split_at(cut);
+    let mut cut = Preface::new(MAX_LEN);
+    match (cut.take(head), whole) {
+        (Progress::NeedMore, whole) => match (cut.take(tail), whole) {
+            (Progress::Refuse(_), Progress::Refuse(_)) => {}
+            (in_two, whole) => assert_eq!(in_two, whole),
+        },
+        (Progress::Done(in_two), Progress::Done(whole)) => {
+            assert_eq!([in_two.rest.as_slice(), tail].concat(), whole.rest);
+            assert_eq!((in_two.ends, in_two.tlvs), (whole.ends, whole.tlvs));
+        }
+        (in_two, whole) => assert!(matches!((in_two, whole), (Progress::Refuse(_), Progress::Refuse(_)))),
     }
 }
 
@@ -165,6 +224,7 @@ pub fn template(text: &str) {
         client: SocketAddr::from((client, u16::from(client[3]))),
         listener: "dns",
         question,
+        incoming: b"\xe1\0\x01x",
         random,
     };
     let render = |context| {

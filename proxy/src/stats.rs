@@ -40,11 +40,27 @@ pub enum Refusal {
     PerClient,
     /// The process has no descriptor left.
     Descriptors,
+    /// No PROXY header from a peer that must send one.
+    ProxyMissing,
+    /// A PROXY header that cannot be read or is too long.
+    ProxyInvalid,
+    /// No whole PROXY header within `accept_proxy.timeout`.
+    ProxyTimeout,
+    /// Closed before the PROXY header was whole.
+    ProxyClosed,
 }
 
 impl Refusal {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::MaxConnections, Self::PerClient, Self::Descriptors];
+    pub const ALL: [Self; 7] = [
+        Self::MaxConnections,
+        Self::PerClient,
+        Self::Descriptors,
+        Self::ProxyMissing,
+        Self::ProxyInvalid,
+        Self::ProxyTimeout,
+        Self::ProxyClosed,
+    ];
 
     /// The label in metrics and logs.
     pub const fn label(self) -> &'static str {
@@ -52,7 +68,16 @@ impl Refusal {
             Self::MaxConnections => "max_connections",
             Self::PerClient => "per_client",
             Self::Descriptors => "descriptors",
+            Self::ProxyMissing => "proxy_missing",
+            Self::ProxyInvalid => "proxy_invalid",
+            Self::ProxyTimeout => "proxy_timeout",
+            Self::ProxyClosed => "proxy_closed",
         }
+    }
+
+    /// Whether somebody in front is probably not configured as this listener is.
+    pub const fn is_suspicious(self) -> bool {
+        matches!(self, Self::ProxyMissing | Self::ProxyInvalid | Self::ProxyTimeout)
     }
 }
 

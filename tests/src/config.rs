@@ -21,8 +21,8 @@ impl Config {
         Self::default().set("server", "workers", "1").backend(backend, &[])
     }
 
-    /// Sets a key of a section that exists once: `server`, `listener`, `pool`, `pool.proxy_protocol`, `connections`,
-    /// `kernel`, `watchdog`, `admin`.
+    /// Sets a key of a section that exists once: `server`, `listener`, `listener.accept_proxy`, `pool`,
+    /// `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
     #[must_use]
     pub fn set(mut self, section: &'static str, key: &str, value: impl ToString) -> Self {
         let at = self.sections.iter().position(|(name, _)| *name == section).unwrap_or_else(|| {
@@ -33,6 +33,12 @@ impl Config {
         keys.retain(|(have, _)| have != key);
         keys.push((key.to_owned(), value.to_string()));
         self
+    }
+
+    /// PROXY headers are required from these peers (and refused from all others).
+    #[must_use]
+    pub fn accept_proxy(self, from: &[&str]) -> Self {
+        self.set("listener.accept_proxy", "from", format!("{from:?}"))
     }
 
     /// Listens there instead of on a free port of 127.0.0.1.
@@ -94,6 +100,9 @@ impl Config {
         self.section(&mut text, "[server]", "server", &[]);
         let listener = [("name", "\"dns\""), ("address", &format!("\"{listen}\"")), ("pool", "\"resolvers\"")];
         self.section(&mut text, "[[listener]]", "listener", &listener);
+        if self.sections.iter().any(|(name, _)| *name == "listener.accept_proxy") {
+            self.section(&mut text, "[listener.accept_proxy]", "listener.accept_proxy", &[]);
+        }
         self.section(&mut text, "[[pool]]", "pool", &[("name", "\"resolvers\"")]);
         if self.proxy {
             self.section(&mut text, "[pool.proxy_protocol]", "pool.proxy_protocol", &[]);
@@ -166,6 +175,8 @@ mod tests {
             .set("listener", "idle_timeout", "\"600ms\"")
             .set("listener", "message_timeout", "\"500ms\"")
             .set("listener", "write_timeout", "\"1s\"")
+            .set("listener.accept_proxy", "timeout", "\"1s\"")
+            .accept_proxy(&["127.0.0.2", "::1"])
             .set("pool", "query_timeout", "\"1s\"")
             .set("connections", "idle_timeout", "\"1s\"")
             .set("connections", "cleanup_interval", "\"60s\"")

@@ -21,6 +21,7 @@ pub mod message;
 pub mod metrics;
 pub mod netns;
 pub mod process;
+pub mod proxy_header;
 pub mod reuse;
 pub mod servers;
 pub mod sockets;

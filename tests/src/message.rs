@@ -119,6 +119,23 @@ pub fn answer_to(query: &[u8], address: [u8; 4]) -> Vec<u8> {
     bytes
 }
 
+/// An answer to `query` with one TXT record.
+///
+/// # Panics
+/// If the text is longer than 255 octets.
+pub fn text_answer_to(query: &[u8], text: &str) -> Vec<u8> {
+    let mut bytes = query.to_vec();
+    bytes[2] |= 0x80;
+    bytes[3] = 0x80;
+    bytes[7] = 1;
+    let len = u8::try_from(text.len()).expect("one character string");
+    bytes.extend_from_slice(&[0xc0, 0x0c, 0, 16, 0, 1, 0, 0, 0, 60]);
+    bytes.extend_from_slice(&(u16::from(len) + 1).to_be_bytes());
+    bytes.push(len);
+    bytes.extend_from_slice(text.as_bytes());
+    bytes
+}
+
 /// All character strings of all TXT records in the answer section.
 ///
 /// # Panics

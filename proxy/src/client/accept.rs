@@ -2,16 +2,22 @@
 
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::Instant;
 
-use super::limits::ClientLimits;
-use super::session::Addresses;
+use super::introduction::Stranger;
+use super::limits::{ClientLimits, Place};
+use super::session::{Addresses, Via};
 use super::task::SessionTask;
-use crate::stats::Refusal;
+use crate::config::AcceptProxy;
+use crate::stats::{ListenerStats, Refusal};
 use crate::worker::shell::Shell;
 
 /// How long a listener rests when no descriptor is left, and nothing was there to be shed.
@@ -21,19 +27,83 @@ const SHED: usize = 64;
 
 /// Accepts on one listener until the worker drains.
 pub(crate) struct Acceptor {
-    pub(crate) shell: Rc<Shell>,
     pub(crate) listener: TcpListener,
-    pub(crate) index: u16,
     /// Somebody else will accept what is in the queue at the end.
     pub(crate) leaves_queue: bool,
-    pub(crate) limits: std::sync::Arc<ClientLimits>,
+    pub(crate) door: Rc<Door>,
+}
+
+/// What a listener does with those who come.
+pub(crate) struct Door {
+    pub(crate) shell: Rc<Shell>,
+    pub(crate) index: u16,
+    pub(crate) limits: Arc<ClientLimits>,
     pub(crate) max_per_client: usize,
+    /// Whose word on the client is taken.
+    pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
+}
+
+/// A connection whose client is known.
+pub(super) struct Entrant {
+    pub(super) stream: TcpStream,
+    pub(super) ends: Addresses,
+    pub(super) place: Place,
+    pub(super) via: Option<Box<Via>>,
+    /// What has been read from it already.
+    pub(super) rest: Vec<u8>,
+}
+
+impl Door {
+    fn stats(&self) -> &ListenerStats {
+        &self.shell.stats.listeners[usize::from(self.index)]
+    }
+
+    /// Somebody has connected. `stop` is done when the worker drains.
+    fn admit(self: &Rc<Self>, stream: TcpStream, stop: &watch::Receiver<bool>) {
+        let (Ok(client), Ok(local)) = (stream.peer_addr(), stream.local_addr()) else {
+            // It was reset while it waited in the queue.
+            return;
+        };
+        let place = match self.limits.enter() {
+            Ok(place) => place,
+            Err(refusal) => return self.refuse(client, refusal),
+        };
+        let ends = Addresses { client, local };
+        match &self.accept_proxy {
+            Some(proxy) if proxy.trusts(client.ip()) => {
+                let (door, proxy, accepted) = (Rc::clone(self), Rc::clone(proxy), Instant::now());
+                let stranger = Stranger { door, proxy, stream, ends, place, accepted, stop: stop.clone() };
+                tokio::task::spawn_local(stranger.introduce());
+            }
+            _ => self.begin(Entrant { stream, ends, place, via: None, rest: Vec::new() }),
+        }
+    }
+
+    /// The client's session begins, if its limits allow.
+    pub(super) fn begin(&self, entrant: Entrant) {
+        let Entrant { stream, ends, place, via, rest } = entrant;
+        let admitted = match place.admit(self.index, ends.client.ip(), self.max_per_client) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(ends.client, refusal),
+        };
+        let _ = stream.set_nodelay(true);
+        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, via, crate::clock::now());
+        tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, stream, admitted, rest));
+    }
+
+    /// Counts a connection that is closed before its session begins.
+    pub(super) fn refuse(&self, peer: SocketAddr, refusal: Refusal) {
+        self.stats().refused[refusal as usize].add(1);
+        if refusal.is_suspicious() {
+            self.shell.complain_client(peer, refusal.label());
+        }
+    }
 }
 
 impl Acceptor {
     /// Runs until `stop` is done; then takes what the kernel has queued already, so that no client that was told it is
     /// connected is lost, unless it is left to the next process.
-    pub(crate) async fn run(self, mut stop: tokio::sync::watch::Receiver<bool>) {
+    pub(crate) async fn run(self, mut stop: watch::Receiver<bool>) {
         let mut reserve = File::open("/dev/null").ok();
         loop {
             let accepted = tokio::select! {
@@ -42,34 +112,15 @@ impl Acceptor {
                 accepted = self.listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => self.admit(stream),
+                Ok((stream, _)) => self.door.admit(stream, &stop),
                 Err(error) => self.failed(&error, &mut reserve).await,
             }
         }
         while !self.leaves_queue
             && let Some(Ok((stream, _))) = poll_once(self.listener.accept()).await
         {
-            self.admit(stream);
+            self.door.admit(stream, &stop);
         }
-    }
-
-    fn admit(&self, stream: TcpStream) {
-        let (Ok(client), Ok(local)) = (stream.peer_addr(), stream.local_addr()) else {
-            // It was reset while it waited in the queue.
-            return;
-        };
-        let stats = &self.shell.stats.listeners[usize::from(self.index)];
-        let admitted = match self.limits.admit(self.index, client.ip(), self.max_per_client) {
-            Ok(admitted) => admitted,
-            Err(refusal) => {
-                stats.refused[refusal as usize].add(1);
-                return;
-            }
-        };
-        let _ = stream.set_nodelay(true);
-        let now = crate::clock::now();
-        let key = self.shell.core.borrow_mut().session_opened(self.index, Addresses { client, local }, now);
-        tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, stream, admitted));
     }
 
     /// Without descriptors `accept(2)` fails and the connection stays in the queue: asking again at once would spin.
@@ -83,7 +134,7 @@ impl Acceptor {
             tracing::debug!(%error, "accept");
             return;
         }
-        self.shell.complain_accept(error);
+        self.door.shell.complain_accept(error);
         drop(reserve.take());
         let mut shed = 0;
         while shed < SHED
@@ -92,7 +143,7 @@ impl Acceptor {
             drop(stream);
             shed += 1;
         }
-        self.shell.stats.listeners[usize::from(self.index)].refused[Refusal::Descriptors as usize].add(shed as u64);
+        self.door.stats().refused[Refusal::Descriptors as usize].add(shed as u64);
         *reserve = File::open("/dev/null").ok();
         tokio::time::sleep(REST).await;
     }

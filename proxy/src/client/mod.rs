@@ -1,7 +1,9 @@
-//! Towards the clients: accepting, the limits on them, and the task of each connection.
+//! Towards the clients: accepting, who they are behind a PROXY header, the limits on them, and the task of each connection.
 
 pub(crate) mod accept;
 pub(crate) mod farewell;
+mod introduction;
 pub mod limits;
+pub mod preface;
 pub mod session;
 pub(crate) mod task;

@@ -48,6 +48,8 @@ pub struct Session {
     pub(crate) pool: u16,
     pub(crate) client: SocketAddr,
     pub(crate) local: SocketAddr,
+    /// How it came to be known, if by a PROXY header.
+    pub(crate) via: Option<Box<Via>>,
     pub(crate) limits: Limits,
     /// Its queries, waiting or in flight.
     pub(crate) queries: List,
@@ -81,6 +83,8 @@ pub struct Session {
     pub(crate) armed: Mono,
     /// Its task has been woken and has not run yet.
     pub(crate) woken: bool,
+    /// A whole message has come.
+    pub(crate) began: bool,
 }
 
 impl Session {
@@ -91,6 +95,7 @@ impl Session {
             pool,
             client: addresses.client,
             local: addresses.local,
+            via: None,
             limits,
             queries: List::default(),
             stalled: Vec::new(),
@@ -110,7 +115,13 @@ impl Session {
             drain_at: Mono::ZERO,
             armed: Mono::ZERO,
             woken: false,
+            began: false,
         }
+    }
+
+    /// The TLVs of its own header.
+    pub(crate) fn incoming(&self) -> &[u8] {
+        self.via.as_ref().map_or(&[], |via| &via.tlvs)
     }
 
     /// Queries that have no answer yet.
@@ -134,6 +145,7 @@ impl Session {
 
     /// A whole message came.
     pub(crate) fn message_came(&mut self, now: Mono) {
+        self.began = true;
         self.last_message = now;
         self.partial_since = Mono::ZERO;
     }
@@ -221,6 +233,15 @@ impl Session {
             _ => None,
         }
     }
+}
+
+/// A client that a trusted peer speaks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Via {
+    /// The other end of the connection.
+    pub peer: SocketAddr,
+    /// The TLVs of its header, as a header holds them.
+    pub tlvs: Box<[u8]>,
 }
 
 /// The two ends of a client connection.

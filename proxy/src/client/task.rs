@@ -35,8 +35,9 @@ pub(crate) struct SessionTask {
 }
 
 impl SessionTask {
-    pub(crate) fn new(shell: Rc<Shell>, key: SessionKey, stream: TcpStream, admitted: Admitted) -> Self {
-        Self { shell, key, stream: Some(stream), rest: Vec::new(), admitted: Some(admitted) }
+    /// `rest` was read before the session began.
+    pub(crate) fn new(shell: Rc<Shell>, key: SessionKey, stream: TcpStream, admitted: Admitted, rest: Vec<u8>) -> Self {
+        Self { shell, key, stream: Some(stream), rest, admitted: Some(admitted) }
     }
 
     /// Does what can be done now. `Err` is the reason to close.
@@ -129,6 +130,11 @@ impl SessionTask {
 
     /// Closes the connection, at once or after a farewell.
     fn end(&mut self, reason: ClientCloseReason) {
+        if reason == ClientCloseReason::ProxyUntrusted
+            && let Some(client) = self.session(|session| session.client)
+        {
+            self.shell.complain_client(client, reason.label());
+        }
         let (stream, admitted) = (self.stream.take(), self.admitted.take());
         let written = self.session(|session| session.out.is_empty()).unwrap_or(false);
         if let (Some(stream), Some(admitted), true) = (stream, admitted, written && farewell::is_due(reason)) {

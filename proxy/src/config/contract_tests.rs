@@ -134,7 +134,7 @@ fn full_without_what_is_refused() -> String {
     let mut text = String::new();
     for (index, line) in FULL.lines().enumerate() {
         // Tables of which nothing is left are refused even when they are empty.
-        let empty = ["[overload]", "[listener.accept_proxy]", "[listener.tls]", "[pool.backend.tls]"];
+        let empty = ["[overload]", "[listener.tls]", "[pool.backend.tls]"];
         if !refused.contains(&(index + 1)) && !empty.iter().any(|table| line.starts_with(table)) {
             text.push_str(&line.replace("\"auto\"                      # auto: a real", "\"up\" # "));
             text.push('\n');
@@ -156,9 +156,13 @@ fn the_defaults_are_those_of_the_full_file() {
     tlvs.push(0xe0, "{qname_label:1}".parse().unwrap()).unwrap();
     let proxy = full.pools.first().unwrap().proxy_protocol.clone();
     assert_eq!(proxy, Some(ProxyProtocol { tlvs, ..ProxyProtocol::default() }));
-    let mut pools = full.pools.clone();
+    let from = vec!["127.0.0.0/8".parse().unwrap(), "::1".parse().unwrap()];
+    let accept_proxy = full.listeners.first().unwrap().accept_proxy.clone();
+    assert_eq!(accept_proxy, Some(AcceptProxy { from, ..AcceptProxy::default() }));
+    let (mut listeners, mut pools) = (full.listeners.clone(), full.pools.clone());
+    listeners.first_mut().unwrap().accept_proxy = None;
     pools.first_mut().unwrap().proxy_protocol = None;
-    assert_eq!(Config { pools, ..full }, minimal, "and a key that is left out has its default");
+    assert_eq!(Config { listeners, pools, ..full }, minimal, "and a key that is left out has its default");
 }
 
 #[test]

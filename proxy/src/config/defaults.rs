@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{
-    Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool, ProxyProtocol, ReapMode,
-    Server, View, Watchdog,
+    AcceptProxy, Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool,
+    ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
@@ -19,6 +19,10 @@ pub const SUBNET_V6: u8 = 56;
 
 /// The longest PROXY header that PowerDNS Recursor and dnsdist take by their own defaults, bytes.
 pub const MAX_HEADER: usize = 512;
+
+/// The longest PROXY header that is accepted: what fits the least IPv4 datagram of 576 bytes without its 40 bytes of IP
+/// and TCP (section 2.2 of the specification), bytes.
+pub const MAX_INCOMING_HEADER: usize = 536;
 
 /// One worker per core, as many as the process may use.
 pub(super) fn workers() -> usize {
@@ -48,7 +52,15 @@ impl Listener {
             idle_timeout: Duration::from_secs(10),
             message_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(5),
+            accept_proxy: None,
         }
+    }
+}
+
+impl Default for AcceptProxy {
+    /// It trusts nobody: `from` must be given.
+    fn default() -> Self {
+        Self { from: Vec::new(), max_header: MAX_INCOMING_HEADER, timeout: Duration::from_secs(3) }
     }
 }
 
@@ -68,7 +80,12 @@ impl Pool {
 
 impl Default for ProxyProtocol {
     fn default() -> Self {
-        Self { identity: Identity::Connection, max_header: MAX_HEADER, tlvs: TlvSet::default() }
+        Self {
+            identity: Identity::Connection,
+            max_header: MAX_HEADER,
+            pass_incoming_tlvs: true,
+            tlvs: TlvSet::default(),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use thiserror::Error;
 
+use super::network::NetworkError;
 use super::units::UnitError;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
 
@@ -148,6 +149,9 @@ pub enum Problem {
     /// Not an IP address.
     #[error("{0:?} is not an IP address, such as \"192.0.2.1\" or \"2001:db8::1\"")]
     NotAnIpAddress(String),
+    /// Not a network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// An address that nothing can be sent to, or from.
     #[error("{0} is not the address of one host")]
     NotUnicast(IpAddr),

@@ -396,6 +396,43 @@ fn tlvs() {
     );
 }
 
+/// The errors of these keys of `[listener.accept_proxy]`, from line 6.
+fn accept_proxy(keys: &str) -> String {
+    let (listener, rest) = MINIMAL.split_once("\n[[pool]]").unwrap();
+    errors(&format!("{listener}[listener.accept_proxy]\n{keys}\n[[pool]]{rest}"))
+}
+
+#[test]
+fn who_may_speak_for_others() {
+    assert_eq!(accept_proxy(""), "f.toml:6:1: key `listener.accept_proxy.from`: is missing");
+    assert_eq!(
+        accept_proxy("from = []"),
+        "f.toml:7:8: key `listener.accept_proxy.from`: must not be empty; without `[listener.accept_proxy]` PROXY \
+         headers are taken from nobody"
+    );
+    assert_eq!(
+        accept_proxy("from = [\"127.0.0.1/8\", \"lb\", \"::/129\", \"::1\", \"::1/128\", 7]"),
+        "f.toml:7:9: key `listener.accept_proxy.from[0]`: \"127.0.0.1/8\" has bits behind its prefix; the network is \
+         127.0.0.0/8\n\
+         f.toml:7:24: key `listener.accept_proxy.from[1]`: \"lb\" is not a network, such as \"192.0.2.0/24\" or \
+         \"2001:db8::/32\", nor an address\n\
+         f.toml:7:30: key `listener.accept_proxy.from[2]`: \"::/129\" has a prefix of more than 128 bits\n\
+         f.toml:7:47: key `listener.accept_proxy.from[4]`: ::1 is already at line 7\n\
+         f.toml:7:58: key `listener.accept_proxy.from[5]`: expected a string, found integer"
+    );
+    let trusted = "from = [\"::1\"]\n";
+    assert_eq!(
+        accept_proxy(&format!("{trusted}max_header = \"106B\"\ntimeout = \"0s\"\noutside_tls = true")),
+        "f.toml:8:14: key `listener.accept_proxy.max_header`: must be from \"107B\" to \"65551B\"\n\
+         f.toml:9:11: key `listener.accept_proxy.timeout`: must be from \"1ms\" to \"8760h\"\n\
+         f.toml:10:1: key `listener.accept_proxy.outside_tls`: not supported yet"
+    );
+    assert_eq!(
+        value("[pool.proxy_protocol]", "pass_incoming_tlvs = 1"),
+        "f.toml:14:22: key `pool.proxy_protocol.pass_incoming_tlvs`: expected true or false, found integer"
+    );
+}
+
 #[test]
 fn a_header_that_is_always_too_long() {
     let text = format!(

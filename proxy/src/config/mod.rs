@@ -8,6 +8,8 @@ pub mod check;
 pub mod choices;
 pub mod defaults;
 pub mod error;
+mod listeners;
+pub mod network;
 mod parse;
 mod pools;
 pub mod print;
@@ -31,6 +33,7 @@ use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
 
 pub use error::{ConfigError, ConfigErrors};
+pub use network::Network;
 pub use parse::{from_str, load};
 
 /// The whole configuration.
@@ -84,6 +87,26 @@ pub struct Listener {
     pub message_timeout: Duration,
     /// For a client that does not read.
     pub write_timeout: Duration,
+    /// `[listener.accept_proxy]`; none: nobody speaks for a client.
+    pub accept_proxy: Option<AcceptProxy>,
+}
+
+/// `[listener.accept_proxy]`: PROXY v1 and v2 in front of the listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcceptProxy {
+    /// From these peers a header is required, from all others it is refused.
+    pub from: Vec<Network>,
+    /// A longer header is refused, bytes.
+    pub max_header: usize,
+    /// From `accept(2)` to the last byte of the header.
+    pub timeout: Duration,
+}
+
+impl AcceptProxy {
+    /// Whether this peer speaks for others.
+    pub fn trusts(&self, peer: IpAddr) -> bool {
+        self.from.iter().any(|network| network.contains(peer))
+    }
 }
 
 /// `[[pool]]`
@@ -110,6 +133,8 @@ pub struct ProxyProtocol {
     pub identity: Identity,
     /// A longer header is an error, bytes.
     pub max_header: usize,
+    /// TLVs of the client's own header come before those below.
+    pub pass_incoming_tlvs: bool,
     /// `[[pool.proxy_protocol.tlv]]`, in the order of the file.
     pub tlvs: TlvSet,
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use toml::de::DeTable;
 use tracing_subscriber::EnvFilter;
 
 use super::error::{ConfigErrors, Problem};
-use super::pools::{self, Pools};
+use super::pools::Pools;
 use super::section::{Section, Value};
 use super::source::{Path, Source};
-use super::{Admin, Class, Config, Connections, Kernel, Listener, Server, Watchdog, defaults, schema};
+use super::{Admin, Class, Config, Connections, Kernel, Server, Watchdog, defaults, listeners, schema};
 
 /// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
 /// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
@@ -95,7 +95,7 @@ pub fn from_str(name: &str, text: &str) -> Result<Config, ConfigErrors> {
 fn read(root: &Section<'_, '_>) -> Config {
     let server = read_server(&root.table("server"));
     let pools = Pools::read(root);
-    let listeners = read_listeners(root, &pools);
+    let listeners = listeners::read(root, &pools);
     pools.check_loops(&listeners);
     pools.check_headers(&listeners);
     Config {
@@ -132,48 +132,6 @@ fn log_filter(value: &Value<'_, '_>) -> Option<String> {
             None
         }
     }
-}
-
-fn read_listeners(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listener> {
-    let mut names = Unique::default();
-    let mut addresses = Unique::default();
-    let sections = root.tables("listener");
-    if sections.is_empty() {
-        root.fail_empty("listener");
-    }
-    let mut listeners = Vec::new();
-    for section in sections {
-        let name = section.required("name").and_then(|value| names.name(&value));
-        let pool = section.required("pool").and_then(|value| pools.find(&value));
-        let address = section.required("address").and_then(|value| {
-            let address = value.socket_address()?;
-            if address.ip().is_multicast() {
-                value.fail(Problem::NotUnicast(address.ip()));
-            } else if address.port() != 0 {
-                addresses.add(&value, &address.to_string());
-            }
-            Some(address)
-        });
-        // What is missing here has been reported; the placeholders are never used.
-        let default = Listener::new(
-            name.unwrap_or_default(),
-            address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0))),
-            pool.unwrap_or_default(),
-        );
-        listeners.push(Listener {
-            max_connections_per_client: section.integer(
-                "max_connections_per_client",
-                default.max_connections_per_client,
-                1..=MAX_COUNT,
-            ),
-            max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=pools::MAX_IN_FLIGHT),
-            idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
-            message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
-            write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
-            ..default
-        });
-    }
-    listeners
 }
 
 fn read_connections(section: &Section<'_, '_>) -> Connections {

@@ -112,7 +112,8 @@ fn shortest_header(proxy: &ProxyProtocol, pool: &Pool, listener: &Listener) -> u
     let only_ipv6 = proxy.identity == Identity::Forwarder && pool.backends.iter().all(|b| b.address.is_ipv6());
     let mut header = vec![0; FIXED_LEN + if only_ipv6 { IPV6_ADDRESSES } else { IPV4_ADDRESSES }];
     let client = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    proxy.tlvs.render(&Context { client, listener: &listener.name, question: None, random: 0 }, &mut header);
+    let context = Context { client, listener: &listener.name, question: None, incoming: &[], random: 0 };
+    proxy.tlvs.render(&context, &mut header);
     header.len()
 }
 
@@ -133,6 +134,7 @@ fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
             IdentityWord::Forwarder => Identity::Forwarder,
         },
         max_header: max_header.unwrap_or(default.max_header),
+        pass_incoming_tlvs: section.boolean("pass_incoming_tlvs", default.pass_incoming_tlvs),
         tlvs: read_tlvs(section),
     })
 }

@@ -77,6 +77,12 @@ fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
     out.duration("idle_timeout", listener.idle_timeout);
     out.duration("message_timeout", listener.message_timeout);
     out.duration("write_timeout", listener.write_timeout);
+    if let Some(proxy) = &listener.accept_proxy {
+        out.heading("[listener.accept_proxy]");
+        out.list("from", proxy.from.iter().map(ToString::to_string));
+        out.text("max_header", units::format_size(proxy.max_header));
+        out.duration("timeout", proxy.timeout);
+    }
 }
 
 fn pool(out: &mut Writer, pool: &Pool) {
@@ -109,6 +115,7 @@ fn proxy_protocol(out: &mut Writer, proxy: &ProxyProtocol) {
         out.bare("subnet_v6", v6);
     }
     out.text("max_header", units::format_size(proxy.max_header));
+    out.bare("pass_incoming_tlvs", proxy.pass_incoming_tlvs);
     for (kind, template) in proxy.tlvs.iter() {
         out.heading("[[pool.proxy_protocol.tlv]]");
         out.bare("type", format!("{kind:#04X}").replace("0X", "0x"));

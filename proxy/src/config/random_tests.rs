@@ -26,6 +26,7 @@ fn template() -> impl Strategy<Value = String> {
         Just("{qname_label:127}".to_owned()),
         Just("{qtype}".to_owned()),
         Just("{uuid}".to_owned()),
+        any::<u8>().prop_map(|kind| format!("{{incoming:{kind:#04X}}}")),
         Just("{{}}".to_owned()),
         "[^{}]{0,8}",
     ];
@@ -50,13 +51,14 @@ prop_compose! {
     fn proxy_protocol()(
         identity in identity(),
         max_header in 4096..=65_551usize,
+        pass_incoming_tlvs in any::<bool>(),
         tlvs in prop::collection::vec((0xe0..=0xefu8, template()), 0..4),
     ) -> ProxyProtocol {
         let mut set = TlvSet::default();
         for (kind, template) in tlvs {
             set.push(kind, template.parse().unwrap()).unwrap();
         }
-        ProxyProtocol { identity, max_header, tlvs: set }
+        ProxyProtocol { identity, max_header, pass_incoming_tlvs, tlvs: set }
     }
 }
 
@@ -103,12 +105,31 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn network()(bits in any::<u32>(), v6 in any::<bool>(), prefix in 0..=32u8) -> Network {
+        let ip = if v6 { IpAddr::from([0x2001, 0xdb8, 0, (bits >> 16) as u16, bits as u16, 0, 0, 0]) } else { bits.to_be_bytes().into() };
+        let prefix = if v6 { prefix + 48 } else { prefix };
+        format!("{}/{prefix}", network::masked(ip, prefix, prefix)).parse().unwrap()
+    }
+}
+
+prop_compose! {
+    fn accept_proxy()(
+        from in prop::collection::hash_set(network(), 1..4),
+        max_header in 107..=65_551usize,
+        timeout in duration(1),
+    ) -> AcceptProxy {
+        AcceptProxy { from: from.into_iter().collect(), max_header, timeout }
+    }
+}
+
+prop_compose! {
     fn listener(pools: usize)(
         address in any::<[u8; 3]>(),
         port in any::<u16>(),
         pool in 0..pools,
         numbers in (1..=100_000usize, 1..=65_536usize),
         timeouts in (duration(1), duration(1), duration(1)),
+        accept_proxy in prop::option::of(accept_proxy()),
     ) -> Listener {
         let [a, b, c] = address;
         Listener {
@@ -117,6 +138,7 @@ prop_compose! {
             idle_timeout: timeouts.0,
             message_timeout: timeouts.1,
             write_timeout: timeouts.2,
+            accept_proxy,
             ..Listener::new("", SocketAddr::from(([127, a, b, c], port)), pool)
         }
     }

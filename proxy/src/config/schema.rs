@@ -94,7 +94,7 @@ const LISTENER: &[Key] = &[
     table("tls", LISTENER_TLS),
 ];
 
-const ACCEPT_PROXY: &[Key] = &[not_yet("from"), not_yet("max_header"), not_yet("timeout"), not_yet("outside_tls")];
+const ACCEPT_PROXY: &[Key] = &[works("from"), works("max_header"), works("timeout"), not_yet("outside_tls")];
 
 const LISTENER_TLS: &[Key] =
     &[not_yet("certificate"), not_yet("key"), not_yet("handshake_timeout"), not_yet("max_handshakes")];
@@ -117,7 +117,7 @@ const PROXY_PROTOCOL: &[Key] = &[
     not_yet("crc32c"),
     not_yet("unique_id"),
     not_yet("advertise_tls"),
-    not_yet("pass_incoming_tlvs"),
+    works("pass_incoming_tlvs"),
     tables("tlv", TLV),
 ];
 

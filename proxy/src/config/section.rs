@@ -11,7 +11,7 @@ use toml::de::{DeInteger, DeTable, DeValue};
 use super::choices::{self, Choice};
 use super::error::Problem;
 use super::source::{Path, Source};
-use super::units;
+use super::{Network, units};
 
 /// A table of the file, or one that is not there and has defaults only.
 pub(super) struct Section<'a, 'i> {
@@ -98,6 +98,11 @@ impl<'a, 'i> Section<'a, 'i> {
     /// A duration, from `min` to a year.
     pub(super) fn duration(&self, key: &str, default: Duration, min: Duration) -> Duration {
         self.value(key).and_then(|value| value.duration(min)).unwrap_or(default)
+    }
+
+    /// Yes or no.
+    pub(super) fn boolean(&self, key: &str, default: bool) -> bool {
+        self.value(key).and_then(|value| value.boolean()).unwrap_or(default)
     }
 
     /// One of a few words.
@@ -205,6 +210,19 @@ impl<'a, 'i> Value<'a, 'i> {
     pub(super) fn ip_address(&self) -> Option<IpAddr> {
         let text = self.string()?;
         self.ok(text.parse().map_err(|_| Problem::NotAnIpAddress(text.to_owned())))
+    }
+
+    /// A network.
+    pub(super) fn network(&self) -> Option<Network> {
+        self.ok(self.string()?.parse::<Network>())
+    }
+
+    /// Yes or no.
+    pub(super) fn boolean(&self) -> Option<bool> {
+        match self.value {
+            DeValue::Boolean(value) => Some(*value),
+            _ => self.wrong_type("true or false"),
+        }
     }
 
     /// The elements of a list.

@@ -3,7 +3,9 @@
 //! The specification forbids to carry several clients over a connection whose header names one of them (section 2).
 //! It does not forbid a header that is exact for several, and port 0 or a network address says that it is.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use crate::config::network::masked;
 
 /// Who is named as the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +50,7 @@ impl Identity {
         let source = match self {
             Self::Connection => SocketAddr::new(client_ip, client.port()),
             Self::Address => SocketAddr::new(client_ip, 0),
-            Self::Subnet { v4, v6 } => SocketAddr::new(network(client_ip, v4, v6), 0),
+            Self::Subnet { v4, v6 } => SocketAddr::new(masked(client_ip, v4, v6), 0),
             Self::Forwarder => SocketAddr::new(forwarder.ip().to_canonical(), 0),
         };
         let destination = match (source.ip(), listener.ip().to_canonical()) {
@@ -60,25 +62,11 @@ impl Identity {
     }
 }
 
-/// The network that `ip` is in: its address with the host part zero.
-fn network(ip: IpAddr, v4: u8, v6: u8) -> IpAddr {
-    match ip {
-        IpAddr::V4(ip) => {
-            let host_bits = 32 - u32::from(v4.min(32));
-            let mask = u32::MAX.checked_shl(host_bits).unwrap_or(0);
-            IpAddr::V4(Ipv4Addr::from_bits(ip.to_bits() & mask))
-        }
-        IpAddr::V6(ip) => {
-            let host_bits = 128 - u32::from(v6.min(128));
-            let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
-            IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & mask))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![expect(clippy::expect_used, reason = "tests panic")]
+
+    use std::net::Ipv6Addr;
 
     use super::*;
     use proptest::prelude::*;
@@ -113,13 +101,13 @@ mod tests {
     #[test]
     fn prefix_lengths_at_their_ends() {
         let all = IpAddr::V4(Ipv4Addr::BROADCAST);
-        assert_eq!(network(all, 0, 0), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        assert_eq!(network(all, 32, 0), all);
-        assert_eq!(network(all, 255, 0), all);
+        assert_eq!(masked(all, 0, 0), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        assert_eq!(masked(all, 32, 0), all);
+        assert_eq!(masked(all, 255, 0), all);
         let v6 = IpAddr::V6(Ipv6Addr::from_bits(u128::MAX));
-        assert_eq!(network(v6, 0, 0), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
-        assert_eq!(network(v6, 0, 128), v6);
-        assert_eq!(network(v6, 0, 255), v6);
+        assert_eq!(masked(v6, 0, 0), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        assert_eq!(masked(v6, 0, 128), v6);
+        assert_eq!(masked(v6, 0, 255), v6);
     }
 
     #[test]

@@ -1,13 +1,17 @@
-//! PROXY protocol version 2, as HAProxy's `proxy-protocol.txt` defines it (sections 2 and 2.2).
+//! PROXY protocol, as HAProxy's `proxy-protocol.txt` defines it: version 2 (sections 2 and 2.2) in both directions,
+//! version 1 (section 2.1) from clients.
 //!
 //! [`encode`] writes the header that opens a backend connection, with the endpoints that [`identity`] chooses and
 //! the TLVs that [`template`] renders: the hot path, without allocation once the caller's buffer is large enough.
-//! [`parse`] reads headers, with the `ppp` crate.
+//! [`parse`] reads headers of version 2, with the `ppp` crate, and [`parse_v1`] those of version 1. [`tlv`] walks TLVs
+//! as they were received.
 
 pub mod encode;
 pub mod identity;
 pub mod parse;
+pub mod parse_v1;
 pub mod template;
+pub mod tlv;
 
 /// The 12 octets that every version 2 header starts with.
 pub const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";

@@ -1,4 +1,5 @@
-//! Reading PROXY v2 headers, by the `ppp` crate and stricter than it where the specification is.
+//! Reading PROXY headers: version 2 by the `ppp` crate and stricter than it where the specification is, version 1 by
+//! [`parse_v1`].
 //!
 //! Incremental: call again with more bytes until the answer is something other than [`ParseError::NeedMore`]. Whether
 //! the peer is allowed to send a header, and how long it may take, is the caller's business.
@@ -8,6 +9,7 @@ use std::net::SocketAddr;
 use ppp::v2::{Addresses, Command as PppCommand, Header, ParseError as PppError, TypeLengthValues};
 use thiserror::Error;
 
+use super::parse_v1::parse_v1;
 use super::{FIXED_LEN, tlv_type};
 
 /// TLVs in one header. A header of 64 KiB could hold 21,845 empty ones; nobody has a use for so many.
@@ -28,9 +30,10 @@ pub enum Command {
 /// A whole, valid header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parsed {
-    /// LOCAL or PROXY.
+    /// LOCAL or PROXY; version 1 has PROXY only.
     pub command: Command,
-    /// Where the connection comes from; `None` for LOCAL, and for the families UNSPEC and UNIX.
+    /// Where the connection comes from; `None` for LOCAL, for the families UNSPEC and UNIX, and for UNKNOWN of
+    /// version 1.
     pub source: Option<SocketAddr>,
     /// Where it went to; `None` when `source` is.
     pub destination: Option<SocketAddr>,
@@ -48,14 +51,14 @@ pub enum ParseError {
     #[error("the PROXY header is not complete")]
     NeedMore,
     /// The connection must be closed (section 2: "must not try to guess").
-    #[error("not a valid PROXY v2 header: {0}")]
+    #[error("not a valid PROXY header: {0}")]
     Invalid(#[from] Invalid),
 }
 
 /// What is wrong with a header.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Invalid {
-    /// The first 12 octets are not the signature of version 2.
+    /// The first octets are not those of a header.
     #[error("no signature")]
     Signature,
     /// A version other than 2, in the high four bits of octet 13.
@@ -90,12 +93,27 @@ pub enum Invalid {
     /// A CRC32C that is not four octets, is there twice, or is not that of the header (section 2.2.3).
     #[error("a wrong checksum")]
     Checksum,
+    /// A line of version 1 that is none.
+    #[error("version 1: {0}")]
+    Line(&'static str),
     /// A UNIQUE_ID above 128 octets.
     #[error("a UNIQUE_ID of {0} octets, 128 are allowed")]
     UniqueId(usize),
 }
 
-/// Reads the header that `bytes` begins with, of at most `max` octets.
+/// Reads the header of version 1 or 2 that `bytes` begins with, of at most `max` octets.
+///
+/// # Errors
+///
+/// See [`parse`].
+pub fn parse_any(bytes: &[u8], max: usize) -> Result<Parsed, ParseError> {
+    match bytes.first() {
+        Some(b'P') => parse_v1(bytes, max),
+        _ => parse(bytes, max),
+    }
+}
+
+/// Reads the header of version 2 that `bytes` begins with, of at most `max` octets.
 ///
 /// # Errors
 ///
@@ -200,7 +218,7 @@ fn checksum_of(header: &Header<'_>) -> u32 {
 }
 
 /// CRC32C (RFC 9260, appendix A): reflected polynomial 0x82F63B78, bit by bit, since headers are short and rare.
-fn crc32c(octets: impl Iterator<Item = u8>) -> u32 {
+pub(crate) fn crc32c(octets: impl Iterator<Item = u8>) -> u32 {
     let mut crc = u32::MAX;
     for octet in octets {
         crc ^= u32::from(octet);

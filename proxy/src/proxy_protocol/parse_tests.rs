@@ -195,4 +195,22 @@ proptest! {
         input.extend_from_slice(&bytes);
         crate::fuzzing::proxy_in(&input);
     }
+
+    /// Lines that are right, or nearly.
+    #[test]
+    fn arbitrary_lines(
+        protocol in "TCP4 |TCP6 |UNKNOWN ?|[A-Z4 ]{0,6}",
+        words in vec(prop_oneof![
+            any::<std::net::Ipv4Addr>().prop_map(|ip| ip.to_string()),
+            any::<std::net::Ipv6Addr>().prop_map(|ip| ip.to_string()),
+            any::<u16>().prop_map(|port| port.to_string()),
+            "[0-9a-f:.+ -]{0,8}",
+        ], 0..6),
+        end in "(\r\n|\n|\r|)",
+        after in vec(any::<u8>(), 0..20),
+    ) {
+        let mut line = format!("PROXY {protocol}{}{end}", words.join(" ")).into_bytes();
+        line.extend_from_slice(&after);
+        crate::fuzzing::proxy_in(&line);
+    }
 }

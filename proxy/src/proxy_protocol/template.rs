@@ -10,19 +10,19 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use super::tlv_type;
+use super::{tlv, tlv_type};
 use crate::dns::message::Question;
 use crate::dns::rtype;
 
 /// Fields that the configuration format has and that a later version will fill in.
-const LATER: &[&str] = &["sni", "edns", "incoming", "unique_id"];
+const LATER: &[&str] = &["sni", "edns", "unique_id"];
 
 /// What a value depends on, from what changes least to what changes most. A set is of its worst member's class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
     /// The configuration and the listener only: the same for every query.
     Static,
-    /// The client's address or port.
+    /// The client's address or port, or what its own header says.
     PerClient,
     /// The question. The next query may have the same value or not; only experience can tell.
     PerQuery,
@@ -39,6 +39,8 @@ pub struct Context<'a> {
     pub listener: &'a str,
     /// The first question of the query. Without one `{qname}`, `{qname_label:N}` and `{qtype}` are empty.
     pub question: Option<Question<'a>>,
+    /// The TLVs of the client's own header, as a header holds them.
+    pub incoming: &'a [u8],
     /// 128 random bits for `{uuid}`, new for each query. Read only by templates of [`Class::Unique`].
     pub random: u128,
 }
@@ -58,6 +60,7 @@ enum Part {
     Qname,
     QnameLabel(usize),
     Qtype,
+    Incoming(u8),
     Uuid,
 }
 
@@ -82,7 +85,8 @@ pub enum TemplateErrorKind {
     LoneBrace,
     /// A field that nobody knows.
     #[error(
-        "there is no field {{{0}}}; the fields are client_ip, client_port, listener, qname, qname_label:N, qtype and uuid"
+        "there is no field {{{0}}}; the fields are client_ip, client_port, listener, qname, qname_label:N, qtype, \
+         incoming:TYPE and uuid"
     )]
     Unknown(String),
     /// A field of the configuration format that does not work yet.
@@ -91,6 +95,9 @@ pub enum TemplateErrorKind {
     /// `{qname_label:N}` without a number from 1 to 127, as many labels as a name can have.
     #[error("{{qname_label:N}} needs a number from 1 (the leftmost label) to 127, not {0:?}")]
     Label(String),
+    /// `{incoming:TYPE}` without a type from 0 to 255.
+    #[error("{{incoming:TYPE}} needs a type of TLVs from 0x00 to 0xFF, not {0:?}")]
+    Incoming(String),
     /// An argument for a field that takes none.
     #[error("the field {{{0}}} takes no argument")]
     Argument(String),
@@ -187,10 +194,23 @@ fn parse_field(field: &str) -> Result<Part, TemplateErrorKind> {
             let number = argument.parse().ok().filter(|number| plain && (1..=127).contains(number));
             return number.map(Part::QnameLabel).ok_or_else(|| TemplateErrorKind::Label(argument.to_owned()));
         }
+        "incoming" => {
+            let argument = argument.unwrap_or_default();
+            return tlv_kind(argument)
+                .map(Part::Incoming)
+                .ok_or_else(|| TemplateErrorKind::Incoming(argument.to_owned()));
+        }
         _ if LATER.contains(&name) => return Err(TemplateErrorKind::NotSupportedYet(field.to_owned())),
         _ => return Err(TemplateErrorKind::Unknown(field.to_owned())),
     };
     if argument.is_some() { Err(TemplateErrorKind::Argument(name.to_owned())) } else { Ok(part) }
+}
+
+/// A type of TLVs, `0xE1` or `225`.
+fn tlv_kind(text: &str) -> Option<u8> {
+    let (digits, radix) = text.strip_prefix("0x").map_or((text, 10), |digits| (digits, 16));
+    // A sign would be read too.
+    u8::from_str_radix(digits, radix).ok().filter(|_| digits.bytes().all(|octet| octet.is_ascii_hexdigit()))
 }
 
 impl Template {
@@ -216,7 +236,7 @@ impl Part {
     fn class(&self) -> Class {
         match self {
             Self::Bytes(_) | Self::Listener => Class::Static,
-            Self::ClientIp | Self::ClientPort => Class::PerClient,
+            Self::ClientIp | Self::ClientPort | Self::Incoming(_) => Class::PerClient,
             Self::Qname | Self::QnameLabel(_) | Self::Qtype => Class::PerQuery,
             Self::Uuid => Class::Unique,
         }
@@ -242,6 +262,11 @@ impl Part {
                 if let Some(question) = &context.question {
                     rtype::write(question.qtype, out);
                 }
+            }
+            Self::Incoming(kind) => {
+                // Of several of one type the first: no header has many.
+                let found = tlv::iter(context.incoming).find(|(of, _)| of == kind);
+                out.extend_from_slice(found.map_or(&[], |(_, value)| value));
             }
             Self::Uuid => {
                 let uuid = uuid::Builder::from_random_bytes(context.random.to_be_bytes()).into_uuid();
@@ -359,6 +384,7 @@ impl fmt::Display for Part {
             Self::Qname => f.write_str("{qname}"),
             Self::QnameLabel(n) => write!(f, "{{qname_label:{n}}}"),
             Self::Qtype => f.write_str("{qtype}"),
+            Self::Incoming(kind) => write!(f, "{{incoming:{kind:#04X}}}"),
             Self::Uuid => f.write_str("{uuid}"),
         }
     }

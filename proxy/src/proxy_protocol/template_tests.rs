@@ -12,6 +12,7 @@ fn context() -> Context<'static> {
         client: "192.0.2.1:4000".parse().expect("an address"),
         listener: "dns",
         question: first_question(QUERY).and_then(Result::ok),
+        incoming: b"\xe0\0\x03one\xe1\0\x02in\xe1\0\x05later",
         random: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
     }
 }
@@ -44,6 +45,9 @@ fn every_field() {
         ("{qname_label:2}", "example"),
         ("{qname_label:3}", ""),
         ("{qtype}", "HTTPS"),
+        ("{incoming:0xE1}", "in"),
+        ("{incoming:224}-{incoming:0xe1}", "one-in"),
+        ("{incoming:0x05}", ""),
         ("{uuid}", "01234567-89ab-4def-8123-456789abcdef"),
         ("a{listener}b{{c}}{qtype}d", "adnsb{c}HTTPSd"),
         ("{{{listener}}}", "{dns}"),
@@ -73,7 +77,11 @@ fn errors_say_where() {
     assert_eq!(error("{}"), (1, Unknown(String::new())));
     assert_eq!(error("{listener}{nosuch}"), (11, Unknown("nosuch".to_owned())));
     assert_eq!(error("{listener:1}"), (1, Argument("listener".to_owned())));
-    for field in ["sni", "edns:65001", "incoming:0xE1", "unique_id"] {
+    for argument in ["", "256", "0x100", "0x", "E1", "+1", "-1", "0x+1"] {
+        assert_eq!(error(&format!("{{incoming:{argument}}}")), (1, Incoming(argument.to_owned())));
+    }
+    assert_eq!(error("{incoming}"), (1, Incoming(String::new())));
+    for field in ["sni", "edns:65001", "unique_id"] {
         assert_eq!(error(&format!("-{{{field}}}")), (2, NotSupportedYet(field.to_owned())));
     }
     for number in ["", "0", "128", "+1", "x", "99999999999999999999"] {

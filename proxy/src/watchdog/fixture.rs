@@ -29,13 +29,9 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
         listeners: vec![Listener {
             // Needs escaping in an exposition.
             name: "d\"n\\s".to_owned(),
-            address: "127.0.0.1:0".parse().unwrap(),
-            pool: 0,
             max_connections_per_client: 10,
             max_in_flight: 10,
-            idle_timeout: Duration::from_secs(10),
-            message_timeout: Duration::from_secs(2),
-            write_timeout: Duration::from_secs(5),
+            ..Listener::new("", "127.0.0.1:0".parse().unwrap(), 0)
         }],
         pools: vec![Pool {
             name: "resolvers".to_owned(),

@@ -19,7 +19,8 @@ use super::timers::{TimerKey, Timers};
 use crate::backend::choose::Chooser;
 use crate::backend::pool::{ConnKey, Pool};
 use crate::backend::wait::WaitQueue;
-use crate::client::session::{Addresses, Session, SessionKey};
+use crate::client::preface;
+use crate::client::session::{Addresses, Session, SessionKey, Via};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
@@ -117,11 +118,21 @@ impl Core {
         }
     }
 
-    /// A client connection was accepted.
-    pub(crate) fn session_opened(&mut self, listener: u16, addresses: Addresses, now: Mono) -> SessionKey {
+    /// A client connection was accepted; `via` is the peer that speaks for the client, if one does.
+    pub(crate) fn session_opened(
+        &mut self,
+        listener: u16,
+        addresses: Addresses,
+        via: Option<Box<Via>>,
+        now: Mono,
+    ) -> SessionKey {
         let plan = &self.plan.listeners[usize::from(listener)];
         let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
-        let session = Session::new(serial, listener, plan.pool, addresses, plan.limits, now);
+        let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits, now);
+        if let Some(via) = via {
+            tracing::debug!(session = serial, client = %session.client, peer = %via.peer, "client behind PROXY");
+            session.via = Some(via);
+        }
         let key = SessionKey(self.sessions.insert(session));
         let stats = &self.stats.listeners[usize::from(listener)];
         stats.opened.add(1);
@@ -137,6 +148,15 @@ impl Core {
     /// many octets those were.
     pub(crate) fn client_bytes(&mut self, key: SessionKey, bytes: &[u8], now: Mono) -> usize {
         let mut taken = 0;
+        if let Some(session) = self.sessions.get_mut(key.0)
+            && !session.began
+            && preface::is_header(bytes)
+        {
+            // A trusted peer's header was read before the session began.
+            tracing::debug!(session = session.serial, client = %session.client, "PROXY header where none may be");
+            session.close = Some(ClientCloseReason::ProxyUntrusted);
+            return bytes.len();
+        }
         while self.sessions.get(key.0).is_some_and(Session::takes_messages) {
             let rest = bytes.get(taken..).unwrap_or_default();
             match crate::dns::frame::first_frame(rest) {

@@ -29,7 +29,7 @@ use self::core::{Core, Shared};
 use self::plan::Plan;
 use self::shell::{GRAIN, Shell};
 use crate::app::listen::Accepting;
-use crate::client::accept::Acceptor;
+use crate::client::accept::{Acceptor, Door};
 use crate::client::limits::ClientLimits;
 use crate::clock::{self, Mono};
 use crate::config::Config;
@@ -84,17 +84,19 @@ impl Worker {
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
         for Accepting { listener, socket, inherited } in self.listeners {
-            let acceptor = Acceptor {
+            let config = &self.config.listeners[usize::from(listener)];
+            let door = Rc::new(Door {
                 shell: Rc::clone(&shell),
-                listener: tokio::net::TcpListener::from_std(socket)?,
                 index: listener,
-                leaves_queue: inherited,
                 limits: Arc::clone(&self.limits),
-                max_per_client: self.config.listeners[usize::from(listener)].max_connections_per_client,
-            };
+                max_per_client: config.max_connections_per_client,
+                accept_proxy: config.accept_proxy.clone().map(Rc::new),
+            });
+            let listener = tokio::net::TcpListener::from_std(socket)?;
+            let acceptor = Acceptor { listener, leaves_queue: inherited, door };
             tokio::task::spawn_local(acceptor.run(stopped.clone()));
         }
-        // The last receivers are the acceptors': when they are gone, nobody accepts any more.
+        // The last receivers are those who accept, and wait for PROXY headers: when they are gone, nobody comes any more.
         drop(stopped);
         let keeper = Keeper { shell, requests: self.requests, stop, drain_until: None, all_closed: false };
         // As a task of its own: to wake the future that the runtime blocks on costs a system call.

@@ -47,6 +47,8 @@ pub(crate) struct ProxyPlan {
     pub(crate) identity: Identity,
     pub(crate) tlvs: TlvSet,
     pub(crate) max_header: usize,
+    /// TLVs of the client's own header are passed on.
+    pub(crate) pass_incoming: bool,
     /// The connection ends with the client's.
     pub(crate) owned: bool,
     /// The header differs per query: it is rendered for each.
@@ -111,6 +113,7 @@ impl Plan {
                     identity: proxy.identity,
                     tlvs: proxy.tlvs.clone(),
                     max_header: proxy.max_header,
+                    pass_incoming: proxy.pass_incoming_tlvs,
                     owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
                     per_query: class >= Class::PerQuery,
                     unique: class == Class::Unique,

@@ -14,6 +14,7 @@ use crate::dns::message::Question;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::proxy_protocol::encode::HeaderWriter;
 use crate::proxy_protocol::template::Context;
+use crate::proxy_protocol::tlv;
 
 /// Where a query goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,10 +157,15 @@ impl Core {
         };
         let (source, destination) = proxy.identity.endpoints(session.client, local, own_side);
         let random = if proxy.unique { self.random.u128(..) } else { 0 };
-        let context = Context { client: session.client, listener: &listener.name, question, random };
-        let written = HeaderWriter::proxy(&mut self.header, source, destination)
-            .tlvs(&proxy.tlvs, &context)
-            .finish(proxy.max_header);
+        let incoming = session.incoming();
+        let context = Context { client: session.client, listener: &listener.name, question, incoming, random };
+        let mut header = HeaderWriter::proxy(&mut self.header, source, destination);
+        if proxy.pass_incoming {
+            for tlv in tlv::passable(incoming, proxy.owned) {
+                header = header.raw_tlvs(tlv);
+            }
+        }
+        let written = header.tlvs(&proxy.tlvs, &context).finish(proxy.max_header);
         if let Err(error) = written {
             tracing::debug!(client = %session.client, %error, "PROXY header");
             return Err(FailReason::HeaderTooLong);

@@ -196,6 +196,13 @@ impl Shell {
         }
     }
 
+    /// Logs that a peer and the listener do not agree on PROXY headers, at most once per second.
+    pub(crate) fn complain_client(&self, peer: SocketAddr, trouble: &str) {
+        if let Some(more) = self.may_complain() {
+            tracing::warn!(%peer, trouble, more, "client connection refused");
+        }
+    }
+
     /// How many lines were held back since the last, or none if this one is to be held back too.
     fn may_complain(&self) -> Option<u64> {
         let now = clock::now();

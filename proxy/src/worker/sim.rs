@@ -103,7 +103,7 @@ impl Sim {
     pub(crate) fn connect_client(&mut self, address: &str) -> SessionKey {
         let addresses =
             Addresses { client: address.parse().expect("an address"), local: SocketAddr::from(([127, 0, 0, 1], 53)) };
-        let key = self.core.session_opened(0, addresses, self.now);
+        let key = self.core.session_opened(0, addresses, None, self.now);
         self.clients.insert(key, Client::default());
         key
     }

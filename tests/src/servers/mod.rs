@@ -5,12 +5,14 @@
 
 mod alertmanager;
 mod dnsdist;
+mod haproxy;
 mod prometheus;
 mod recursor;
 mod unbound;
 
 pub use alertmanager::{Alertmanager, Notified, Webhook};
 pub use dnsdist::{LeakyFront, TlvOracle, Told};
+pub use haproxy::Haproxy;
 pub use prometheus::Prometheus;
 pub use recursor::{Recursor, Seen};
 pub use unbound::Unbound;

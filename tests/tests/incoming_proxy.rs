@@ -1,0 +1,394 @@
+//! PROXY headers in front of a listener: from whom, of which form, and what becomes of the client that they name.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::driver::{Client, Received};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::proxy_header::{raw, v1, v2};
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(5);
+/// The client that headers name.
+const CLIENT: &str = "192.0.2.7:4007";
+/// Where it went to.
+const SERVICE: &str = "198.51.100.53:53";
+/// The peer that is trusted; clients of tests connect from 127.0.0.1 unless they say otherwise.
+const TRUSTED: &str = "127.0.0.2";
+
+fn config(backend: SocketAddr) -> Config {
+    Config::new(backend)
+        .set("connections", "idle_timeout", "\"300ms\"")
+        .set("connections", "cleanup_interval", "\"100ms\"")
+        .accept_proxy(&["127.0.0.2", "127.0.3.0/24"])
+}
+
+/// A backend whose TXT answers tell the header that it got: source, destination, TLVs.
+fn telling() -> FakeBackend {
+    FakeBackend::start(|connection| {
+        let Some(header) = connection.header() else { return };
+        let end = |end: Option<SocketAddr>| end.map_or_else(|| "none".to_owned(), |end| end.to_string());
+        let mut told = format!("{} {}", end(header.source), end(header.destination));
+        for (kind, value) in &header.tlvs {
+            told.push_str(&format!(" {kind:02x}={}", String::from_utf8_lossy(value)));
+        }
+        while let Some(query) = connection.query() {
+            connection.send(&message::text_answer_to(&query, &told));
+        }
+    })
+}
+
+/// What the backend was told of this client, from its answer to one question.
+#[track_caller]
+fn told(client: &mut Client) -> String {
+    message::texts(&client.exchange(7, "told.example.test", qtype::TXT)).concat()
+}
+
+/// A client of a load balancer that sends these octets first.
+fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
+    let mut client = counterfoil.client_from(TRUSTED);
+    client.send_raw(header).unwrap();
+    client
+}
+
+#[track_caller]
+fn expect_closed(client: &mut Client) {
+    let received = client.receive(SOON);
+    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
+}
+
+#[track_caller]
+fn refused(counterfoil: &Counterfoil, reason: &str) -> f64 {
+    counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)])
+}
+
+#[test]
+fn both_versions_name_the_client() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
+    for (header, expected) in [
+        (v2(CLIENT, SERVICE, &[]), format!("{CLIENT} {SERVICE}")),
+        (v1(CLIENT, SERVICE), format!("{CLIENT} {SERVICE}")),
+        (v2("[2001:db8::7]:4007", "[2001:db8::53]:53", &[]), "[2001:db8::7]:4007 [2001:db8::53]:53".to_owned()),
+        (v1("[2001:db8::7]:4007", "[2001:db8::53]:53"), "[2001:db8::7]:4007 [2001:db8::53]:53".to_owned()),
+    ] {
+        let mut client = behind(&counterfoil, &header);
+        // More than one query on the connection: the header counts for all of them.
+        assert_eq!(told(&mut client), expected);
+        assert_eq!(told(&mut client), expected);
+    }
+    counterfoil.assert_quiescent();
+    assert_eq!(backend.accepted(), 4);
+}
+
+#[test]
+fn local_and_unknown_leave_the_connection_s_own_address() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
+    let with_tlv = [&[9; 12][..], b"\xe0\0\x01x"].concat();
+    for header in [
+        raw(0x20, 0x00, b""),
+        raw(0x20, 0x11, &with_tlv),
+        raw(0x20, 0x11, b"short"),
+        raw(0x21, 0x00, b"anything"),
+        raw(0x21, 0x31, &[b'x'; 216]),
+        b"PROXY UNKNOWN\r\n".to_vec(),
+        b"PROXY UNKNOWN ffff:: ::1 65535 65535\r\n".to_vec(),
+    ] {
+        let mut client = behind(&counterfoil, &header);
+        let expected = format!("{} {}", client.local_addr(), counterfoil.address);
+        assert_eq!(told(&mut client), expected, "{header:02x?}");
+    }
+    counterfoil.assert_quiescent();
+}
+
+/// One octet at a time, header and queries alike.
+#[test]
+fn a_header_octet_by_octet() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
+    for header in [v2(CLIENT, SERVICE, &[(0xe0, b"one")]), v1(CLIENT, SERVICE)] {
+        let mut client = counterfoil.client_from(TRUSTED);
+        let query = message::framed(&message::query(1, "told.example.test", qtype::TXT));
+        for octet in [header, query].concat() {
+            client.send_raw(&[octet]).unwrap();
+        }
+        let answer = client.receive(SOON).message();
+        assert!(message::texts(&answer).concat().starts_with(CLIENT));
+    }
+    counterfoil.assert_quiescent();
+}
+
+/// Header and three queries, cut in two anywhere: no octet behind the header is lost.
+#[test]
+fn header_and_queries_cut_anywhere() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let queries: Vec<u8> =
+        (1..=3).flat_map(|id| message::framed(&message::query(id, &format!("n{id}.example.test"), qtype::A))).collect();
+    for header in [v2(CLIENT, SERVICE, &[(0xe0, b"x")]), v1(CLIENT, SERVICE)] {
+        let all = [header, queries.clone()].concat();
+        let cuts: Vec<usize> = (0..=all.len()).collect();
+        for cuts in cuts.chunks(50) {
+            // The first part is read by itself while the other connections are made.
+            let mut clients: Vec<Client> = cuts.iter().map(|cut| behind(&counterfoil, &all[..*cut])).collect();
+            for (client, cut) in clients.iter_mut().zip(cuts) {
+                client.send_raw(&all[*cut..]).unwrap();
+            }
+            for (client, cut) in clients.iter_mut().zip(cuts) {
+                let mut ids = [0; 3].map(|_: u16| message::id(&client.receive(SOON).message()));
+                ids.sort_unstable();
+                assert_eq!(ids, [1, 2, 3], "cut at {cut}");
+            }
+        }
+    }
+    counterfoil.assert_quiescent();
+}
+
+/// Cut short at every octet: by FIN, or by silence until the timeout.
+#[test]
+fn a_truncated_header_is_refused() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener", "max_connections_per_client", 1000).set(
+        "listener.accept_proxy",
+        "timeout",
+        "\"700ms\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    let (mut closed, mut late) = (0.0, 0.0);
+    for header in [v2(CLIENT, SERVICE, &[(0xe0, b"one")]), v1(CLIENT, SERVICE)] {
+        let start = Instant::now();
+        let mut silent: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
+        let mut finished: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
+        finished.iter().for_each(Client::finish_sending);
+        finished.iter_mut().for_each(expect_closed);
+        silent.iter_mut().for_each(expect_closed);
+        let taken = start.elapsed();
+        assert!(taken >= Duration::from_millis(700) && taken < SOON, "{taken:?}");
+        closed += finished.len() as f64;
+        late += silent.len() as f64;
+        assert_eq!((refused(&counterfoil, "proxy_closed"), refused(&counterfoil, "proxy_timeout")), (closed, late));
+    }
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("client_connections_opened_total", &[]), 0.0);
+    assert_eq!(backend.accepted(), 0);
+}
+
+/// A header that trickles in does not get more time for each octet.
+#[test]
+fn a_late_header_is_refused() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener.accept_proxy", "timeout", "\"500ms\""));
+    let header = v2(CLIENT, SERVICE, &[(0xe0, &[b'x'; 200])]);
+    let mut client = counterfoil.client_from(TRUSTED);
+    let start = Instant::now();
+    let mut octets = header.iter();
+    let ended = wait::poll(SOON, || {
+        // One octet every 20 ms would take more than 4 s.
+        octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_err()).then_some(Received::Reset).or_else(|| {
+            Some(client.receive(Duration::from_millis(20))).filter(|received| *received != Received::Nothing)
+        })
+    });
+    let taken = start.elapsed();
+    assert!(matches!(ended, Some(Received::Closed | Received::Reset)), "{ended:?}");
+    assert!(taken >= Duration::from_millis(450) && taken < Duration::from_millis(2500), "{taken:?}");
+    counterfoil.assert_quiescent();
+    assert_eq!(refused(&counterfoil, "proxy_timeout"), 1.0);
+}
+
+#[test]
+fn malformed_headers_are_refused() {
+    let backend = FakeBackend::answering(false);
+    let mut counterfoil = Counterfoil::start(&config(backend.address));
+    let with = |tlvs: &[u8]| raw(0x21, 0x11, &[&[9; 12][..], tlvs].concat());
+    let malformed = [
+        raw(0x11, 0x11, &[9; 12]),
+        raw(0x22, 0x11, &[9; 12]),
+        raw(0x2f, 0x11, &[9; 12]),
+        raw(0x21, 0x41, &[9; 12]),
+        raw(0x21, 0x13, &[9; 12]),
+        raw(0x21, 0x11, &[9; 11]),
+        raw(0x21, 0x21, &[9; 35]),
+        with(b"\xe0"),
+        with(b"\xe0\0\x02x"),
+        with(b"\x03\0\x04\0\0\0\0"),
+        with(b"\x03\0\x02\0\0"),
+        // Longer than `max_header`, by what it says and before it has come.
+        raw(0x21, 0x11, &[9; 521]),
+        raw(0x21, 0x11, &[9; 65_535])[..16].to_vec(),
+        b"PROXY TCP4 192.0.2.7 198.51.100.53 4007\r\n".to_vec(),
+        b"PROXY TCP4 2001:db8::7 2001:db8::53 4007 53\r\n".to_vec(),
+        b"PROXY TCP4 192.0.2.7 198.51.100.53 04007 53\r\n".to_vec(),
+        b"PROXY UDP4 192.0.2.7 198.51.100.53 4007 53\r\n".to_vec(),
+        format!("PROXY UNKNOWN {}\r\n", "x".repeat(107)).into_bytes(),
+    ];
+    for header in &malformed {
+        expect_closed(&mut behind(&counterfoil, header));
+    }
+    assert_eq!(refused(&counterfoil, "proxy_invalid"), malformed.len() as f64);
+    counterfoil.process.wait_for_line(SOON, "a warning that names the peer", |line| {
+        (line.contains("proxy_invalid") && line.contains("127.0.0.2")).then_some(())
+    });
+    // The longest that is allowed.
+    let mut payload = [9; 520];
+    payload[12..15].copy_from_slice(&[0xe0, 1, 249]);
+    let mut client = behind(&counterfoil, &raw(0x21, 0x11, &payload));
+    client.exchange(1, "longest.example.test", qtype::A);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn from_a_trusted_peer_a_header_is_required() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    for peer in [TRUSTED, "127.0.3.9"] {
+        let mut client = counterfoil.client_from(peer);
+        client.ask(1, "no-header.example.test", qtype::A);
+        expect_closed(&mut client);
+    }
+    assert_eq!(refused(&counterfoil, "proxy_missing"), 2.0);
+    assert_eq!(backend.accepted(), 0);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn from_others_a_header_is_refused() {
+    let backend = FakeBackend::answering(false);
+    // With the table and without.
+    let configs = [config(backend.address), Config::new(backend.address).set("connections", "idle_timeout", "\"1s\"")];
+    for config in configs {
+        let counterfoil = Counterfoil::start(&config);
+        for header in [v2(CLIENT, SERVICE, &[]), v1(CLIENT, SERVICE), raw(0x20, 0, b"")] {
+            let mut client = counterfoil.client();
+            client.send_raw(&header).unwrap();
+            expect_closed(&mut client);
+        }
+        let untrusted = [("reason", "proxy_untrusted")];
+        counterfoil.wait_metrics("three are closed", SOON, |metrics| {
+            metrics.sum("client_connections_closed_total", &untrusted) == 3.0
+        });
+        counterfoil.client().exchange(1, "plain.example.test", qtype::A);
+        counterfoil.assert_quiescent();
+    }
+    assert_eq!(backend.queries(), 2);
+}
+
+/// A client of the load balancer that sends a header of its own gets no further.
+#[test]
+fn a_second_header_is_refused() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let forged = v2("203.0.113.1:1", SERVICE, &[]);
+    for header in [v2(CLIENT, SERVICE, &[]), v1(CLIENT, SERVICE)] {
+        expect_closed(&mut behind(&counterfoil, &[header, forged.clone()].concat()));
+    }
+    let untrusted = [("reason", "proxy_untrusted")];
+    counterfoil.wait_metrics("both are closed", SOON, |metrics| {
+        metrics.sum("client_connections_closed_total", &untrusted) == 2.0
+    });
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn limits_count_the_address_behind() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener", "max_connections_per_client", 2);
+    let counterfoil = Counterfoil::start(&config);
+    let client_at = |address: &str| behind(&counterfoil, &v2(&format!("{address}:4000"), SERVICE, &[]));
+    let mut clients: Vec<Client> = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.2"].map(client_at).into();
+    for client in &mut clients {
+        client.exchange(1, "limits.example.test", qtype::A);
+    }
+    expect_closed(&mut client_at("192.0.2.1"));
+    expect_closed(&mut client_at("192.0.2.2"));
+    assert_eq!(refused(&counterfoil, "per_client"), 2.0);
+    clients.push(client_at("192.0.2.3"));
+    clients[4].exchange(1, "limits.example.test", qtype::A);
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+/// Who waits for a header counts in total.
+#[test]
+fn the_total_counts_who_has_not_said_yet() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("server", "max_connections", 2));
+    let waiting = [counterfoil.client_from(TRUSTED), counterfoil.client_from(TRUSTED)];
+    expect_closed(&mut counterfoil.client());
+    assert!(refused(&counterfoil, "max_connections") >= 1.0);
+    drop(waiting);
+    wait::until("both are gone", SOON, || refused(&counterfoil, "proxy_closed") == 2.0);
+    counterfoil.client().exchange(1, "room.example.test", qtype::A);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn tlvs_are_passed_on_and_used_in_templates() {
+    let backend = telling();
+    let tlvs: &[(u8, &[u8])] = &[(0xe1, b"tenant"), (0xe0, b"second"), (0xe1, b"again"), (0x05, b"unique")];
+    let header = v2(CLIENT, SERVICE, tlvs);
+    let config = |identity: &str| {
+        config(backend.address).identity(identity).tlv(0xe2, "{incoming:0xE1}-{incoming:0xE9}").tlv(0xe3, "{client_ip}")
+    };
+    let of = |config: &Config| {
+        let counterfoil = Counterfoil::start(config);
+        let both = (told(&mut behind(&counterfoil, &header)), told(&mut counterfoil.client()));
+        counterfoil.assert_quiescent();
+        both
+    };
+    let passed = "e1=tenant e0=second e1=again";
+    let own = "e2=tenant- e3=192.0.2.7";
+    let none = "e2=- e3=127.0.0.1";
+    let (told, alone) = of(&config("connection"));
+    assert_eq!(told, format!("{CLIENT} {SERVICE} {passed} 05=unique {own}"));
+    assert!(alone.ends_with(none), "{alone}");
+    let (told, alone) = of(&config("address"));
+    assert!(told.starts_with("192.0.2.7:0 ") && told.ends_with(&format!(" {passed} {own}")), "{told}");
+    assert!(alone.ends_with(none), "{alone}");
+    let (told, _) = of(&config("connection").set("pool.proxy_protocol", "pass_incoming_tlvs", "false"));
+    assert_eq!(told, format!("{CLIENT} {SERVICE} {own}"));
+}
+
+/// Clients of one address and with the same TLVs share, whatever connection they come by; others do not.
+#[test]
+fn identities_are_those_of_the_client_behind() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("address"));
+    let mut clients: Vec<Client> = Vec::new();
+    for (client, tlv) in [("192.0.2.1:1", "a"), ("192.0.2.1:2", "a"), ("192.0.2.1:3", "b"), ("192.0.2.2:1", "a")] {
+        let mut client = behind(&counterfoil, &v2(client, SERVICE, &[(0xe0, tlv.as_bytes())]));
+        told(&mut client);
+        clients.push(client);
+    }
+    assert_eq!(counterfoil.metrics().sum("backend_connections_opened_total", &[]), 3.0);
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+/// A header that is under way when the process drains still arrives, and what comes with it is answered; nobody who stays
+/// silent keeps the process from ending.
+#[test]
+fn draining_waits_for_headers_but_not_long() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("server", "drain_timeout", "\"4s\"").set(
+        "listener.accept_proxy",
+        "timeout",
+        "\"1h\"",
+    );
+    let mut counterfoil = Counterfoil::start(&config);
+    let header = v2(CLIENT, SERVICE, &[]);
+    let _silent = counterfoil.client_from(TRUSTED);
+    let mut client = behind(&counterfoil, &header[..20]);
+    counterfoil.client().exchange(1, "before.example.test", qtype::A);
+    counterfoil.process.signal(rustix::process::Signal::TERM);
+    counterfoil.process.wait_for_line(SOON, "that it drains", |line| line.contains("draining").then_some(()));
+    let query = message::framed(&message::query(1, "late.example.test", qtype::A));
+    client.send_raw(&[&header[20..], &query].concat()).unwrap();
+    client.receive(SOON).message();
+    assert!(counterfoil.process.wait_exit(Duration::from_secs(8)).success());
+}
