@@ -21,6 +21,8 @@ use tokio::time::timeout;
 use super::show::{self, What};
 use super::{Served, drain, order};
 use crate::drill::{self, Drill};
+#[cfg(feature = "test-hooks")]
+use crate::kernel::Witness;
 
 /// Connections at once: some are left however many drills are running.
 pub(super) const MAX_CONNECTIONS: usize = drill::AT_ONCE + 8;
@@ -163,6 +165,9 @@ enum Request {
     /// Ends a worker's clean-up, as a bug would.
     #[cfg(feature = "test-hooks")]
     Neglect { worker: usize },
+    /// Makes a witness of the kernel view lie, and the others tell the truth; `null`: nobody lies.
+    #[cfg(feature = "test-hooks")]
+    Lie { witness: Option<String> },
 }
 
 async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::Result<()> {
@@ -212,6 +217,12 @@ async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: Unbounded
         }
         #[cfg(feature = "test-hooks")]
         Ok(Request::Neglect { worker }) => misbehave(worker, crate::control::Control::Neglect, served, &events),
+        #[cfg(feature = "test-hooks")]
+        Ok(Request::Lie { witness }) => {
+            let named = Witness::ALL.into_iter().find(|known| witness.as_deref() == Some(known.label()));
+            crate::kernel::lies::lie(named);
+            done(&events, named.map(Witness::label) == witness.as_deref(), "it lies from now on");
+        }
         Err(error) => {
             tracing::debug!(http = ?served.observed.config.admin.http, %error, "admin socket: bad request");
             done(&events, false, &format!("the request cannot be read: {error}"));

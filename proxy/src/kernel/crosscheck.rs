@@ -1,123 +1,166 @@
-//! Comparing the eBPF view with its two witnesses, while connections come and go.
+//! Comparing the eBPF view with its two witnesses: reading all three, and what follows from their vote.
 //!
-//! Nothing is stopped for it, so each rule needs no clock but only order:
-//!
-//! * A descriptor that is there before and after a sweep was there during it: the sweep must have it.
-//! * A socket that two sweeps saw in a hashed state was hashed between them: the dump between them must have it, or the
-//!   look-up of exactly this socket must.
-//! * A socket held in two sweeps, with no descriptor between them, is held by somebody else.
+//! What the readings prove is in `evidence.rs`, the vote in `witness.rs`; both are pure.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap};
 
 use counterfoil_common::{SocketRecord, flags};
 
-use super::view::EbpfView;
-use super::{Crosscheck, TcpState, ViewError, convert};
+use super::evidence::{Readings, Records, excuse};
+use super::netlink::SockDiag;
+use super::procfd::{self, Asked};
+use super::reader::now_ns;
+use super::view::{EbpfView, is_listening};
+use super::witness::{Testimony, Verdict, is_disputed, vote};
+use super::{Crosscheck, TcpState, ViewError, Witness, convert};
 
 /// How many of the sockets in question a message names.
 const NAMED: usize = 3;
+
+/// One round of readings.
+struct Gathered {
+    readings: Readings,
+    /// The TCP sockets behind descriptors as the iterator met them first.
+    descriptors: Vec<SocketRecord>,
+    /// As in [`Crosscheck::compared`].
+    compared: [usize; 3],
+    /// Tagged sockets that found no room.
+    overflowed: u32,
+}
 
 impl EbpfView {
     /// One comparison, and its verdict.
     pub(super) fn compare(&mut self) -> Result<Crosscheck, ViewError> {
         let misses = self.reader.misses()?;
-        let before = self.reader.descriptors()?;
-        let taken_up = self.take_up(&before)?;
+        let gathered = self.gather()?;
         let mut check = Crosscheck {
-            found: taken_up.found.iter().map(|record| record.cookie).collect(),
-            unconnected: taken_up.unconnected.iter().map(|record| record.cookie).collect(),
+            compared: gathered.compared,
+            held_elsewhere: gathered.readings.held_elsewhere(),
             ..Crosscheck::default()
         };
-        self.compare_witnesses(&before, &mut check)?;
-        self.settle(&taken_up, misses, check.disagreement.as_ref())?;
+        // With an overflow sockets are missing, that is known already, and a vote would only repeat it.
+        if gathered.overflowed == 0 {
+            let disputed = self.disputed(&gathered.readings)?;
+            match vote(disputed.values()) {
+                Verdict::Agreed => {}
+                Verdict::Liar(liar) => {
+                    self.named[liar as usize] += 1;
+                    check.liar = Some(liar);
+                    check.disagreement = Some(format!("{liar} contradicts the two others about {}", name(&disputed)));
+                }
+                Verdict::Open => {
+                    check.disagreement = Some(format!("one witness against another, about {}", name(&disputed)));
+                }
+            }
+        }
+        check.named = self.named;
+        // Only now: the vote is about what the view knew by itself.
+        let taken_up = self.take_up(&gathered.descriptors)?;
+        check.found = taken_up.found.iter().map(|record| record.cookie).collect();
+        check.unconnected = taken_up.unconnected.iter().map(|record| record.cookie).collect();
+        self.settle(&taken_up, misses, check.doubt())?;
         Ok(check)
     }
 
-    fn compare_witnesses(&mut self, before: &[SocketRecord], check: &mut Crosscheck) -> Result<(), ViewError> {
+    /// The sockets over which the witnesses contradict each other, twice in a row.
+    fn disputed(&mut self, readings: &Readings) -> Result<BTreeMap<u64, Testimony>, ViewError> {
+        let mut disputed = readings.testimonies();
+        disputed.retain(|_, testimony| is_disputed(testimony));
+        if !disputed.is_empty() {
+            let again = self.gather()?.readings.testimonies();
+            disputed.retain(|cookie, testimony| again.get(cookie) == Some(testimony));
+            excuse(&mut disputed, self.missed_since_search()?);
+            disputed.retain(|_, testimony| is_disputed(testimony));
+        }
+        Ok(disputed)
+    }
+
+    /// One round of readings, in the order that `evidence.rs` relies on.
+    fn gather(&mut self) -> Result<Gathered, ViewError> {
+        let before = self.reader.descriptors()?;
+        let listed_before = list();
         let first = self.reader.sweep()?;
-        let between = self.reader.descriptors()?;
-        let dump = match &mut self.diag {
-            Some(diag) => diag.dump().inspect_err(|error| tracing::warn!(%error, "sock_diag cannot witness")).ok(),
-            None => None,
+        let rows = self.diag.as_mut().and_then(|diag| heard(diag.dump()));
+        let listening = {
+            let descriptors = before.iter().filter(|record| is_listening(record)).map(convert::local);
+            let rows = rows.iter().flatten().filter(|row| row.state == TcpState::Listen).map(|row| row.local);
+            let listed = listed_before.iter().flatten().filter(|socket| socket.state() == TcpState::Listen);
+            descriptors.chain(rows).chain(listed.map(|socket| socket.local)).collect::<Vec<_>>()
         };
+        self.listeners.saw(listening, now_ns());
+
+        let mut readings = Readings { netns: self.netns, ..Readings::default() };
+        readings.dump = rows.as_ref().map(|rows| rows.iter().map(|row| (row.cookie, row.inode != 0)).collect());
+        readings.descriptors[0] = by_cookie(before.iter().filter(|record| self.is_outgoing(record)));
+        readings.sweeps[0] = by_cookie(&first.records);
+        let is_outgoing = |socket: &&Asked| {
+            let tagged =
+                readings.descriptors[0].get(&socket.cookie).is_some_and(|record| record.flags & flags::TAGGED != 0);
+            tagged
+                || readings.sweeps[0].contains_key(&socket.cookie)
+                || socket.state() != TcpState::Listen && !self.listeners.accepted(socket.local)
+        };
+        let listed_before: Option<HashMap<_, _>> =
+            listed_before.map(|sockets| states(sockets.iter().filter(is_outgoing)));
+        if let Some(before) = listed_before {
+            readings.proc_fd = Some([before, HashMap::new()]);
+        }
+        if let Some(diag) = &mut self.diag {
+            look_up(diag, &mut readings);
+        }
+        readings.between = self.reader.descriptors()?.iter().map(|record| record.cookie).collect();
         let second = self.reader.sweep()?;
-        check.compared = [second.records.len(), between.len(), dump.as_ref().map_or(0, Vec::len)];
-        if second.overflowed > 0 {
-            // Sockets are missing, that is known already, and a comparison would only repeat it.
-            return Ok(());
-        }
+        let listed_after = list();
+        let after = self.reader.descriptors()?;
+        let compared =
+            [second.records.len(), listed_after.as_ref().map_or(0, Vec::len), rows.as_ref().map_or(0, Vec::len)];
+        readings.sweeps[1] = by_cookie(&second.records);
+        readings.descriptors[1] = by_cookie(after.iter().filter(|record| self.is_outgoing(record)));
+        readings.proc_fd = readings.proc_fd.zip(listed_after).map(|([before, _], after)| [before, states(&after)]);
+        Ok(Gathered { readings, descriptors: before, compared, overflowed: first.overflowed.max(second.overflowed) })
+    }
+}
 
-        let held = cookies(first.records.iter().filter(|record| is_held(record)));
-        let before = cookies(before.iter().filter(|record| self.is_outgoing(record)));
-        let between = cookies(&between);
-        let escaped: Vec<u64> =
-            before.iter().filter(|cookie| between.contains(cookie) && !held.contains(cookie)).copied().collect();
-        if !escaped.is_empty() {
-            check.disagreement = Some(format!("descriptors that eBPF does not see: {}", name(&escaped)));
-        }
-
-        let both: Vec<&SocketRecord> = {
-            let first: HashSet<u64> = cookies(&first.records);
-            second.records.iter().filter(|record| first.contains(&record.cookie)).collect()
+/// Asks `sock_diag` for each socket that it should have had in its dump: a dump steps over some while others come and go.
+fn look_up(diag: &mut SockDiag, readings: &mut Readings) {
+    for record in readings.due() {
+        let Some(dump) = &mut readings.dump else { return };
+        let Some(row) = heard(diag.find(convert::local(&record), convert::remote(&record), record.cookie)) else {
+            readings.dump = None;
+            return;
         };
-        check.held_elsewhere = both
-            .iter()
-            .filter(|record| is_held(record) && held.contains(&record.cookie) && !between.contains(&record.cookie))
-            .map(|record| record.cookie)
-            .collect();
-
-        if let Some(dump) = dump {
-            let hashed_before = cookies(first.records.iter().filter(|record| is_hashed(record)));
-            let dumped: HashSet<u64> = dump.iter().map(|row| row.cookie).collect();
-            let mut unseen = Vec::new();
-            for record in both {
-                let expected = is_hashed(record)
-                    && hashed_before.contains(&record.cookie)
-                    && record.netns == self.netns
-                    && !dumped.contains(&record.cookie);
-                if expected && !self.still_hashed(record)? {
-                    unseen.push(record.cookie);
-                }
-            }
-            if !unseen.is_empty() && check.disagreement.is_none() {
-                check.disagreement = Some(format!("sockets that sock_diag does not see: {}", name(&unseen)));
-            }
+        readings.looked_up.insert(record.cookie);
+        if let Some(row) = row {
+            dump.insert(record.cookie, row.inode != 0);
         }
-        Ok(())
-    }
-
-    /// Asks `sock_diag` for exactly this socket, since a dump steps over some while others come and go. True as well if the
-    /// socket has left its hashed state by now.
-    fn still_hashed(&mut self, record: &SocketRecord) -> Result<bool, ViewError> {
-        let Some(diag) = &mut self.diag else { return Ok(true) };
-        match diag.find(convert::local(record), convert::remote(record), record.cookie) {
-            Ok(None) => {}
-            Ok(Some(_)) => return Ok(true),
-            Err(error) => {
-                tracing::warn!(%error, "sock_diag cannot witness");
-                return Ok(true);
-            }
-        }
-        let now = self.reader.sweep()?;
-        Ok(!now.records.iter().any(|other| other.cookie == record.cookie && is_hashed(other)))
     }
 }
 
-fn cookies<'a>(records: impl IntoIterator<Item = &'a SocketRecord>) -> HashSet<u64> {
-    records.into_iter().map(|record| record.cookie).collect()
+/// What `sock_diag` answers; none, with a line in the log, if it cannot witness.
+fn heard<T>(answer: Result<T, ViewError>) -> Option<T> {
+    answer.inspect_err(|error| tracing::warn!(%error, "sock_diag cannot witness")).ok()
 }
 
-fn is_held(record: &SocketRecord) -> bool {
-    record.flags & flags::HELD != 0
+/// What `/proc` lists; none, with a line in the log, if it cannot witness.
+fn list() -> Option<Vec<Asked>> {
+    procfd::sockets().inspect_err(|error| tracing::warn!(%error, "/proc/self/fd cannot witness")).ok()
 }
 
-fn is_hashed(record: &SocketRecord) -> bool {
-    TcpState::from_kernel(record.state).is_some_and(TcpState::is_hashed)
+fn by_cookie<'a>(records: impl IntoIterator<Item = &'a SocketRecord>) -> Records {
+    records.into_iter().map(|record| (record.cookie, *record)).collect()
 }
 
-/// Some of the cookies, for a message.
-fn name(cookies: &[u64]) -> String {
-    let some: Vec<String> = cookies.iter().take(NAMED).map(u64::to_string).collect();
-    let more = if cookies.len() > NAMED { ", ..." } else { "" };
-    format!("{} (cookies {}{more})", cookies.len(), some.join(", "))
+fn states<'a>(sockets: impl IntoIterator<Item = &'a Asked>) -> HashMap<u64, TcpState> {
+    sockets.into_iter().map(|socket| (socket.cookie, socket.state())).collect()
+}
+
+/// Some of the sockets with their number, and what is said of the first one, for a message.
+fn name(disputed: &BTreeMap<u64, Testimony>) -> String {
+    let some: Vec<String> = disputed.keys().take(NAMED).map(u64::to_string).collect();
+    let more = if disputed.len() > NAMED { ", ..." } else { "" };
+    let says = disputed.values().next().map(|testimony| {
+        let words = Witness::ALL.map(|witness| format!("{witness}: {}", testimony[witness as usize].word()));
+        words.join(", ")
+    });
+    format!("{} (cookies {}{more}; {})", disputed.len(), some.join(", "), says.unwrap_or_default())
 }

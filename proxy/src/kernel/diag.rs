@@ -12,9 +12,9 @@ use std::os::unix::fs::MetadataExt;
 
 use super::listeners::Listeners;
 use super::netlink::{Row, SockDiag};
+use super::procfd::{self, Asked};
 use super::reader::now_ns;
-use super::tcp_info::TcpInfo;
-use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError, sys};
+use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError};
 
 /// The kernel's view through `sock_diag`.
 pub(super) struct DiagView {
@@ -29,13 +29,6 @@ pub(super) struct DiagView {
 struct Known {
     remote: SocketAddr,
     accepted: bool,
-}
-
-/// A socket that is in no table of the kernel, asked by its descriptor.
-struct Unlisted {
-    cookie: u64,
-    local: SocketAddr,
-    info: TcpInfo,
 }
 
 impl DiagView {
@@ -86,7 +79,7 @@ impl KernelView for DiagView {
             let mut socket = match by_inode.get(inode) {
                 Some(row) if row.state == TcpState::Listen => continue,
                 Some(row) => listed(row, taken_ns, self.netns),
-                None => match unlisted(*fd) {
+                None => match procfd::ask(*fd) {
                     Some(socket) => closed(&socket, taken_ns, self.netns),
                     None => continue,
                 },
@@ -149,31 +142,14 @@ fn socket_descriptors() -> Result<HashMap<u64, RawFd>, ViewError> {
     Ok(sockets)
 }
 
-/// Asks a descriptor; `None` if it is no TCP socket, or was closed or reused meanwhile.
-fn unlisted(fd: RawFd) -> Option<Unlisted> {
-    let ask = || {
-        let cookie = sys::cookie(fd)?;
-        let tcp = sys::is_tcp(fd)?;
-        let socket = (cookie, tcp, sys::local_address(fd), sys::tcp_info(fd));
-        Ok::<_, std::io::Error>((socket, sys::cookie(fd)?))
-    };
-    let ((cookie, tcp, local, info), cookie_after) = ask().ok()?;
-    if !tcp || cookie != cookie_after {
-        return None;
-    }
-    let local = local.ok()?;
-    let info = TcpInfo::parse(&info.ok()?)?;
-    Some(Unlisted { cookie, local: SocketAddr::new(local.ip().to_canonical(), local.port()), info })
-}
-
 /// A socket that the kernel lists nowhere: its peer is not known (`getpeername` refuses).
-fn closed(socket: &Unlisted, taken_ns: u64, netns: u32) -> KernelSocket {
+fn closed(socket: &Asked, taken_ns: u64, netns: u32) -> KernelSocket {
     let ago = |ms: u32| taken_ns.saturating_sub(u64::from(ms) * 1_000_000);
     // Without a byte the kernel's times are those of the boot.
     let moved = socket.info.bytes_received.unwrap_or(0) + socket.info.bytes_sent.unwrap_or(0) > 0;
     KernelSocket {
         cookie: socket.cookie,
-        state: TcpState::from_kernel(socket.info.state).unwrap_or(TcpState::Close),
+        state: socket.state(),
         held: true,
         owner: 0,
         opened: None,

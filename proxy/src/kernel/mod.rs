@@ -23,6 +23,9 @@ mod crosscheck;
 mod destroy;
 mod diag;
 mod error;
+mod evidence;
+#[cfg(feature = "test-hooks")]
+pub(crate) mod lies;
 mod listeners;
 mod loader;
 mod log;
@@ -30,11 +33,13 @@ mod netlink;
 mod open;
 mod peers;
 mod ports;
+mod procfd;
 mod reader;
 mod state;
 pub(crate) mod sys;
 mod tcp_info;
 mod view;
+mod witness;
 
 pub use beside::{Process, Who};
 pub use btf::BtfError;
@@ -43,6 +48,7 @@ pub use error::ViewError;
 pub use open::{Opened, open, open_beside};
 pub use ports::ports_in_use;
 pub use state::TcpState;
+pub use witness::Witness;
 
 /// Reads the kernel's side of the count. One owner, on the watchdog's thread; a call blocks for milliseconds.
 pub trait KernelView: Send {
@@ -166,7 +172,7 @@ pub struct KernelSocket {
 /// The outcome of a comparison with the witnesses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Crosscheck {
-    /// Sockets compared, by witness: the view itself, this process's descriptors, `sock_diag`.
+    /// Sockets that each has, of whatever kind: the view itself, this process's descriptors, `sock_diag`.
     pub compared: [usize; 3],
     /// Connected sockets that the view did not know and a witness did: taken up now, counted as missed.
     pub found: Vec<u64>,
@@ -174,6 +180,17 @@ pub struct Crosscheck {
     pub unconnected: Vec<u64>,
     /// Held, but by no descriptor of this process: a child process, a socket in transit, `io_uring`.
     pub held_elsewhere: Vec<u64>,
-    /// Why the views disagree after that; `None` if they agree.
+    /// What the witnesses contradict each other about; `None` if they agree.
     pub disagreement: Option<String>,
+    /// Which one is wrong: the two others say so. `None` with a disagreement: it is one against one.
+    pub liar: Option<Witness>,
+    /// How often each was named since the view was opened, this time included, by [`Witness`].
+    pub named: [u64; Witness::ALL.len()],
+}
+
+impl Crosscheck {
+    /// Why the view is not to be acted on. While two agree with each other and the view is one of them, it is.
+    pub fn doubt(&self) -> Option<&str> {
+        self.disagreement.as_deref().filter(|_| matches!(self.liar, None | Some(Witness::Ebpf)))
+    }
 }

@@ -16,7 +16,9 @@ use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpSta
 /// The kernel's view through eBPF.
 pub(super) struct EbpfView {
     pub(super) reader: Reader,
-    listeners: Listeners,
+    pub(super) listeners: Listeners,
+    /// How often each witness was named as the liar, by [`Witness`](super::Witness).
+    pub(super) named: [u64; 3],
     /// The second witness, if this kernel has one.
     pub(super) diag: Option<SockDiag>,
     /// The network namespace that `diag` sees.
@@ -49,6 +51,7 @@ impl EbpfView {
         let mut view = Self {
             reader,
             listeners: Listeners::new(listeners),
+            named: [0; 3],
             diag,
             // Namespace inodes are 32 bits wide in the kernel.
             netns: netns as u32,
@@ -83,16 +86,11 @@ impl EbpfView {
     }
 
     /// Closes a search of the descriptors that began when `began` had been missed.
-    pub(super) fn settle(
-        &mut self,
-        taken_up: &TakenUp,
-        began: Misses,
-        disagreement: Option<&String>,
-    ) -> Result<(), ViewError> {
+    pub(super) fn settle(&mut self, taken_up: &TakenUp, began: Misses, doubt: Option<&str>) -> Result<(), ViewError> {
         let now = self.reader.misses()?;
         let found: HashSet<u64> = taken_up.found.iter().map(|record| record.cookie).collect();
         let new = found.difference(&self.last_found).count() as u64;
-        self.uncertain = verdict(new, self.searched_at, began, now, disagreement);
+        self.uncertain = verdict(new, self.searched_at, began, now, doubt);
         self.found += new;
         self.last_found = found;
         self.searched_at = began;
@@ -100,6 +98,11 @@ impl EbpfView {
             tracing::warn!(reason, "the kernel view is uncertain");
         }
         Ok(())
+    }
+
+    /// Events missed since the descriptors were last searched for sockets without a tag.
+    pub(super) fn missed_since_search(&self) -> Result<u64, ViewError> {
+        Ok(self.reader.misses()?.tags.saturating_sub(self.searched_at.tags))
     }
 
     /// Whether this process opened the socket to connect it. One with a tag it did; without, it must be no listener and
@@ -172,11 +175,11 @@ pub(super) fn verdict(
     last_search: Misses,
     began: Misses,
     ended: Misses,
-    disagreement: Option<&String>,
+    doubt: Option<&str>,
 ) -> Option<String> {
     let missed = ended.tags.saturating_sub(last_search.tags);
-    match disagreement {
-        Some(reason) => Some(reason.clone()),
+    match doubt {
+        Some(reason) => Some(reason.to_owned()),
         None if ended.adoptions != began.adoptions => Some("the kernel has no memory for tags".to_owned()),
         None if missed < 2 * found => {
             Some(format!("{found} connected sockets without a tag, which {missed} missed events do not explain"))
@@ -216,7 +219,7 @@ mod tests {
     fn memory_and_witnesses_weigh_more() {
         let full = Misses { tags: 9, adoptions: 1 };
         assert_eq!(verdict(1, misses(0), misses(9), full, None).as_deref(), Some("the kernel has no memory for tags"));
-        let disagreement = "they disagree".to_owned();
-        assert_eq!(verdict(0, misses(0), misses(0), full, Some(&disagreement)), Some(disagreement));
+        let doubt = "they disagree";
+        assert_eq!(verdict(0, misses(0), misses(0), full, Some(doubt)).as_deref(), Some(doubt));
     }
 }

@@ -10,7 +10,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use super::encode::{Durations, Families};
 use crate::clock::{self, Mono};
 use crate::config::Class;
-use crate::kernel::TcpState;
+use crate::kernel::{TcpState, Witness};
 use crate::ledger::BackendIndex;
 use crate::watchdog::report::{Report, SWEEP_BOUNDS};
 use crate::watchdog::{Handle, Outcome, Policy};
@@ -63,6 +63,12 @@ impl Kernel {
             f64::from(u8::from(report.uncertain.is_some())),
         )?;
         families.counter("kernel_missed_events", "Events that the kernel view missed", report.missed)?;
+        let named = report.crosscheck.as_ref().map_or([0; 3], |checked| checked.result.named);
+        families.counters(
+            "kernel_witness_disagreements",
+            "Comparisons in which this witness contradicted the two others",
+            Witness::ALL.into_iter().map(|witness| ([("witness", witness.label())], named[witness as usize])),
+        )?;
         families.gauges(
             "kernel_backend_sockets",
             "Sockets towards backends that a descriptor holds, as the kernel has them",

@@ -113,7 +113,7 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 40] = [
+const CONTRACT: [&str; 41] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
@@ -138,6 +138,7 @@ const CONTRACT: [&str; 40] = [
     "counterfoil_kernel_view_info",
     "counterfoil_kernel_view_uncertain",
     "counterfoil_kernel_missed_events_total",
+    "counterfoil_kernel_witness_disagreements_total",
     "counterfoil_kernel_backend_sockets",
     "counterfoil_discrepancy_sockets",
     "counterfoil_reaped_total",

@@ -21,7 +21,7 @@ use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::Class;
 use crate::control::Control;
-use crate::kernel::{KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
+use crate::kernel::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, ViewError};
 use crate::ledger::{LedgerSnapshot, RowId};
 
 /// Between two steps of the reaper while it is busy.
@@ -56,8 +56,8 @@ pub(super) struct Task {
     reaper: Reaper,
     started: Mono,
     next_crosscheck: Mono,
-    /// What the last cross-check found wrong.
-    disagreement: Option<String>,
+    /// Why the last cross-check does not believe the view.
+    disbelief: Option<String>,
     /// A ghost's socket turned out to exist: the view is wrong about something.
     doubt: bool,
     known: HashSet<(u64, Class)>,
@@ -76,7 +76,7 @@ impl Task {
             history: History::default(),
             recorder: Recorder::default(),
             started: now,
-            disagreement: None,
+            disbelief: None,
             doubt: false,
             known: HashSet::new(),
         }
@@ -126,27 +126,34 @@ impl Task {
     /// The kernel first, then the ledger.
     fn read(&mut self) -> Result<(KernelSnapshot, LedgerSnapshot), ViewError> {
         let now = clock::now();
-        if self.view.source() != Source::None
-            && (now >= self.next_crosscheck || self.disagreement.is_some() || self.doubt)
+        if self.view.source() != Source::None && (now >= self.next_crosscheck || self.disbelief.is_some() || self.doubt)
         {
             self.next_crosscheck = now.after(self.subject.settings.crosscheck_interval);
             self.doubt = false;
             let crosscheck = self.view.crosscheck()?;
-            if crosscheck.disagreement != self.disagreement {
-                match &crosscheck.disagreement {
-                    Some(disagreement) => tracing::warn!(disagreement, "the kernel view's witnesses disagree"),
-                    None => tracing::info!(compared = ?crosscheck.compared, "the kernel view's witnesses agree again"),
-                }
-            }
-            self.disagreement.clone_from(&crosscheck.disagreement);
+            self.tell_of_witnesses(&crosscheck);
+            self.disbelief = crosscheck.doubt().map(str::to_owned);
             self.report.crosscheck = Some(Checked { at: clock::unix_seconds(), result: crosscheck });
         }
         let mut kernel = self.view.snapshot()?;
         if kernel.uncertain.is_none() {
-            kernel.uncertain.clone_from(&self.disagreement);
+            kernel.uncertain.clone_from(&self.disbelief);
         }
         let ledger = self.subject.ledger.snapshot(clock::now());
         Ok((kernel, ledger))
+    }
+
+    /// One line for each change of what the witnesses contradict each other about.
+    fn tell_of_witnesses(&self, now: &Crosscheck) {
+        let before = self.report.crosscheck.as_ref().and_then(|checked| checked.result.disagreement.as_ref());
+        match (&now.disagreement, now.liar) {
+            (disagreement, _) if disagreement.as_ref() == before => {}
+            (Some(disagreement), Some(liar)) => {
+                tracing::warn!(disagreement, liar = liar.label(), "one of the kernel view's witnesses is wrong");
+            }
+            (Some(disagreement), None) => tracing::warn!(disagreement, "the kernel view's witnesses disagree"),
+            (None, _) => tracing::info!(compared = ?now.compared, "the kernel view's witnesses agree again"),
+        }
     }
 
     fn join(&mut self, kernel: &KernelSnapshot, ledger: &LedgerSnapshot, began: Mono) {

@@ -9,7 +9,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::*;
 use crate::config::ReapMode;
-use crate::kernel::{Crosscheck, TcpState};
+use crate::kernel::{Crosscheck, TcpState, Witness};
 use crate::ledger::{ConnKind, Entry, OpenInfo, RowState, ShardWriter};
 use crate::watchdog::fixture;
 use crate::watchdog::{Outcome, report::Published};
@@ -20,6 +20,7 @@ struct Script {
     sockets: Vec<KernelSocket>,
     uncertain: Option<String>,
     disagreement: Option<String>,
+    liar: Option<Witness>,
     broken: bool,
     crosschecks: usize,
 }
@@ -48,7 +49,7 @@ impl KernelView for View {
     fn crosscheck(&mut self) -> Result<Crosscheck, ViewError> {
         let mut script = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         script.crosschecks += 1;
-        Ok(Crosscheck { disagreement: script.disagreement.clone(), ..Crosscheck::default() })
+        Ok(Crosscheck { disagreement: script.disagreement.clone(), liar: script.liar, ..Crosscheck::default() })
     }
 }
 
@@ -171,6 +172,30 @@ fn disagreeing_witnesses_hold_everything_back_until_they_agree() {
         bench.sweep();
     }
     assert!(bench.requests.try_recv().is_ok());
+}
+
+#[test]
+fn the_view_is_believed_unless_it_is_the_liar() {
+    for liar in Witness::ALL {
+        let mut bench = Bench::new();
+        let (_socket, entry) = bench.open();
+        bench.script(|script| {
+            script.sockets = vec![socket(entry.cookie(), TcpState::CloseWait)];
+            script.disagreement = Some("two against one".to_owned());
+            script.liar = Some(liar);
+        });
+        bench.task.next_crosscheck = Mono::ZERO;
+        for _ in 0..3 {
+            bench.sweep();
+        }
+        let report = bench.sweep();
+        let believed = liar != Witness::Ebpf;
+        assert_eq!(report.uncertain.is_none(), believed, "{liar}");
+        assert_eq!(bench.requests.try_recv().is_ok(), believed, "{liar}");
+        assert_eq!(report.crosscheck.as_ref().unwrap().result.liar, Some(liar));
+        let asked = bench.script.lock().unwrap().crosschecks;
+        assert_eq!(asked > 1, !believed, "asked again at once only if the view is in doubt");
+    }
 }
 
 #[test]

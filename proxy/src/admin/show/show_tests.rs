@@ -7,9 +7,9 @@ use std::sync::Arc;
 use super::*;
 use crate::close::CloseReason;
 use crate::config::{Class, ReapMode};
-use crate::kernel::{KernelSnapshot, KernelSocket, Source, TcpState};
+use crate::kernel::{Crosscheck, KernelSnapshot, KernelSocket, Source, TcpState, Witness};
 use crate::ledger::{ConnKind, LedgerRow, LedgerSnapshot, RowId, RowState, Tombstone};
-use crate::watchdog::report::Report;
+use crate::watchdog::report::{Checked, Report};
 use crate::watchdog::{Finding, fixture};
 
 const NOW: Mono = Mono(100_000_000_000);
@@ -182,6 +182,26 @@ fn headers_are_counted_by_digest() {
         "most first"
     );
     assert_eq!((&headers["identity"], &headers["tlvs"]), (&json!(null), &json!([])), "this pool sends none");
+}
+
+#[test]
+fn the_witness_that_is_wrong_is_named() {
+    let mut look = look(Vec::new(), Vec::new());
+    let mut report = (*look.report).clone();
+    let result = Crosscheck {
+        compared: [3, 2, 1],
+        liar: Some(Witness::ProcFd),
+        disagreement: Some("proc_fd contradicts".to_owned()),
+        ..Crosscheck::default()
+    };
+    report.crosscheck = Some(Checked { at: 7.5, result });
+    look.report = Arc::new(report);
+    let rows = ask(What::View, 0, &look).rows;
+    let expected = json!({
+        "time": 7.5, "view": 3, "descriptors": 2, "sock_diag": 1, "found": 0, "held_elsewhere": 0,
+        "disagreement": "proc_fd contradicts", "liar": "proc_fd",
+    });
+    assert_eq!(rows[0]["crosscheck"], expected);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::{Context, Page, seconds};
 use crate::clock::Mono;
 use crate::config::{Class, choices::Choice as _};
+use crate::kernel::Witness;
 use crate::watchdog::report::Checked;
 
 #[derive(Serialize)]
@@ -45,6 +46,8 @@ struct Crosscheck<'a> {
     found: usize,
     held_elsewhere: usize,
     disagreement: Option<&'a str>,
+    /// Which witness is wrong, if two are against one.
+    liar: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -105,5 +108,6 @@ fn crosscheck(checked: &Checked) -> Crosscheck<'_> {
         found: checked.result.found.len(),
         held_elsewhere: checked.result.held_elsewhere.len(),
         disagreement: checked.result.disagreement.as_deref(),
+        liar: checked.result.liar.map(Witness::label),
     }
 }
