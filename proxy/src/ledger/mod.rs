@@ -79,8 +79,7 @@ impl Ledger {
 
     /// Everything the ledger knows, without stopping anybody.
     pub fn snapshot(&self, now: Mono) -> LedgerSnapshot {
-        let mut snapshot =
-            LedgerSnapshot { taken: now, rows: Vec::new(), tombstones: Vec::new(), heartbeats: Vec::new() };
+        let mut snapshot = LedgerSnapshot { taken: now, ..LedgerSnapshot::default() };
         for shard in &self.shards {
             shard.read(&mut snapshot);
         }
@@ -190,6 +189,15 @@ pub struct Tombstone {
     pub reason: CloseReason,
 }
 
+/// A time in which the owner of a shard did not run: it was stopped, starved or stuck. What came in it was read after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// Shortly before its last sign of life.
+    pub from: Mono,
+    /// Its next sign of life.
+    pub to: Mono,
+}
+
 /// The ledger at one time.
 #[derive(Clone, Debug, Default)]
 pub struct LedgerSnapshot {
@@ -201,4 +209,6 @@ pub struct LedgerSnapshot {
     pub tombstones: Vec<Tombstone>,
     /// Per shard, when its owner last showed that it runs; zero: it never started.
     pub heartbeats: Vec<Mono>,
+    /// Per shard, when its owner did not run for a while, oldest first. A pause is known when it is over.
+    pub pauses: Vec<Vec<Pause>>,
 }

@@ -1,12 +1,14 @@
 //! A shard's slots: what is written by one worker and read by anybody.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use socket2::Socket;
 
-use super::{BackendIndex, BackendTotals, LedgerRow, LedgerSnapshot, OpenInfo, RowId, Tombstone};
-use crate::clock::Mono;
+use super::{BackendIndex, BackendTotals, LedgerRow, LedgerSnapshot, OpenInfo, Pause, RowId, Tombstone};
+use crate::clock::{Mono, nanos};
 use crate::close::CloseReason;
 
 /// Who may share a connection (section 2 of the design).
@@ -73,6 +75,12 @@ impl RowState {
 /// orphan without its history, which is reported all the same.
 const TOMBSTONES: usize = 16_384;
 
+/// Between two signs of life; more is a pause. Owners beat four times a second.
+const LATE: Duration = Duration::from_millis(500);
+
+/// Pauses remembered per shard; of more, the oldest become one.
+const PAUSES: usize = 16;
+
 #[derive(Debug, Default)]
 struct Slot {
     /// Odd while the slot changes hands. Half of it is the generation.
@@ -114,6 +122,7 @@ pub(super) struct Shard {
     next_grave: AtomicUsize,
     counters: Box<[Counters]>,
     heartbeat: AtomicU64,
+    pauses: Mutex<VecDeque<Pause>>,
 }
 
 /// Adds to a counter that only the calling thread writes.
@@ -135,6 +144,7 @@ impl Shard {
                 })
                 .collect(),
             heartbeat: AtomicU64::new(0),
+            pauses: Mutex::default(),
         }
     }
 
@@ -146,12 +156,26 @@ impl Shard {
         self.slots.len()
     }
 
+    /// Shows that the owner runs. Only the shard's writer calls this.
     pub(super) fn beat(&self, now: Mono) {
-        self.heartbeat.store(now.0, Ordering::Relaxed);
+        let before = Mono(self.heartbeat.load(Ordering::Relaxed));
+        if before != Mono::ZERO && now != Mono::MAX && now.since(before) > LATE {
+            // What came shortly before its last sign of life it may not have read any more.
+            let from = Mono(before.0.saturating_sub(nanos(LATE)));
+            let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+            if pauses.len() == PAUSES
+                && let Some(oldest) = pauses.pop_front()
+                && let Some(next) = pauses.front_mut()
+            {
+                next.from = oldest.from;
+            }
+            pauses.push_back(Pause { from, to: now });
+        }
+        self.heartbeat.store(now.0, Ordering::Release);
     }
 
     pub(super) fn heartbeat(&self) -> Mono {
-        Mono(self.heartbeat.load(Ordering::Relaxed))
+        Mono(self.heartbeat.load(Ordering::Acquire))
     }
 
     /// Fills a free slot. Only the shard's writer calls this.
@@ -238,7 +262,9 @@ impl Shard {
     }
 
     pub(super) fn read(&self, snapshot: &mut LedgerSnapshot) {
+        // First the sign, then the pause that it may have ended.
         snapshot.heartbeats.push(self.heartbeat());
+        snapshot.pauses.push(self.pauses.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect());
         for (index, row) in self.slots.iter().enumerate() {
             if let Some(row) = self.read_slot(index, row) {
                 snapshot.rows.push(row);
@@ -324,4 +350,34 @@ fn read_grave(grave: &Grave) -> Option<Tombstone> {
     }
     let reason = CloseReason::from_u8((what & 0xff) as u8)?;
     Some(Tombstone { cookie, backend: (what >> 8) as BackendIndex, closed, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a shard remembers of an owner that beats at these times, milliseconds.
+    fn pauses(beats: impl IntoIterator<Item = u64>) -> Vec<(u64, u64)> {
+        const MILLI: u64 = 1_000_000;
+        let shard = Shard::new(0, 1, 1);
+        for beat in beats {
+            shard.beat(Mono(beat * MILLI));
+        }
+        shard.beat(Mono::MAX);
+        let mut snapshot = LedgerSnapshot::default();
+        shard.read(&mut snapshot);
+        snapshot.pauses[0].iter().map(|pause| (pause.from.0 / MILLI, pause.to.0 / MILLI)).collect()
+    }
+
+    #[test]
+    fn a_late_sign_of_life_is_a_pause() {
+        assert_eq!(pauses([9000, 9250, 9750]), []);
+        assert_eq!(pauses([9000, 9250, 9751, 10_000, 40_000]), [(8750, 9751), (9500, 40_000)]);
+    }
+
+    #[test]
+    fn the_oldest_of_many_pauses_become_one() {
+        let found = pauses((1..=20).map(|beat| beat * 1000));
+        assert_eq!((found.len(), found[0], found[15]), (PAUSES, (500, 5000), (18_500, 20_000)));
+    }
 }

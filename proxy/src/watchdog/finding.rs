@@ -44,8 +44,8 @@ pub enum HeldBack {
     /// Without eBPF only zombies are reaped.
     #[error("without eBPF only zombies are reaped")]
     Fallback,
-    /// The worker has not run since the condition began, so it could not have put it right.
-    #[error("worker {0} has shown no sign of life since")]
+    /// The worker has not run since the condition began, or not for long enough, so it could not have put it right.
+    #[error("worker {0} has shown no sign of life since, or too few")]
     WorkerStalled(usize),
     /// Its peer is no configured backend: somebody else's connection in this process.
     #[error("its peer is no configured backend")]

@@ -42,8 +42,8 @@ pub struct BackendPolicy {
     pub name: String,
     /// Where it listens.
     pub address: SocketAddr,
-    /// Without a byte for this long, a connection with nothing in flight should have been closed:
-    /// idle timeout and clean-up interval.
+    /// Without a byte for this long, a connection with nothing in flight should have been closed: the longer of idle
+    /// timeout and query timeout (it may have had a query until then that nobody answered), and clean-up interval.
     pub hoard_after: Duration,
     /// The same for a connection that can never be used again.
     pub spent_after: Duration,
@@ -66,7 +66,7 @@ impl Policy {
                 BackendPolicy {
                     name: backend.name.clone(),
                     address: backend.address,
-                    hoard_after: connections.idle_timeout + connections.cleanup_interval,
+                    hoard_after: pool.query_timeout.max(connections.idle_timeout) + connections.cleanup_interval,
                     spent_after: connections.cleanup_interval,
                     stuck_after: longest + connections.cleanup_interval,
                     embryo_after: backend.connect_timeout + connections.cleanup_interval,

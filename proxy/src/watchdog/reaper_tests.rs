@@ -77,6 +77,7 @@ impl World {
             rows: self.rows.values().copied().collect(),
             tombstones: Vec::new(),
             heartbeats: vec![Mono(self.now)],
+            ..LedgerSnapshot::default()
         };
         (kernel, ledger)
     }

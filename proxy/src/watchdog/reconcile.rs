@@ -17,7 +17,7 @@ use super::policy::Policy;
 use crate::clock::{Mono, nanos};
 use crate::config::Class;
 use crate::kernel::{KernelSnapshot, KernelSocket, TcpState};
-use crate::ledger::{BackendIndex, ConnKind, LedgerRow, LedgerSnapshot, Tombstone};
+use crate::ledger::{BackendIndex, ConnKind, LedgerRow, LedgerSnapshot, Pause, Tombstone};
 
 /// How much of the kernel view can be relied on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,12 @@ struct Track {
     sweeps: u32,
     /// The last ones of these in which the view was whole.
     certain: u32,
+    /// In how many of these, since the last one in which its owner was stalled, that had given another sign of life.
+    attended: u32,
+    /// The last of these signs.
+    beat: Mono,
+    /// The worker that was stalled.
+    absent: Option<usize>,
 }
 
 impl History {
@@ -80,6 +86,8 @@ pub struct Pair<'a> {
     pub row: Option<&'a LedgerRow>,
     /// What the ledger remembers.
     pub tombstone: Option<&'a Tombstone>,
+    /// When the owner of the row did not run.
+    pub pauses: &'a [Pause],
 }
 
 impl Pair<'_> {
@@ -106,7 +114,9 @@ impl<'a> Joined<'a> {
             pairs.entry(socket.cookie).or_default().socket = Some(socket);
         }
         for row in &ledger.rows {
-            pairs.entry(row.cookie).or_default().row = Some(row);
+            let pair = pairs.entry(row.cookie).or_default();
+            pair.row = Some(row);
+            pair.pauses = ledger.pauses.get(row.id.shard).map(Vec::as_slice).unwrap_or_default();
         }
         for tombstone in &ledger.tombstones {
             if let Some(pair) = pairs.get_mut(&tombstone.cookie) {
@@ -144,15 +154,23 @@ impl<'a> Joined<'a> {
     }
 
     /// The worker that could have put a condition right but has not run since it was first seen, or is stalled.
-    /// Nobody owns an orphan, so it might be any worker's that stopped half-way through its books.
     pub fn stalled_owner(&self, row: Option<&LedgerRow>, first_seen: Mono, policy: &Policy) -> Option<usize> {
-        let mut suspects = match row {
+        self.last_sign(row, first_seen, policy).err()
+    }
+
+    /// The last sign of life of the worker that could have put a condition right, [`Mono::MAX`] if none need be waited
+    /// for; or the worker, if it has not run since the condition was first seen, or is stalled. Nobody owns an orphan,
+    /// so it might be any worker's that stopped half-way through its books.
+    fn last_sign(&self, row: Option<&LedgerRow>, first_seen: Mono, policy: &Policy) -> Result<Mono, usize> {
+        let suspects = match row {
             Some(row) => row.id.shard..row.id.shard.saturating_add(1),
             None => 0..policy.workers,
         };
         let limit = self.ledger.taken.0.saturating_sub(nanos(policy.stalled_after));
-        let alive = |beat: &Mono| *beat > first_seen && beat.0 > limit;
-        suspects.find(|shard| *shard < policy.workers && !self.ledger.heartbeats.get(*shard).is_some_and(alive))
+        suspects.filter(|shard| *shard < policy.workers).try_fold(Mono::MAX, |earliest, shard| {
+            let beat = self.ledger.heartbeats.get(shard).copied().unwrap_or(Mono::ZERO);
+            if beat > first_seen && beat.0 > limit { Ok(earliest.min(beat)) } else { Err(shard) }
+        })
     }
 }
 
@@ -168,13 +186,20 @@ pub fn condition(pair: &Pair<'_>, taken: Mono, trust: Trust, policy: &Policy) ->
         },
         (_, Some(row)) if row.opened >= taken => None,
         (None, Some(_)) => Some(Condition { class: Class::Ghost, since: None }),
-        (Some(socket), Some(row)) => both(socket, row, taken, trust, policy),
+        (Some(socket), Some(row)) => both(socket, row, pair.pauses, taken, trust, policy),
         (None, None) => None,
     }
 }
 
 /// Both views know it: its state in the kernel decides, and how long no byte has moved.
-fn both(socket: &KernelSocket, row: &LedgerRow, taken: Mono, trust: Trust, policy: &Policy) -> Option<Condition> {
+fn both(
+    socket: &KernelSocket,
+    row: &LedgerRow,
+    pauses: &[Pause],
+    taken: Mono,
+    trust: Trust,
+    policy: &Policy,
+) -> Option<Condition> {
     let backend = policy.backend(row.backend)?;
     let overdue = |class: Class, start: Mono, limit: Duration| Condition::overdue(class, start, limit, taken);
     match socket.state {
@@ -186,7 +211,7 @@ fn both(socket: &KernelSocket, row: &LedgerRow, taken: Mono, trust: Trust, polic
             overdue(Class::Embryo, socket.opened.map_or(row.opened, Mono), backend.embryo_after)
         }
         TcpState::Established => {
-            let last = last_byte(socket, row, trust);
+            let last = last_byte(socket, row, pauses, trust);
             if row.in_flight > 0 {
                 overdue(Class::Stuck, last, backend.stuck_after)
             } else if row.kind == ConnKind::OneShot && row.queries > 0 {
@@ -200,9 +225,14 @@ fn both(socket: &KernelSocket, row: &LedgerRow, taken: Mono, trust: Trust, polic
 }
 
 /// When a byte last moved: the kernel's time. The ledger's only where the view has none.
-fn last_byte(socket: &KernelSocket, row: &LedgerRow, trust: Trust) -> Mono {
+///
+/// What came while the owner did not run was news to it when it ran again, and it counts from there.
+fn last_byte(socket: &KernelSocket, row: &LedgerRow, pauses: &[Pause], trust: Trust) -> Mono {
     match (trust, socket.last_received_ns.max(socket.last_sent_ns)) {
-        (Trust::Full, Some(at)) => Mono(at),
+        (Trust::Full, Some(at)) => {
+            let at = Mono(at);
+            pauses.iter().find(|pause| (pause.from..=pause.to).contains(&at)).map_or(at, |pause| pause.to)
+        }
         _ => row.last_byte,
     }
 }
@@ -219,14 +249,26 @@ pub fn reconcile(joined: &Joined<'_>, history: &mut History, policy: &Policy) ->
     for (cookie, pair) in &joined.pairs {
         let Some(condition) = condition(pair, taken, joined.trust, policy) else { continue };
         let earlier = history.tracks.get(cookie).filter(|track| track.class == condition.class);
+        let first_seen = earlier.map_or(taken, |track| track.first_seen);
+        // Whether the owner has run since is a question from the second sweep on.
+        let sign = joined.last_sign(pair.row, earlier.map_or(Mono::ZERO, |track| track.first_seen), policy);
+        let before = earlier.map_or((0, Mono::ZERO), |track| (track.attended, track.beat));
+        let (attended, beat) = match sign {
+            Ok(beat) if beat > before.1 || beat == Mono::MAX => (before.0.saturating_add(1), beat),
+            Ok(_) => before,
+            Err(_) => (0, before.1),
+        };
         let track = Track {
             class: condition.class,
-            first_seen: earlier.map_or(taken, |track| track.first_seen),
+            first_seen,
             sweeps: earlier.map_or(0, |track| track.sweeps).saturating_add(1),
             certain: match (joined.is_whole(), earlier) {
                 (true, earlier) => earlier.map_or(0, |track| track.certain).saturating_add(1),
                 (false, _) => 0,
             },
+            attended,
+            beat,
+            absent: sign.err().or_else(|| earlier.and_then(|track| track.absent)),
         };
         tracks.insert(*cookie, track);
         let since = condition.since.unwrap_or(track.first_seen);
@@ -278,7 +320,8 @@ fn held_back(
     if severed_only && pair.socket.is_some_and(|socket| socket.state == TcpState::Close) {
         return Some(HeldBack::NoConnection);
     }
-    joined.stalled_owner(pair.row, track.first_seen, policy).map(HeldBack::WorkerStalled)
+    // One that has only just come back has not had the time to put it right.
+    track.absent.filter(|_| track.attended < policy.sweeps).map(HeldBack::WorkerStalled)
 }
 
 /// Workers that have shown no sign of life for too long; those that never did count from `started`.
@@ -294,6 +337,10 @@ pub fn stalled(ledger: &LedgerSnapshot, started: Mono, policy: &Policy) -> Vec<b
 #[cfg(test)]
 #[path = "reconcile_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "reconcile_world.rs"]
+mod world;
 
 #[cfg(test)]
 #[path = "reconcile_model.rs"]

@@ -70,7 +70,7 @@ pub(super) fn kernel(at: u64, sockets: Vec<KernelSocket>) -> KernelSnapshot {
 
 /// A ledger read just after `at`, whose worker has just shown that it runs.
 pub(super) fn ledger(at: u64, rows: Vec<LedgerRow>) -> LedgerSnapshot {
-    LedgerSnapshot { taken: Mono(at), rows, tombstones: Vec::new(), heartbeats: vec![Mono(at), Mono::ZERO] }
+    LedgerSnapshot { taken: Mono(at), rows, heartbeats: vec![Mono(at), Mono::ZERO], ..LedgerSnapshot::default() }
 }
 
 /// Sweeps once a second with the same two halves; the time of the first finding, and the finding.
@@ -161,10 +161,10 @@ fn a_young_row_and_a_young_tombstone_explain() {
     let socket = socket(7, TcpState::Established, at);
     let tombstone = |closed| Tombstone { cookie: 7, backend: 0, closed, reason: CloseReason::MaxAge };
     let young = tombstone(Mono(at + 1));
-    let pair = Pair { socket: Some(&socket), tombstone: Some(&young), row: None };
+    let pair = Pair { socket: Some(&socket), tombstone: Some(&young), ..Pair::default() };
     assert_eq!(condition(&pair, taken, Trust::Full, &policy()), None);
     let old = tombstone(Mono(at - 1));
-    let pair = Pair { socket: Some(&socket), tombstone: Some(&old), row: None };
+    let pair = Pair { socket: Some(&socket), tombstone: Some(&old), ..Pair::default() };
     let orphan = Condition { class: Class::Orphan, since: Some(old.closed) };
     assert_eq!(condition(&pair, taken, Trust::Full, &policy()), Some(orphan));
 }
@@ -254,6 +254,41 @@ fn a_worker_that_has_not_run_since_is_not_reaped() {
     assert_eq!(stalled(&quiet, Mono(start - 4 * SECOND), &policy()), [true]);
     quiet.heartbeats = vec![Mono::MAX];
     assert_eq!(stalled(&quiet, Mono::ZERO, &policy()), [false], "it has drained and ended");
+}
+
+#[test]
+fn what_came_while_the_owner_did_not_run_counts_from_when_it_ran_again() {
+    let found = |pauses: Vec<Pause>| {
+        let halves = |at| {
+            let ledger = LedgerSnapshot { pauses: vec![pauses.clone()], ..ledger(at, vec![row(7, SECOND, at)]) };
+            (kernel(at, vec![socket(7, TcpState::Established, 100 * SECOND)]), ledger)
+        };
+        sweep_until_found(100 * SECOND, Trust::Full, halves).map(|(at, finding)| (finding.class, at / SECOND))
+    };
+    let pause = |from: u64, to: u64| Pause { from: Mono(from * SECOND), to: Mono(to * SECOND) };
+    assert_eq!(found(Vec::new()), Some((Class::Hoard, 134)));
+    assert_eq!(found(vec![pause(90, 99), pause(100, 110), pause(111, 120)]), Some((Class::Hoard, 144)));
+    assert_eq!(found(vec![pause(101, 140)]), Some((Class::Hoard, 134)), "it had been read before");
+}
+
+#[test]
+fn a_worker_that_has_just_come_back_has_time_to_put_things_right() {
+    let mut history = History::default();
+    let held: Vec<_> = (0..12)
+        .map(|sweep| {
+            let at = (100 + sweep) * SECOND;
+            let mut ledger = ledger(at, vec![row(7, SECOND, SECOND)]);
+            // It stands still until the eighth sweep.
+            ledger.heartbeats = vec![if sweep < 8 { Mono(100 * SECOND) } else { Mono(at) }];
+            let kernel = kernel(at, vec![socket(7, TcpState::CloseWait, at)]);
+            let findings = reconcile(&Joined::new(&kernel, Trust::Full, &ledger), &mut history, &policy());
+            findings.first().map(|finding| finding.held_back)
+        })
+        .collect();
+    let stalled = Some(Some(HeldBack::WorkerStalled(0)));
+    let free = Some(None);
+    assert_eq!(held[..3], [None; 3]);
+    assert_eq!(held[3..], [stalled, stalled, stalled, stalled, stalled, stalled, stalled, free, free]);
 }
 
 #[test]

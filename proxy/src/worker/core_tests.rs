@@ -287,6 +287,21 @@ fn idle_and_old_connections_of_every_kind_go() {
 }
 
 #[test]
+fn idle_time_counts_from_the_last_byte_and_not_from_the_client_that_gave_up() {
+    let mut sim = Sim::new(&configuration(ADDRESS, "[connections]\nidle_timeout = \"3s\"\n"));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.ask(client, 1, "a.test");
+    sim.accept_all();
+    sim.pass(Duration::from_millis(2_500));
+    sim.close_client(client, ClientCloseReason::ClientReset);
+    sim.pass(Duration::from_millis(400));
+    assert_eq!(sim.wires.len(), 1, "others may still use it");
+    sim.pass(Duration::from_millis(1_200));
+    assert_eq!((sim.wires.len(), sim.closed[&CloseReason::IdleTimeout]), (0, 1));
+    sim.assert_quiescent();
+}
+
+#[test]
 fn a_backend_that_refuses_is_not_stormed() {
     let mut sim = Sim::new(&configuration("", ""));
     let client = sim.connect_client("192.0.2.1:1000");

@@ -135,7 +135,8 @@ impl Core {
     }
 
     /// Walks all connections: closes those that are idle too long or too old. One that is too old and busy closes when
-    /// it is next idle.
+    /// it is next idle. Idle time counts from the last byte, as the watchdog counts it, not from the moment at which a
+    /// query without an answer was given up.
     fn clean_up(&mut self, now: Mono) {
         let idle_timeout = self.plan.connections.idle_timeout;
         let due = |conn: &crate::backend::pool::Conn| {
@@ -143,7 +144,7 @@ impl Core {
                 None
             } else if conn.expires <= now {
                 Some(CloseReason::MaxAge)
-            } else if conn.is_idle() && conn.idle_since.after(idle_timeout) <= now {
+            } else if conn.is_idle() && conn.last_byte.after(idle_timeout) <= now {
                 Some(CloseReason::IdleTimeout)
             } else {
                 None

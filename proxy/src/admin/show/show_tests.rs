@@ -68,7 +68,7 @@ fn finding(cookie: u64, class: Class) -> Finding {
 fn look(sockets: Vec<KernelSocket>, rows: Vec<LedgerRow>) -> Look {
     Look {
         kernel: Ok(KernelSnapshot { taken_ns: NOW.0, sockets, missed: 3, ..KernelSnapshot::default() }),
-        ledger: LedgerSnapshot { taken: NOW, rows, tombstones: Vec::new(), heartbeats: vec![NOW] },
+        ledger: LedgerSnapshot { taken: NOW, rows, tombstones: Vec::new(), heartbeats: vec![NOW], pauses: Vec::new() },
         report: Arc::new(Report::new(Source::Ebpf, 1)),
     }
 }
