@@ -44,7 +44,14 @@ impl FakeBackend {
     /// # Panics
     /// If there is no free port.
     pub fn start(script: impl Fn(&mut Connection) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        Self::start_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"), script)
+    }
+
+    /// Like [`Self::start`], on a listener with options of its own.
+    ///
+    /// # Panics
+    /// If it is not bound.
+    pub fn start_on(listener: TcpListener, script: impl Fn(&mut Connection) + Send + Sync + 'static) -> Self {
         let address = listener.local_addr().expect("a bound socket has an address");
         let shared = Arc::new(Shared::default());
         let acceptor = {
@@ -285,6 +292,13 @@ impl Connection {
     /// Waits until the backend is stopped and never reads, so that the window closes.
     pub fn wait_without_reading(&self) {
         wait::poll(PATIENCE, || self.shared.stop.load(Ordering::SeqCst).then_some(()));
+    }
+
+    /// Sends FIN and goes on reading. A peer that is gone is no error of the script.
+    pub fn finish_sending(&mut self) {
+        if let Some(stream) = &mut self.stream {
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+        }
     }
 
     /// Closes with FIN.

@@ -26,4 +26,5 @@ pub mod reuse;
 pub mod servers;
 pub mod sockets;
 pub mod tempdir;
+pub mod troubles;
 pub mod wait;
