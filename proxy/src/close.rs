@@ -37,6 +37,8 @@ reasons! {
         PeerReset = "peer_reset",
         /// A connection for one query whose answer is complete.
         OneShotDone = "one_shot_done",
+        /// A health check that passed.
+        Checked = "checked",
         /// The client connection that owned it ended.
         OwnerGone = "owner_gone",
         /// Idle, and its place was needed for another header.

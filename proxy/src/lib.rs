@@ -18,6 +18,7 @@ pub mod dns;
 pub mod drill;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod health;
 pub mod kernel;
 pub mod ledger;
 pub mod metrics;

@@ -3,6 +3,9 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
+/// What the keys of `[pool.backend.health]` begin with.
+const HEALTH: &str = "health.";
+
 /// A configuration with one listener on a free port of 127.0.0.1 and one pool. Keys that are not set keep the program's
 /// defaults; values are TOML, so a string brings its quotes along.
 #[derive(Clone, Debug, Default)]
@@ -48,7 +51,8 @@ impl Config {
         self
     }
 
-    /// One more backend, `backend-N`, with these keys. Its health is `up` (no probes).
+    /// One more backend, `backend-N`, with these keys; those of its health begin with `health.`. Unless they say
+    /// otherwise the mode is `up` (no checks).
     #[must_use]
     pub fn backend(mut self, address: SocketAddr, keys: &[(&str, &str)]) -> Self {
         let keys = keys.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
@@ -112,10 +116,17 @@ impl Config {
         }
         for (number, (address, keys)) in self.backends.iter().enumerate() {
             writeln!(text, "[[pool.backend]]\nname = \"backend-{number}\"\naddress = \"{address}\"").unwrap();
-            for (key, value) in keys {
+            for (key, value) in keys.iter().filter(|(key, _)| !key.starts_with(HEALTH)) {
                 writeln!(text, "{key} = {value}").unwrap();
             }
-            writeln!(text, "[pool.backend.health]\nmode = \"up\"").unwrap();
+            let health: Vec<_> =
+                keys.iter().filter_map(|(key, value)| Some((key.strip_prefix(HEALTH)?, value))).collect();
+            writeln!(text, "[pool.backend.health]").unwrap();
+            let mode = health.iter().rev().find(|(key, _)| *key == "mode").map_or("\"up\"", |(_, mode)| mode.as_str());
+            writeln!(text, "mode = {mode}").unwrap();
+            for (key, value) in health.iter().filter(|(key, _)| *key != "mode") {
+                writeln!(text, "{key} = {value}").unwrap();
+            }
         }
         for name in ["connections", "kernel", "watchdog"] {
             self.section(&mut text, &format!("[{name}]"), name, &[]);

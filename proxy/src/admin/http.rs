@@ -12,7 +12,6 @@ use tokio::net::TcpListener;
 
 use super::Served;
 use super::guard::Guarded;
-use crate::config::Health;
 use crate::metrics;
 
 /// Serves until its task is dropped.
@@ -51,8 +50,7 @@ async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
     if !served.observed.serving.load(Ordering::Relaxed) {
         return (StatusCode::SERVICE_UNAVAILABLE, "not serving\n");
     }
-    let up = served.observed.config.pools.iter().flat_map(|pool| &pool.backends).any(|b| b.health == Health::Up);
-    if !up {
+    if !served.observed.health.is_any_up() {
         return (StatusCode::SERVICE_UNAVAILABLE, "no backend is up\n");
     }
     (StatusCode::OK, "ready\n")

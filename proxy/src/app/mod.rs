@@ -14,7 +14,8 @@ use tokio::sync::mpsc;
 
 use crate::client::limits::ClientLimits;
 use crate::config::Config;
-use crate::control::Controls;
+use crate::control::{Control, Controls};
+use crate::health::Board;
 use crate::ledger::Ledger;
 use crate::ledger::caps::Caps;
 use crate::stats::WorkerStats;
@@ -22,7 +23,7 @@ use crate::systemd::{Environment, Notifier, activation};
 use crate::watchdog::{Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
-use crate::{admin, drill, kernel, metrics, privilege, watchdog};
+use crate::{admin, drill, health, kernel, metrics, privilege, watchdog};
 use life::{Life, Pulse, Signals};
 use listen::Listening;
 use order::{Inbox, Orders};
@@ -34,6 +35,8 @@ pub struct App {
     addresses: Vec<SocketAddr>,
     all_inherited: bool,
     watchdog: Watchdog,
+    /// Requests to the owner of the health checks' connections.
+    health: mpsc::UnboundedReceiver<Control>,
     doors: admin::Doors,
     drill: drill::Setup,
     environment: Environment,
@@ -58,11 +61,18 @@ impl App {
         let limits = backends.iter().map(|backend| backend.max_connections);
         let caps = Arc::new(Caps::new(limits, config.connections.max_total).with_drill(drill::AT_ONCE));
         let slots = config.connections.max_total + drill::AT_ONCE;
-        let ledger = Arc::new(Ledger::new(count + 1, slots, backends.len() + 1, Arc::clone(&caps)));
+        // The shards: the workers', the health checks' and the drill's.
+        let ledger = Arc::new(Ledger::new(count + 2, slots, backends.len() + 1, Arc::clone(&caps)));
 
-        let (senders, receivers): (Vec<_>, Vec<_>) = (0..=count).map(|_| mpsc::unbounded_channel()).unzip();
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..count + 2).map(|_| mpsc::unbounded_channel()).unzip();
         let controls = Controls::new(senders);
-        let shared = Arc::new(Shared { caps, waiting: AtomicUsize::new(0), serial: AtomicU64::new(0) });
+        let board = Arc::new(Board::new(&config));
+        let shared = Arc::new(Shared {
+            caps,
+            waiting: AtomicUsize::new(0),
+            health: Arc::clone(&board),
+            serial: AtomicU64::new(0),
+        });
         let limits = ClientLimits::new(config.server.max_connections);
 
         let inherited = activation::sockets(&environment)?;
@@ -82,7 +92,8 @@ impl App {
                 controls: controls.clone(),
             });
         }
-        let requests = receivers.next().context("the drill's shard comes after those of the workers")?;
+        let health = receivers.next().context("the health checks' shard comes after those of the workers")?;
+        let requests = receivers.next().context("the drill's shard is the last")?;
         let drill = drill::Setup::bind(requests).context("the drill's peer can't listen on 127.0.0.1")?;
         let doors = admin::Doors::bind(&config.admin)?;
         // Sockets that these addresses accepted are clients', not connections to backends.
@@ -92,10 +103,12 @@ impl App {
         tracing::info!(source = source.as_str(), reason, "kernel view");
         privilege::keep_for_watchdog(&mut *view, config.watchdog.reap)?;
         let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
-        let observed = Observed::new(config, ledger, stats, controls, drill.address()?).with_view_reason(&reason);
+        let observed = Observed::new(config, ledger, stats, controls, drill.address()?)
+            .with_view_reason(&reason)
+            .with_health(board);
         let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
-        Ok(Self { observed, workers, addresses, all_inherited, watchdog, doors, drill, environment, notifier })
+        Ok(Self { observed, workers, addresses, all_inherited, watchdog, health, doors, drill, environment, notifier })
     }
 
     /// Serves until SIGTERM, SIGINT or an order to drain, then drains.
@@ -104,7 +117,8 @@ impl App {
     ///
     /// A thread can't be started, or a worker failed.
     pub fn run(self) -> Result<()> {
-        let Self { observed, workers, addresses, all_inherited, watchdog, doors, drill, environment, notifier } = self;
+        let Self { observed, workers, addresses, all_inherited, watchdog, health, doors, drill, environment, notifier } =
+            self;
         let config = Arc::clone(&observed.config);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
@@ -121,6 +135,7 @@ impl App {
             for worker in workers {
                 threads.push(start(worker, &observed.ledger)?);
             }
+            let health = start_health(&observed, health)?;
             for (listener, address) in config.listeners.iter().zip(&addresses) {
                 tracing::info!(listener = listener.name, %address, "listening");
             }
@@ -134,7 +149,7 @@ impl App {
             ));
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
             Life { observed, inbox, signals, notifier, pulse, all_inherited }.run(life::watch(threads)).await?;
-            drop((admin, watchdog));
+            drop((health, admin, watchdog));
             tracing::info!("drained");
             Ok(())
         })
@@ -147,6 +162,14 @@ fn start(worker: Worker, ledger: &Ledger) -> Result<JoinHandle<Result<()>>> {
     let claim = ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
     let thread = std::thread::Builder::new().name(format!("worker-{shard}"));
     Ok(thread.spawn(move || worker.run(claim.writer()).with_context(|| format!("worker {shard}")))?)
+}
+
+/// Starts the health checks, which have the shard after the workers'.
+fn start_health(observed: &Observed, requests: mpsc::UnboundedReceiver<Control>) -> Result<health::Health> {
+    let shard = observed.config.server.workers;
+    let claim = observed.ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
+    let board = Arc::clone(&observed.health);
+    Ok(health::start(&observed.config, board, claim, requests, observed.controls.clone())?)
 }
 
 /// Each connection needs a descriptor on both sides: the soft limit is raised to the hard one.

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use rustix::process::{Resource, getrlimit};
 
 use super::units::format_size;
-use super::{Backend, Config, Health, OneShotClose, ProxyProtocol, defaults, load, print};
+use super::{Backend, Config, HealthMode, OneShotClose, ProxyProtocol, defaults, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -125,7 +125,7 @@ fn usefulness(config: &Config, index: usize, path: &str) -> Option<Warning> {
         let message = "no listener uses this pool".to_owned();
         return Some(Warning { key: format!("{path}.name"), message });
     }
-    if pool.backends.iter().all(|backend| backend.health == Health::Down) {
+    if pool.backends.iter().all(|backend| backend.health.mode == HealthMode::Down) {
         let message = "all backends of this pool are down: every query fails".to_owned();
         return Some(Warning { key: format!("{path}.backend"), message });
     }

@@ -1,6 +1,6 @@
 //! The words of the keys that know a few words only: one list for reading, writing and messages.
 
-use super::{Class, Health, OneShotClose, Policy, ReapMode, View};
+use super::{Class, HealthMode, OneShotClose, Policy, ReapMode, View};
 
 /// A value that the file writes as one of a few words.
 pub trait Choice: Copy + 'static {
@@ -40,12 +40,13 @@ impl Choice for OneShotClose {
     }
 }
 
-impl Choice for Health {
-    const ALL: &'static [Self] = &[Self::Up, Self::Down];
-    const LATER: &'static [&'static str] = &["auto", "lazy"];
+impl Choice for HealthMode {
+    const ALL: &'static [Self] = &[Self::Auto, Self::Lazy, Self::Up, Self::Down];
 
     fn word(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
+            Self::Lazy => "lazy",
             Self::Up => "up",
             Self::Down => "down",
         }

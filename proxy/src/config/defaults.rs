@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{
-    AcceptProxy, Admin, Backend, Class, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool,
+    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, OneShotClose, Policy, Pool,
     ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
@@ -23,6 +23,9 @@ pub const MAX_HEADER: usize = 512;
 /// The longest PROXY header that is accepted: what fits the least IPv4 datagram of 576 bytes without its 40 bytes of IP
 /// and TCP (section 2.2 of the specification), bytes.
 pub const MAX_INCOMING_HEADER: usize = 536;
+
+/// What a health check asks for.
+const CHECK_NAME: &str = "a.root-servers.net.";
 
 /// One worker per core, as many as the process may use.
 pub(super) fn workers() -> usize {
@@ -101,8 +104,22 @@ impl Backend {
             connect_timeout: Duration::from_secs(2),
             source: Vec::new(),
             one_shot_close: OneShotClose::Reset,
-            // The format's own default, "auto", is not supported yet.
-            health: Health::Up,
+            health: Health::default(),
+        }
+    }
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        #[expect(clippy::expect_used, reason = "a constant, which a test reads")]
+        let name = CHECK_NAME.parse().expect("a domain name");
+        Self {
+            mode: HealthMode::Auto,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+            name,
+            rise: 1,
+            fall: 3,
         }
     }
 }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::network::NetworkError;
 use super::units::UnitError;
+use crate::dns::name::NameError;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
 
 /// Everything that is wrong with a configuration, in the order of the file; at least one error.
@@ -210,6 +211,9 @@ pub enum Problem {
         /// Bytes that fit `sun_path`.
         max: usize,
     },
+    /// The name that checks ask for.
+    #[error("is no domain name: {0}")]
+    DomainName(NameError),
     /// The type of a TLV.
     #[error(transparent)]
     TlvType(#[from] TlvTypeError),

@@ -78,10 +78,6 @@ fn not_supported_yet() {
         "f.toml:14:1: key `pool.backend[1].tls.ca`: not supported yet"
     );
     assert_eq!(
-        value("[pool.backend.health]", "mode = \"auto\""),
-        "f.toml:14:8: key `pool.backend.health.mode`: \"auto\" is not supported yet; what works is \"up\" or \"down\""
-    );
-    assert_eq!(
         value("[[pool.proxy_protocol.tlv]]", "type = 0xE0\nvalue = \"{sni}\""),
         "f.toml:15:9: key `pool.proxy_protocol.tlv.value`: the field {sni} is not supported yet (at character 1)"
     );
@@ -235,7 +231,19 @@ fn choices() {
     assert_eq!(
         pool(POOL, &format!("{BACKEND}\none_shot_close = \"rst\"\nhealth.mode = \"on\"")),
         "f.toml:10:18: key `pool.backend.one_shot_close`: expected \"reset\" or \"fin\", found \"rst\"\n\
-         f.toml:11:15: key `pool.backend.health.mode`: expected \"up\" or \"down\", found \"on\""
+         f.toml:11:15: key `pool.backend.health.mode`: expected \"auto\", \"lazy\", \"up\" or \"down\", found \"on\""
+    );
+}
+
+#[test]
+fn health_checks() {
+    assert_eq!(
+        with("[pool.backend.health]\ninterval = \"9ms\"\ntimeout = \"0s\"\nname = \"a..b\"\nrise = 0\nfall = 1001\n"),
+        "f.toml:14:12: key `pool.backend.health.interval`: must be from \"10ms\" to \"8760h\"\n\
+         f.toml:15:11: key `pool.backend.health.timeout`: must be from \"1ms\" to \"8760h\"\n\
+         f.toml:16:8: key `pool.backend.health.name`: is no domain name: a label is empty\n\
+         f.toml:17:8: key `pool.backend.health.rise`: must be from 1 to 1000\n\
+         f.toml:18:8: key `pool.backend.health.fall`: must be from 1 to 1000"
     );
 }
 

@@ -29,6 +29,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::dns::name::DomainName;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
 
@@ -158,7 +159,7 @@ pub struct Backend {
     pub source: Vec<IpAddr>,
     /// How a one-shot connection is closed.
     pub one_shot_close: OneShotClose,
-    /// `[pool.backend.health] mode`
+    /// `[pool.backend.health]`
     pub health: Health,
 }
 
@@ -188,11 +189,32 @@ pub enum OneShotClose {
     Fin,
 }
 
+/// `[pool.backend.health]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Whether and when it is checked.
+    pub mode: HealthMode,
+    /// From the begin of one check to that of the next.
+    pub interval: Duration,
+    /// From the begin of a check to its answer.
+    pub timeout: Duration,
+    /// The name that is asked for, type A.
+    pub name: DomainName,
+    /// Checks in a row that must pass for a backend to come up.
+    pub rise: u32,
+    /// Checks in a row that must fail for it to go down; under `lazy` also the queries that must fail before the first.
+    pub fall: u32,
+}
+
 /// `[pool.backend.health] mode`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Health {
-    /// Always used.
+pub enum HealthMode {
+    /// Checked all the time.
     #[default]
+    Auto,
+    /// Checked after queries failed, until it passes.
+    Lazy,
+    /// Always used.
     Up,
     /// Never used.
     Down,

@@ -1,12 +1,13 @@
 //! `[[pool]]` and all that is in it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use super::choices::IdentityWord;
 use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
 use super::section::{Section, Value};
-use super::{Backend, Listener, Pool, ProxyProtocol, defaults, units};
+use super::{Backend, Health, Listener, Pool, ProxyProtocol, defaults, units};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::{Context, Template, TlvSet, check_type};
 use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
@@ -16,6 +17,12 @@ pub(super) const MAX_IN_FLIGHT: usize = 1 << 16;
 
 /// The largest weight: shares finer than a thousandth are nobody's intention.
 const MAX_WEIGHT: u32 = 1000;
+
+/// The shortest interval of health checks: each opens a connection.
+const SHORTEST_CHECK: Duration = Duration::from_millis(10);
+
+/// Most checks in a row for `rise` and `fall`.
+const MAX_CHECKS: u32 = 1000;
 
 /// Most retries: each repeats the query while its client waits.
 const MAX_RETRIES: u8 = 10;
@@ -187,11 +194,27 @@ fn read_backends<'a, 'i>(
             connect_timeout: section.duration("connect_timeout", default.connect_timeout, MILLISECOND),
             source: section.value("source").and_then(|value| read_sources(&value, address)).unwrap_or_default(),
             one_shot_close: section.choice("one_shot_close", default.one_shot_close),
-            health: section.table("health").choice("mode", default.health),
+            health: read_health(&section.table("health")),
             ..default
         });
     }
     backends
+}
+
+fn read_health(section: &Section<'_, '_>) -> Health {
+    let default = Health::default();
+    let name = section.value("name").and_then(|value| {
+        let name = value.string()?.parse();
+        name.map_err(|error| value.fail(Problem::DomainName(error))).ok()
+    });
+    Health {
+        mode: section.choice("mode", default.mode),
+        interval: section.duration("interval", default.interval, SHORTEST_CHECK),
+        timeout: section.duration("timeout", default.timeout, MILLISECOND),
+        name: name.unwrap_or(default.name),
+        rise: section.integer("rise", default.rise, 1..=MAX_CHECKS),
+        fall: section.integer("fall", default.fall, 1..=MAX_CHECKS),
+    }
 }
 
 fn backend_name<'a>(value: &Value<'a, '_>, names: &mut Unique) -> Option<&'a str> {

@@ -134,7 +134,13 @@ fn backend(out: &mut Writer, backend: &Backend) {
     out.list("source", backend.source.iter().map(ToString::to_string));
     out.text("one_shot_close", backend.one_shot_close.word());
     out.heading("[pool.backend.health]");
-    out.text("mode", backend.health.word());
+    let health = &backend.health;
+    out.text("mode", health.mode.word());
+    out.duration("interval", health.interval);
+    out.duration("timeout", health.timeout);
+    out.text("name", &health.name);
+    out.bare("rise", health.rise);
+    out.bare("fall", health.fall);
 }
 
 fn connections(out: &mut Writer, connections: &Connections) {

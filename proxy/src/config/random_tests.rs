@@ -63,6 +63,18 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn health()(
+        mode in prop::sample::select(<HealthMode as choices::Choice>::ALL),
+        times in (duration(10), duration(1)),
+        name in "[a-z0-9_-]{1,63}(\\.[a-z0-9_-]{1,20}){0,5}\\.?",
+        counts in (1..=1000u32, 1..=1000u32),
+    ) -> Health {
+        let (interval, timeout) = times;
+        Health { mode, interval, timeout, name: name.parse().unwrap(), rise: counts.0, fall: counts.1 }
+    }
+}
+
+prop_compose! {
     fn backend()(
         port in 1..=u16::MAX,
         weight in 1..=1000u32,
@@ -72,7 +84,7 @@ prop_compose! {
         connect_timeout in duration(1),
         sources in prop::collection::btree_set(1..=250u8, 0..4),
         one_shot_close in prop_oneof![Just(OneShotClose::Reset), Just(OneShotClose::Fin)],
-        health in prop_oneof![Just(Health::Up), Just(Health::Down)],
+        health in health(),
     ) -> Backend {
         let ip = |host: u8| -> IpAddr {
             if v6 { format!("2001:db8::{host:x}").parse().unwrap() } else { IpAddr::from([192, 0, 2, host]) }

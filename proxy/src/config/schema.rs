@@ -141,7 +141,7 @@ const BACKEND: &[Key] = &[
 const BACKEND_TLS: &[Key] = &[not_yet("server_name"), not_yet("ca"), not_yet("proxy_outside_tls")];
 
 const HEALTH: &[Key] =
-    &[works("mode"), not_yet("interval"), not_yet("timeout"), not_yet("name"), not_yet("rise"), not_yet("fall")];
+    &[works("mode"), works("interval"), works("timeout"), works("name"), works("rise"), works("fall")];
 
 const CONNECTIONS: &[Key] = &[
     works("idle_timeout"),

@@ -33,6 +33,8 @@ pub(super) const SECTIONS: &[Section] = &[
         columns: &[
             ("BACKEND", "backend"),
             ("ADDRESS", "address"),
+            ("HEALTH", "health"),
+            ("STATE", "state"),
             ("LIMIT", "limit"),
             ("USED", "used"),
             ("IN-FLIGHT", "in_flight"),

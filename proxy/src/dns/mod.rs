@@ -6,5 +6,6 @@
 
 pub mod frame;
 pub mod message;
+pub mod name;
 pub mod rtype;
 pub mod synth;

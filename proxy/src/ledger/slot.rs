@@ -23,13 +23,15 @@ pub enum ConnKind {
     Owned,
     /// A header that cannot be used again: one query, then closed.
     OneShot,
+    /// A health check: the forwarder's own query, then closed.
+    Check,
 }
 
 impl ConnKind {
     /// How many kinds there are.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 5;
     /// All kinds.
-    pub const ALL: [Self; Self::COUNT] = [Self::Shared, Self::Keyed, Self::Owned, Self::OneShot];
+    pub const ALL: [Self; Self::COUNT] = [Self::Shared, Self::Keyed, Self::Owned, Self::OneShot, Self::Check];
 
     /// The label in metrics and logs.
     pub const fn label(self) -> &'static str {
@@ -38,6 +40,7 @@ impl ConnKind {
             Self::Keyed => "keyed",
             Self::Owned => "owned",
             Self::OneShot => "one_shot",
+            Self::Check => "check",
         }
     }
 }
@@ -296,7 +299,7 @@ impl Shard {
                 id: RowId { shard: self.index, slot: u32::try_from(index).unwrap_or(u32::MAX), generation: sequence },
                 cookie,
                 backend: (what >> 16) as BackendIndex,
-                kind: ConnKind::ALL[(what >> 8 & 3) as usize],
+                kind: ConnKind::ALL.get((what >> 8 & 0xff) as usize).copied().unwrap_or(ConnKind::Shared),
                 state: RowState::ALL[(row.state.load(Ordering::Relaxed) & 3) as usize],
                 opened: Mono(row.opened.load(Ordering::Relaxed)),
                 last_byte: Mono(row.last_byte.load(Ordering::Relaxed)),

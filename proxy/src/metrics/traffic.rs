@@ -9,6 +9,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use super::encode::{Durations, Families};
 use crate::clock;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::health::{CheckResult, State};
 use crate::ledger::{ConnKind, RowState};
 use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal};
 use crate::watchdog::Observed;
@@ -26,6 +27,7 @@ impl Collector for Traffic {
         self.queries(&mut families)?;
         self.connections(&mut families)?;
         self.backends(&mut families)?;
+        self.health(&mut families)?;
         self.pools(&mut families)
     }
 }
@@ -186,6 +188,34 @@ impl Traffic {
             "backend_queries",
             "Queries written to a backend, retries included",
             self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.queries))),
+        )
+    }
+
+    /// What the health checks say.
+    fn health(&self, families: &mut Families<'_>) -> fmt::Result {
+        let places = || self.observed.health.places().iter().map(|place| (place.name.as_str(), place));
+        families.gauges(
+            "backend_up",
+            "Whether the backend is known to be up",
+            places().map(|(name, place)| ([("backend", name)], f64::from(u8::from(place.state() == State::Up)))),
+        )?;
+        families.counters(
+            "backend_health_checks",
+            "Health checks, by result",
+            places().flat_map(|(name, place)| {
+                CheckResult::ALL
+                    .into_iter()
+                    .map(move |result| ([("backend", name), ("result", result.label())], place.checks(result)))
+            }),
+        )?;
+        families.counters(
+            "backend_health_changes",
+            "How often the backend came up or went down, as its health checks have it",
+            places().flat_map(|(name, place)| {
+                [State::Up, State::Down]
+                    .into_iter()
+                    .map(move |state| ([("backend", name), ("to", state.label())], place.changes(state == State::Up)))
+            }),
         )
     }
 

@@ -9,8 +9,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::Observed;
 use crate::config::{
-    Admin, Backend, Class, Config, Connections, Health, Kernel, Listener, OneShotClose, Policy, Pool, ReapMode, Server,
-    View, Watchdog,
+    Admin, Backend, Class, Config, Connections, Health, HealthMode, Kernel, Listener, OneShotClose, Policy, Pool,
+    ReapMode, Server, View, Watchdog,
 };
 use crate::control::{Control, Controls};
 use crate::drill::{AT_ONCE, Setup};
@@ -48,7 +48,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
                 connect_timeout: Duration::from_secs(2),
                 source: Vec::new(),
                 one_shot_close: OneShotClose::Reset,
-                health: Health::Up,
+                health: Health { mode: HealthMode::Up, ..Health::default() },
             }],
         }],
         connections: Connections {

@@ -35,6 +35,7 @@ pub use report::Report;
 
 use crate::config::{self, Config, Pool};
 use crate::control::Controls;
+use crate::health::Board;
 use crate::kernel::{KernelSnapshot, KernelView};
 use crate::ledger::caps::Caps;
 use crate::ledger::{Ledger, LedgerSnapshot};
@@ -59,6 +60,8 @@ pub struct Observed {
     pub serving: Arc<AtomicBool>,
     /// Why the kernel view is the one that it is.
     pub view_reason: Arc<str>,
+    /// Which backends are up.
+    pub health: Arc<Board>,
 }
 
 impl Observed {
@@ -72,7 +75,14 @@ impl Observed {
     ) -> Self {
         let policy = Arc::new(Policy::new(&config, drill));
         let serving = Arc::new(AtomicBool::new(false));
-        Self { config, policy, ledger, stats: stats.into(), controls, serving, view_reason: Arc::from("") }
+        let health = Arc::new(Board::new(&config));
+        Self { config, policy, ledger, stats: stats.into(), controls, serving, view_reason: Arc::from(""), health }
+    }
+
+    /// With the board that the workers read, instead of one of its own.
+    #[must_use]
+    pub fn with_health(self, health: Arc<Board>) -> Self {
+        Self { health, ..self }
     }
 
     /// With the reason why the kernel view is the one that it is.

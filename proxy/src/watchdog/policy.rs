@@ -62,7 +62,9 @@ impl Policy {
             .iter()
             .flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)))
             .map(|(pool, backend)| {
-                let longest = pool.query_timeout.max(backend.connect_timeout).max(connections.idle_timeout);
+                let longest = [pool.query_timeout, backend.connect_timeout, backend.health.timeout]
+                    .into_iter()
+                    .fold(connections.idle_timeout, Duration::max);
                 BackendPolicy {
                     name: backend.name.clone(),
                     address: backend.address,

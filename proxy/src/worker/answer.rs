@@ -8,7 +8,7 @@ use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
 use crate::dns::frame::{PREFIX_LEN, first_frame};
 use crate::dns::{message, synth};
-use crate::ledger::ConnKind;
+use crate::ledger::{BackendIndex, ConnKind};
 
 /// What a backend did that it must not (RFC 7766 section 7: answers are matched by ID, and by question where there is
 /// one). Its connection is closed: what else comes over it can't be trusted.
@@ -58,14 +58,15 @@ impl Core {
 
     fn backend_message(&mut self, key: ConnKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
         let peek = message::peek(answer).filter(|peek| peek.qr).ok_or(Violation::NotAnAnswer)?;
+        let Some(backend) = self.pool.get(key).map(|conn| conn.backend) else { return Ok(()) };
         match self.pool.answered(key, peek.id, now) {
             Answered::Unknown => Err(Violation::UnknownId),
             Answered::Late => Ok(()),
-            Answered::Query(query) => self.deliver(query, answer, now),
+            Answered::Query(query) => self.deliver(query, backend, answer, now),
         }
     }
 
-    fn deliver(&mut self, query: QueryKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
+    fn deliver(&mut self, query: QueryKey, backend: BackendIndex, answer: &[u8], now: Mono) -> Result<(), Violation> {
         // A query leaves the table only together with its ID in the pending table, so it is there.
         let Some(entry) = self.queries.get_mut(query) else { return Ok(()) };
         entry.place = Place::Nowhere;
@@ -74,6 +75,7 @@ impl Core {
             return Err(Violation::WrongQuestion);
         }
         let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
+        self.shared.health.query_answered(backend);
         let client = &mut self.sessions[session.0];
         client.out.push_message(&mut self.spares, answer, entry.client_id);
         self.queries.remove(query, Some(&mut client.queries));
@@ -155,6 +157,7 @@ impl Core {
         for (id, query) in conn.pending.drain() {
             let Some(entry) = self.queries.get_mut(query) else { continue };
             entry.place = Place::Nowhere;
+            self.shared.health.query_failed(backend);
             let answer_began = match partial {
                 Partial::None => false,
                 // Which one it was is unknown; if only one was in flight, it was that one.

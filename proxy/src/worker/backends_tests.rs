@@ -1,7 +1,5 @@
 //! Several backends in a pool: which one a query goes to, and what becomes of it when that one fails.
 
-#![expect(clippy::unwrap_used, reason = "tests panic")]
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 

@@ -25,6 +25,7 @@ use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
 use crate::dns::synth;
+use crate::health::Board;
 use crate::ledger::BackendIndex;
 use crate::ledger::caps::Caps;
 use crate::stats::{Acquired, WorkerStats};
@@ -39,6 +40,8 @@ pub struct Shared {
     pub caps: Arc<Caps>,
     /// Queries of all workers that wait at a cap.
     pub waiting: AtomicUsize,
+    /// Which backends are up.
+    pub health: Arc<Board>,
     /// The next client connection's serial number.
     pub serial: AtomicU64,
 }

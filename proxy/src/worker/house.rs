@@ -89,6 +89,9 @@ impl Core {
             Place::Sent { conn, id } => {
                 let sent = entry.sent;
                 self.pool.abandon(conn, id, now);
+                if let Some(conn) = self.pool.get(conn) {
+                    self.shared.health.query_failed(conn.backend);
+                }
                 // Nothing at all has come since the query was sent: the connection is given no other.
                 if self.pool.get(conn).is_some_and(|conn| conn.last_received < sent) {
                     self.pool.retire(conn, CloseReason::Unresponsive, now);

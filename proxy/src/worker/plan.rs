@@ -85,7 +85,7 @@ impl Plan {
             for backend in &pool.backends {
                 // The configuration allows at most 65,534 backends.
                 let index = BackendIndex::try_from(backends.len()).unwrap_or(BackendIndex::MAX);
-                if backend.health == crate::config::Health::Up {
+                if backend.health.mode != crate::config::HealthMode::Down {
                     of_pool.push(index);
                 }
                 let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);

@@ -11,6 +11,7 @@ use crate::client::session::{Header, SessionKey};
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
 use crate::dns::message::Question;
+use crate::health::Board;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::proxy_protocol::encode::HeaderWriter;
 use crate::proxy_protocol::template::Context;
@@ -111,11 +112,11 @@ impl Core {
         how: How,
         now: Mono,
     ) -> Option<BackendIndex> {
-        let Self { plan, pool: conns, backoff, choosers, random, .. } = self;
+        let Self { plan, pool: conns, backoff, choosers, random, shared, .. } = self;
         let backends = plan.pools[usize::from(pool)].backends.as_slice();
         let chooser = &mut choosers[usize::from(pool)];
         let name = question.filter(|_| chooser.needs_question()).map_or(0, |question| digest(question.name_wire));
-        let of = |at: usize| candidate(plan, conns, backoff, backends[at], how, now);
+        let of = |at: usize| candidate(plan, conns, backoff, &shared.health, backends[at], how, now);
         let chosen = chooser.choose(of, name, random)?;
         backends.get(chosen).copied()
     }
@@ -123,7 +124,8 @@ impl Core {
     /// Whether the client that owns a connection to this backend stays there, by its pool's policy.
     fn keeps_backend(&self, pool: u16, backend: BackendIndex, how: How, now: Mono) -> bool {
         let backends = self.plan.pools[usize::from(pool)].backends.as_slice();
-        let of = |at: usize| candidate(&self.plan, &self.pool, &self.backoff, backends[at], how, now);
+        let of =
+            |at: usize| candidate(&self.plan, &self.pool, &self.backoff, &self.shared.health, backends[at], how, now);
         let place = backends.iter().position(|other| *other == backend);
         place.is_some_and(|at| self.choosers[usize::from(pool)].keeps(at, of))
     }
@@ -301,11 +303,20 @@ impl Core {
     }
 }
 
-/// What the choice of a backend goes by. One that just refused connections comes last, as it may have open ones; before
-/// it the one that has just failed the query.
-fn candidate(plan: &Plan, conns: &Pool, backoff: &[Backoff], backend: BackendIndex, how: How, now: Mono) -> Candidate {
+/// What the choice of a backend goes by. One that is down is not chosen. One that just refused connections comes last, as
+/// it may have open ones; before it the one that has just failed the query.
+fn candidate(
+    plan: &Plan,
+    conns: &Pool,
+    backoff: &[Backoff],
+    health: &Board,
+    backend: BackendIndex,
+    how: How,
+    now: Mono,
+) -> Candidate {
     let at = usize::from(backend);
     let rank = 2 * u8::from(backoff[at].holds(now)) + u8::from(Some(backend) == how.avoid());
     let BackendPlan { weight, digest, .. } = plan.backends[at];
-    Candidate { weight, outstanding: conns.outstanding(backend), rank: Some(rank), name: digest }
+    let rank = health.is_usable(backend).then_some(rank);
+    Candidate { weight, outstanding: conns.outstanding(backend), rank, name: digest }
 }

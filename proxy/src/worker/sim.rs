@@ -18,6 +18,7 @@ use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason};
 use crate::config::{self, Config};
 use crate::dns::frame::Frames;
+use crate::health::Board;
 use crate::ledger::caps::{Caps, Permit};
 use crate::stats::WorkerStats;
 
@@ -76,6 +77,7 @@ impl Sim {
         let shared = Arc::new(Shared {
             caps: Arc::new(Caps::new(caps, config.connections.max_total)),
             waiting: AtomicUsize::new(0),
+            health: Arc::new(Board::new(&config)),
             serial: AtomicU64::new(0),
         });
         let plan = Rc::new(Plan::new(&config, |_, _| SocketAddr::from(([127, 0, 0, 9], 0))));

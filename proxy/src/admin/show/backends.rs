@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Context, Page};
+use crate::config::choices::Choice as _;
 use crate::ledger::BackendIndex;
 
 /// Counts by name; what is zero is left out.
@@ -16,6 +17,8 @@ struct Backend {
     backend: String,
     pool: Option<String>,
     address: Option<String>,
+    health: Option<&'static str>,
+    state: Option<&'static str>,
     limit: Option<usize>,
     used: Option<usize>,
     connections: u64,
@@ -79,11 +82,14 @@ fn describe(index: usize, context: &Context<'_>) -> Backend {
     let caps = BackendIndex::try_from(index).ok().and_then(|index| observed.ledger.caps().backend(index));
     let totals = observed.ledger.totals();
     let totals = totals.get(index);
+    let place = BackendIndex::try_from(index).ok().and_then(|index| observed.health.get(index));
     let stats = || observed.stats.iter().filter_map(|worker| worker.backends.get(index));
     Backend {
         backend: observed.policy.backends.get(index).map(|backend| backend.name.clone()).unwrap_or_default(),
         pool: pools.map(String::clone).nth(index),
         address: observed.policy.backends.get(index).map(|backend| backend.address.to_string()),
+        health: place.map(|place| place.mode.word()),
+        state: place.map(|place| place.state().label()),
         limit: caps.map(|(limit, _)| limit),
         used: caps.map(|(_, used)| used),
         opened: totals.map_or(0, |totals| totals.opened.iter().sum()),

@@ -1,0 +1,185 @@
+//! Whether backends are up: checks, from one place in the process, and the board where all workers read the result.
+//!
+//! ```text
+//! task (a thread of its own) - check (a query over a connection of its own) - judge (pure) - board (atomics) - workers
+//! ```
+//!
+//! Under `auto` a backend is checked all the time. Under `lazy` it is checked only after queries failed, and then until
+//! it passes: workers count failures in a row on the board.
+
+mod check;
+mod judge;
+mod task;
+
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+pub(crate) use task::{Health, start};
+
+use crate::config::{Config, HealthMode};
+use crate::ledger::BackendIndex;
+
+/// What is known of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// No check has ended yet: it gets queries.
+    Unknown,
+    /// It gets queries.
+    Up,
+    /// It gets none.
+    Down,
+}
+
+impl State {
+    const ALL: [Self; 3] = [Self::Unknown, Self::Up, Self::Down];
+
+    /// The word in logs, metrics and `ctl`.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum CheckResult {
+    /// With an answer.
+    Passed,
+    /// Without one in time, or with SERVFAIL.
+    Failed,
+    /// It was not made: there was no place for its connection under the limits.
+    Skipped,
+}
+
+impl CheckResult {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Passed, Self::Failed, Self::Skipped];
+
+    /// The label in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Failed => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+/// The states of all backends: written by the thread that checks, read by the workers for each query.
+#[derive(Debug)]
+pub struct Board {
+    places: Box<[Place]>,
+}
+
+/// One backend on the board.
+#[derive(Debug)]
+pub struct Place {
+    /// The backend's name.
+    pub name: String,
+    /// How it is checked.
+    pub mode: HealthMode,
+    state: AtomicU8,
+    /// Queries that failed since the last one that was answered; counted under `lazy` only.
+    failures: AtomicU32,
+    checks: [AtomicU64; CheckResult::ALL.len()],
+    /// Changes to up and to down.
+    changes: [AtomicU64; 2],
+}
+
+impl Board {
+    /// All backends of a configuration, by index.
+    pub fn new(config: &Config) -> Self {
+        let backends = config.pools.iter().flat_map(|pool| &pool.backends);
+        let place = |backend: &crate::config::Backend| {
+            let state = match backend.health.mode {
+                HealthMode::Auto => State::Unknown,
+                HealthMode::Lazy | HealthMode::Up => State::Up,
+                HealthMode::Down => State::Down,
+            };
+            Place {
+                name: backend.name.clone(),
+                mode: backend.health.mode,
+                state: AtomicU8::new(state as u8),
+                failures: AtomicU32::new(0),
+                checks: Default::default(),
+                changes: Default::default(),
+            }
+        };
+        Self { places: backends.map(place).collect() }
+    }
+
+    /// A backend's place.
+    pub fn get(&self, backend: BackendIndex) -> Option<&Place> {
+        self.places.get(usize::from(backend))
+    }
+
+    /// All places, by index.
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// Whether queries may go to it.
+    pub fn is_usable(&self, backend: BackendIndex) -> bool {
+        self.get(backend).is_some_and(|place| place.state() != State::Down)
+    }
+
+    /// Whether one of all backends is known to be up.
+    pub fn is_any_up(&self) -> bool {
+        self.places.iter().any(|place| place.state() == State::Up)
+    }
+
+    /// A query to it failed for a reason that is the backend's: no answer in time, no connection, a connection that died.
+    pub fn query_failed(&self, backend: BackendIndex) {
+        if let Some(place) = self.get(backend).filter(|place| place.mode == HealthMode::Lazy) {
+            place.failures.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// It answered a query.
+    pub fn query_answered(&self, backend: BackendIndex) {
+        // A load per answer; written only after failures.
+        if let Some(place) = self.get(backend)
+            && place.failures.load(Ordering::Relaxed) != 0
+        {
+            place.failures.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Place {
+    /// Its state.
+    pub fn state(&self) -> State {
+        State::ALL.get(usize::from(self.state.load(Ordering::Relaxed))).copied().unwrap_or(State::Unknown)
+    }
+
+    /// Checks that ended so.
+    pub fn checks(&self, result: CheckResult) -> u64 {
+        self.checks[result as usize].load(Ordering::Relaxed)
+    }
+
+    /// How often it came up (`true`) or went down.
+    pub fn changes(&self, up: bool) -> u64 {
+        self.changes[usize::from(!up)].load(Ordering::Relaxed)
+    }
+
+    /// Queries that failed in a row.
+    pub fn failures(&self) -> u32 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, result: CheckResult) {
+        self.checks[result as usize].fetch_add(1, Ordering::Relaxed);
+        if result == CheckResult::Passed {
+            self.failures.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn set(&self, state: State) {
+        self.state.store(state as u8, Ordering::Relaxed);
+        self.changes[usize::from(state == State::Down)].fetch_add(1, Ordering::Relaxed);
+    }
+}
