@@ -282,7 +282,7 @@ impl Events {
 }
 
 /// The command that makes what follows it run as [`NOBODY`] with exactly these capabilities.
-fn ordinary_user(capabilities: &[&str]) -> Vec<String> {
+pub(crate) fn ordinary_user(capabilities: &[&str]) -> Vec<String> {
     let set: String =
         ["-all".to_owned()].into_iter().chain(capabilities.iter().map(|name| format!(",+{name}"))).collect();
     let mut command = vec!["setpriv".to_owned(), format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")];

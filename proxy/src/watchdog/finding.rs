@@ -61,6 +61,12 @@ impl Finding {
         self.row.map(|row| row.opened).or_else(|| self.socket.as_ref()?.opened.map(Mono))
     }
 
+    /// Who holds it: the client connection that a row names, or the id of another process; 0: nobody in particular.
+    pub fn owner(&self) -> u64 {
+        let process = || self.socket.as_ref().map_or(0, |socket| u64::from(socket.owner));
+        self.row.map_or_else(process, |row| row.owner)
+    }
+
     /// The types of the TLVs in its header: those of its pool, given by backend index, if it has a header.
     pub fn tlv_types<'a>(&self, by_backend: &'a [Vec<u8>]) -> &'a [u8] {
         match (self.row, self.backend) {

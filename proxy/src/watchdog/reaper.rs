@@ -318,7 +318,7 @@ fn log(record: &ReapRecord, tlv_types: &[Vec<u8>], policy: &Policy) {
         remote,
         class = finding.class.name(),
         backend = policy.label(finding.backend),
-        owner = finding.row.map_or(0, |row| row.owner),
+        owner = finding.owner(),
         age_seconds = finding.opened().map_or(0.0, |opened| now.since(opened).as_secs_f64()),
         since_seconds = now.since(finding.since).as_secs_f64(),
         sweeps = finding.sweeps,

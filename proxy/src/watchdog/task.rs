@@ -219,6 +219,7 @@ impl Task {
                 cookie = finding.cookie,
                 class = finding.class.name(),
                 backend = policy.label(finding.backend),
+                owner = finding.owner(),
                 sweeps = finding.sweeps,
                 since_seconds = now.since(finding.since).as_secs_f64(),
                 evidence = finding.evidence(now),

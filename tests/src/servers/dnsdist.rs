@@ -36,7 +36,7 @@ impl TlvOracle {
     #[track_caller]
     pub fn start() -> Self {
         let dir = TempDir::new("oracle");
-        let (process, address) = start("dnsdist (oracle)", &dir, |port| {
+        let (process, address) = start("dnsdist (oracle)", "dnsdist", &dir, |port| {
             format!(
                 "setLocal(\"127.0.0.1:{port}\")\n{COMMON}setProxyProtocolACL({{\"127.0.0.0/8\"}})\n{ORACLE}\
                  addAction(AllRule(), SpoofAction(\"{ADDRESS}\"))\n"
@@ -73,6 +73,8 @@ pub struct LeakyFront {
     pub process: Process,
     /// Where clients connect.
     pub address: SocketAddr,
+    /// Where its metrics are.
+    pub web: SocketAddr,
     _dir: TempDir,
 }
 
@@ -83,24 +85,38 @@ impl LeakyFront {
     /// If it does not start.
     #[track_caller]
     pub fn start(backend: SocketAddr) -> Self {
+        Self::start_with("dnsdist", backend, "")
+    }
+
+    /// The same program at another path, by whose last part the kernel calls the process, and with more lines in its
+    /// configuration.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start_with(program: &str, backend: SocketAddr, more: &str) -> Self {
         let dir = TempDir::new("dnsdist");
-        let (process, address) = start("dnsdist (front)", &dir, |port| {
+        let mut web = 0;
+        let (process, address) = start("dnsdist (front)", program, &dir, |port| {
+            web = process::free_port();
             format!(
-                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}\
+                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}{more}\
+                 webserver(\"127.0.0.1:{web}\")\n\
+                 setWebserverConfig({{statsRequireAuthentication=false, acl=\"127.0.0.0/8\"}})\n\
                  newServer({{address=\"{backend}\", useProxyProtocol=true}})\ngetServer(0):setUp()\n\
                  addAction(AllRule(), LuaAction(function(dq)\n\
                  dq:setProxyProtocolValues({{[0xE0] = dq.qname:toString():match(\"^[^.]+\")}})\n\
                  return DNSAction.None, \"\"\nend))\n"
             )
         });
-        Self { process, address, _dir: dir }
+        Self { process, address, web: super::loopback(web), _dir: dir }
     }
 }
 
-fn start(name: &str, dir: &TempDir, config: impl Fn(u16) -> String) -> (Process, SocketAddr) {
+fn start(name: &str, program: &str, dir: &TempDir, mut config: impl FnMut(u16) -> String) -> (Process, SocketAddr) {
     let (process, port, ()) = process::start_on_free_port(name, |port| {
         let file = dir.write("dnsdist.conf", &config(port)).display().to_string();
-        (Process::start(name, "dnsdist", &["--supervised", "--disable-syslog", "-C", &file]), ())
+        (Process::start(name, program, &["--supervised", "--disable-syslog", "-C", &file]), ())
     });
     (process, super::loopback(port))
 }
