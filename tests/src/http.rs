@@ -110,10 +110,10 @@ pub fn ask(server: SocketAddr, who: &str, count: usize) -> Result<(), String> {
         (&stream).write_all(request.as_bytes()).map_err(|e| fail("sending", &e))?;
         let head = read_head(&mut reader).ok_or_else(|| fail("reading", &path))?;
         let status = head.lines().next().unwrap_or_default();
-        let lengths = head
+        let length = head
             .lines()
-            .filter_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
-        let mut body = vec![0; lengths.last().unwrap_or(0)];
+            .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
         reader.read_exact(&mut body).map_err(|e| fail("the body", &e))?;
         if !status.contains(" 200 ") || body != path.as_bytes() {
             return Err(format!("{who}: {path}: {status}: {:?}", String::from_utf8_lossy(&body)));

@@ -213,9 +213,11 @@ fn restarts_are_followed() {
         });
         let mut client = Client::connect(front.address, None);
         Load { count: 5, ..Load::default() }.run(&mut client).assert_all_answered(5);
-        let metrics =
-            watch.wait_metrics("its sockets are seen", SOON, |metrics| sockets_of(metrics, "established") == 5.0);
-        assert!(metrics.sum("watched_open_fds", &[]) > 5.0 && metrics.sum("watched_max_fds", &[]) > 100.0);
+        watch.wait_metrics("its sockets are seen, and its descriptors", SOON, |metrics| {
+            sockets_of(metrics, "established") == 5.0
+                && metrics.sum("watched_open_fds", &[]) > 5.0
+                && metrics.sum("watched_max_fds", &[]) > 100.0
+        });
         drop(front);
         watch.wait_metrics("it has ended", SOON, |metrics| {
             metrics.sum("watched_processes", &[]) == 0.0 && metrics.sum("kernel_backend_sockets", &[]) == 0.0
