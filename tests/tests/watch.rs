@@ -8,7 +8,7 @@ use counterfoil_tests::counterfoil::field;
 use counterfoil_tests::driver::{Client, Load, Outcome};
 use counterfoil_tests::http::{self, Backend};
 use counterfoil_tests::metrics::Metrics;
-use counterfoil_tests::servers::{HaProxy, LeakyFront, Recursor};
+use counterfoil_tests::servers::{Haproxy, LeakyFront, Recursor};
 use counterfoil_tests::sockets;
 use counterfoil_tests::tempdir::TempDir;
 use counterfoil_tests::watch::{self, Watch};
@@ -104,7 +104,8 @@ fn soak_dnsdist_keeps_answering_5000() {
     let front = LeakyFront::start(recursor.address);
     let (outcome, _client) = load(front.address, 5000);
     println!("without a watch: {} of 5000 answered, then {:?}", outcome.answered, outcome.ended);
-    assert!(outcome.answered < 200, "{outcome:?}");
+    // Mostly 129; the Recursor has been seen to give up idle clients once, and to hang 129 queries later.
+    assert!(outcome.ended.is_some() && outcome.answered < 1000, "{outcome:?}");
     drop((front, recursor));
     dnsdist_keeps_answering(5000, "");
 }
@@ -160,7 +161,7 @@ fn haproxy_loses_nothing() {
     const CLIENTS: usize = 16;
     const REQUESTS: usize = 250;
     let backend = Backend::start(40, Duration::from_millis(700));
-    let haproxy = HaProxy::start(backend.address);
+    let haproxy = Haproxy::pooling(backend.address);
     let (pid, address) = (haproxy.process.pid(), haproxy.address);
     let watch = Watch::start(&format!(
         "--pid {pid} --backend {} --reap zombie --interval 50ms --sweeps 2 --grace 50ms --idle 10s",
