@@ -166,7 +166,8 @@ const MIN_LINE: usize = 15;
 /// Lines of version 1: what we take, `ppp` reads as the same; what it takes and we do not is known.
 fn line_against_ppp(bytes: &[u8]) {
     use ppp::v1::{Addresses, Header};
-    let theirs = Header::try_from(bytes).ok();
+    // Behind UNKNOWN it takes a LF for the end.
+    let theirs = Header::try_from(bytes).ok().filter(|theirs| theirs.header.ends_with("\r\n"));
     match (parse_v1(bytes, MAX_LINE), theirs) {
         (Ok(ours), Some(theirs)) => {
             let ends: Option<(SocketAddr, SocketAddr)> = match theirs.addresses {
