@@ -217,7 +217,7 @@ impl Course<'_> {
             return Ok(Err(Failed::Because(format!("found and reported, not reaped: {held_back}"))));
         }
         let record = self
-            .until(clock::now().after(MARGIN * 2), || {
+            .until(clock::now().after(watchdog.interval + MARGIN * 2), || {
                 let report = self.drill.watchdog.report();
                 report.recent.iter().rev().find(|record| record.cookie == leak.cookie).cloned()
             })
