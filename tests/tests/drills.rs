@@ -56,6 +56,8 @@ fn drill(expected: &[(&'static str, bool, &str, &str)]) {
             let (detection, reaping) = (drilled.detection(), drilled.reaping());
             println!("{class}: found after {detection:?}, {outcome} by {rung} after another {reaping:?}");
             assert!(drilled.succeeded(), "{drilled:#?}");
+            let alarm = drilled.step("alarm")["value"].as_f64();
+            assert!(alarm >= Some(1.0) || slack() > Duration::ZERO, "{drilled:#?}");
             assert!(detection <= DETECTED_WITHIN + slack(), "{class} was found after {detection:?}");
             assert_eq!((drilled.text("reaping", "rung"), drilled.text("outcome", "outcome")), (*rung, *outcome));
             // What is severed is still held: an orphan as before, the others as a connection that is closed.
@@ -182,7 +184,7 @@ fn in_dry_run_nothing_is_touched() {
     std::thread::scope(|scope| {
         let run = scope.spawn(|| counterfoil.drill("zombie", Duration::from_secs(60)));
         let dry = [("class", "zombie"), ("outcome", "dry_run")];
-        counterfoil.wait_metrics("a dry-run reaping", Duration::from_secs(10), |metrics| {
+        counterfoil.wait_metrics("a dry-run reaping", Duration::from_secs(10) + slack(), |metrics| {
             metrics.sum("reaped_total", &dry) >= 1.0
         });
         let (_, output) = run.join().expect("the drill ends");

@@ -130,7 +130,7 @@ impl Course<'_> {
         self.drill.hurry();
         let condition = self.wait_for_condition(&leak).await?;
         let finding = self.wait_for_finding(&leak, condition).await?;
-        self.show_alarm()?;
+        self.show_alarm(&leak)?;
         let verdict = self.follow_reaping(&leak, &finding).await?;
         if leak.release() {
             self.say("released", json!({"message": "the drill closed what was left of it"}))?;
@@ -172,7 +172,10 @@ impl Course<'_> {
         let finding = self
             .until(condition.after(limit), || {
                 let report = self.drill.watchdog.report();
-                report.findings.iter().find(|found| found.cookie == leak.cookie && found.class == self.class).cloned()
+                let now = report.findings.iter().find(|found| found.cookie == leak.cookie && found.class == self.class);
+                // Where this thread was held up for long, the reaping may be over already.
+                let reaped = || report.recent.iter().rev().find(|record| record.cookie == leak.cookie);
+                now.or_else(|| reaped().map(|record| &record.finding)).cloned()
             })
             .await?
             .ok_or_else(|| Failed::Because(format!("not found within {limit:?} of the condition")))?;
@@ -190,18 +193,19 @@ impl Course<'_> {
     }
 
     /// The alarm is the metric that the rules look at, as a scrape would read it now.
-    fn show_alarm(&self) -> Result<(), Failed> {
+    fn show_alarm(&self, leak: &Leak) -> Result<(), Failed> {
         let policy = &self.drill.observed.policy;
         let label = policy.label(Some(policy.drill()));
         let class = self.class.name();
         let series = format!("counterfoil_discrepancy_sockets{{backend=\"{label}\",class=\"{class}\"}}");
         let text = self.drill.metrics.render();
         let value = text.lines().find_map(|line| line.strip_prefix(series.as_str())?.trim().parse::<f64>().ok());
-        self.say("alarm", json!({"metric": series, "value": value}))?;
-        match value {
-            Some(value) if value >= 1.0 => Ok(()),
-            _ => Err(Failed::Because(format!("{series} is not up: {value:?}"))),
-        }
+        // After the metrics: what is a finding still was one when they were read.
+        let over = !self.drill.watchdog.report().findings.iter().any(|finding| finding.cookie == leak.cookie);
+        let up = value.is_some_and(|value| value >= 1.0);
+        let late = (over && !up).then_some("the finding was over before this could be read");
+        self.say("alarm", json!({"metric": series, "value": value, "message": late}))?;
+        if up || over { Ok(()) } else { Err(Failed::Because(format!("{series} is not up: {value:?}"))) }
     }
 
     /// Until the reaping is over; the verdict of the drill.
