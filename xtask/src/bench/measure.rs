@@ -19,6 +19,8 @@ pub(super) struct Plan<'a> {
     pub(super) tools: &'a Tools,
     pub(super) seconds: f64,
     pub(super) syscalls: bool,
+    /// `kernel.view` of Counterfoil.
+    pub(super) kernel_view: &'static str,
 }
 
 /// A run and what came of it.
@@ -36,6 +38,8 @@ pub(super) struct Sample {
     pub(super) qps: f64,
     /// CPU time of the subject's process per query, in microseconds.
     pub(super) cpu_us: f64,
+    /// The part of it that Counterfoil's watchdog took.
+    pub(super) watchdog_share: Option<f64>,
     pub(super) latency_us: Latency,
     /// Connections to the backend, per query.
     pub(super) opened_per_query: f64,
@@ -93,10 +97,11 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     let mut command = plan.tools.own("answerer");
     let mut answerer = Process::start("answerer", command.args(scenario.checks()), directory.path())?;
     let Listening { address: backend } = answerer.read()?;
-    let running = subject.start(plan.tools, scenario, backend, &directory)?;
+    let running = subject.start(plan, scenario, backend, &directory)?;
 
     let counter = if plan.syscalls { Some(Counter::start(&running.process, &directory)?) } else { None };
     let (start, machine_before, answerer_before) = (Instant::now(), process::machine_cpu()?, answerer.cpu()?);
+    let watchdog_before = running.watchdog_cpu()?;
     let (cpu_before, resident_before) = (running.process.cpu()?, running.process.resident()?);
     let mut command = plan.tools.own("loadgen");
     command.arg(running.address.to_string()).arg("--hold");
@@ -106,6 +111,7 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     let mut generator = Process::start("loadgen", command.args(scenario.load), directory.path())?;
     let load: Load = generator.read()?;
     let (cpu_after, resident) = (running.process.cpu()?, running.process.resident()?);
+    let watchdog = running.watchdog_cpu()?.zip(watchdog_before).map(|(after, before)| after.saturating_sub(before));
     let (machine_after, answerer_after) = (process::machine_cpu()?, answerer.cpu()?);
     let cpu = cpu_after.saturating_sub(cpu_before);
     let ours = cpu + answerer_after.saturating_sub(answerer_before) + generator.cpu()?;
@@ -132,6 +138,7 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
         answers: load.answers,
         qps: load.qps,
         cpu_us: cpu as f64 / 1000.0 / answers,
+        watchdog_share: watchdog.map(|watchdog| watchdog as f64 / cpu as f64),
         latency_us: load.latency_us,
         opened_per_query: counts.opened as f64 / answers,
         max_open: counts.max_open,

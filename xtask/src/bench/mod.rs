@@ -3,6 +3,7 @@
 //! Everything shares the machine's cores and the numbers drift by a third within an hour, so the subjects take turns and
 //! only ratios within one run count. A wrong or missing answer fails the benchmark.
 
+mod cost;
 mod measure;
 mod process;
 mod report;
@@ -17,6 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 
 use crate::command::say;
+use cost::Cost;
 use measure::{Outcome, Plan};
 use scenario::Scenario;
 use subject::Subject;
@@ -44,6 +46,9 @@ pub(crate) struct Arguments {
     /// Count system calls too, by `perf` (Debian: linux-perf); the counting costs the programs some time
     #[arg(long)]
     syscalls: bool,
+    /// Measure what the kernel view costs; without scenarios, only that. Part of `all`
+    #[arg(long, conflicts_with = "no_ebpf")]
+    cost: bool,
     /// List the scenarios and stop
     #[arg(long)]
     list: bool,
@@ -56,19 +61,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
         return Ok(());
     }
-    let scenarios = scenario::choose(&arguments.scenarios)?;
-    let subjects = if arguments.only.is_empty() { Subject::ALL.to_vec() } else { arguments.only.clone() };
+    let only_cost = arguments.cost && arguments.scenarios.is_empty();
+    let scenarios = if only_cost { Vec::new() } else { scenario::choose(&arguments.scenarios)? };
+    let subjects = match () {
+        () if only_cost => vec![Subject::Counterfoil],
+        () if arguments.only.is_empty() => Subject::ALL.to_vec(),
+        () => arguments.only.clone(),
+    };
+    let wants_cost =
+        arguments.cost || !arguments.no_ebpf && arguments.scenarios.iter().any(|name| name == scenario::EVERY);
     process::raise_descriptor_limit()?;
-    let tools = Tools::get(arguments.counterfoil.as_deref(), arguments.no_ebpf, &subjects)?;
-    let plan = Plan { tools: &tools, seconds: arguments.seconds, syscalls: arguments.syscalls };
+    let tools = Tools::get(arguments.counterfoil.as_deref(), arguments.no_ebpf, &subjects, wants_cost)?;
+    let plan = Plan { tools: &tools, seconds: arguments.seconds, syscalls: arguments.syscalls, kernel_view: "auto" };
 
     let mut outcomes = Vec::new();
     for scenario in &scenarios {
         outcomes.extend(run_scenario(&plan, scenario, &subjects, arguments.rounds));
         print!("{}", report::table(scenario, &subjects, &outcomes, arguments));
     }
+    let cost = if wants_cost { Some(cost::measure(&tools, arguments)?) } else { None };
+    if let Some(cost) = &cost {
+        print!("{}", cost::table(cost, arguments));
+    }
     let failed = outcomes.iter().filter(|outcome| outcome.sample.is_err()).count();
-    let path = save(&tools, arguments, &outcomes)?;
+    let path = save(&tools, arguments, &outcomes, cost.as_ref())?;
     say(format_args!("all samples are in {}", path.display()));
     if failed > 0 {
         bail!("{failed} of {} runs failed", outcomes.len());
@@ -92,9 +108,9 @@ fn run_scenario(plan: &Plan, scenario: &'static Scenario, subjects: &[Subject], 
     outcomes
 }
 
-fn save(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome]) -> Result<PathBuf> {
+fn save(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], cost: Option<&Cost>) -> Result<PathBuf> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, now)?)?;
+    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, cost, now)?)?;
     let directory = tools.target().join("bench");
     std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let path = directory.join(format!("{now}.json"));

@@ -127,11 +127,24 @@ impl Process {
 
     /// CPU time of all its threads so far, in nanoseconds.
     pub(super) fn cpu(&self) -> Result<u64> {
+        self.cpu_of(|_| true)
+    }
+
+    /// The same of the threads with this name.
+    pub(super) fn thread_cpu(&self, name: &str) -> Result<u64> {
+        self.cpu_of(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim_end() == name))
+    }
+
+    fn cpu_of(&self, counts: impl Fn(&Path) -> bool) -> Result<u64> {
         let tasks = self.proc("task");
         let mut sum = 0;
         for task in fs::read_dir(&tasks).with_context(|| tasks.display().to_string())? {
+            let task = task?.path();
+            if !counts(&task) {
+                continue;
+            }
             // A thread may end between the two calls.
-            let Ok(schedstat) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+            let Ok(schedstat) = fs::read_to_string(task.join("schedstat")) else { continue };
             sum += first_number(&schedstat).with_context(|| format!("schedstat of {}: {schedstat:?}", self.name))?;
         }
         Ok(sum)
@@ -280,6 +293,8 @@ mod tests {
         let said: serde_json::Value = process.read().unwrap();
         assert_eq!(said["awake"], true);
         assert!(process.cpu().unwrap() > 0 && process.resident().unwrap() > 0);
+        assert!(process.thread_cpu("cat").unwrap() > 0);
+        assert_eq!(process.thread_cpu("dog").unwrap(), 0);
         assert!(process.finish().unwrap().success());
     }
 }

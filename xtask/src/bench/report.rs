@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Arguments;
+use super::cost::Cost;
 use super::measure::{Outcome, Sample};
 use super::scenario::{Figure, Scenario};
 use super::subject::Subject;
@@ -79,7 +80,13 @@ pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outco
 }
 
 /// Everything, with what is needed to judge it later.
-pub(super) fn json(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], time: u64) -> Result<Value> {
+pub(super) fn json(
+    tools: &Tools,
+    arguments: &Arguments,
+    outcomes: &[Outcome],
+    cost: Option<&Cost>,
+    time: u64,
+) -> Result<Value> {
     let runs = outcomes.iter().map(|outcome| {
         let (sample, error) = match &outcome.sample {
             Ok(sample) => (Some(sample), None),
@@ -107,6 +114,7 @@ pub(super) fn json(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], t
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "runs": runs.collect::<Vec<_>>(),
+        "cost": cost,
     }))
 }
 
@@ -131,7 +139,7 @@ fn median_ratio(own: &[(u32, &Sample)], relay: &[(u32, &Sample)], figure: fn(&Sa
 }
 
 /// The middle value, or the mean of both middle values; 0 of nothing.
-fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -140,6 +148,14 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
         (Some(value), 1) => *value,
         (Some(value), _) => (values[middle - 1] + value) / 2.0,
     }
+}
+
+/// The smallest value that so large a part of all values does not exceed; 0 of nothing.
+pub(super) fn percentile(values: &[f64], part: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() as f64 * part).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied().unwrap_or_default()
 }
 
 /// 1234567.8 is 1,234,568.
@@ -164,6 +180,16 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median([4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median([]), 0.0);
+    }
+
+    #[test]
+    fn percentiles() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!(
+            (percentile(&values, 0.99), percentile(&values, 0.5), percentile(&values, 1.0)),
+            (198.0, 100.0, 200.0)
+        );
+        assert_eq!((percentile(&[3.0], 0.99), percentile(&[], 0.99)), (3.0, 0.0));
     }
 
     #[test]

@@ -142,12 +142,15 @@ impl Scenario {
     }
 }
 
+/// The name that stands for all of them.
+pub(super) const EVERY: &str = "all";
+
 /// The scenarios with these names, in the order of the list.
 pub(super) fn choose(names: &[String]) -> Result<Vec<&'static Scenario>> {
-    if let Some(unknown) = names.iter().find(|name| *name != "all" && ALL.iter().all(|it| it.name != **name)) {
+    if let Some(unknown) = names.iter().find(|name| *name != EVERY && ALL.iter().all(|it| it.name != **name)) {
         bail!("no scenario {unknown}; `cargo xtask bench --list` lists them");
     }
-    let all = names.iter().any(|name| name == "all");
+    let all = names.iter().any(|name| name == EVERY);
     let wanted =
         |it: &&Scenario| if names.is_empty() { it.default } else { all || names.iter().any(|name| name == it.name) };
     Ok(ALL.iter().filter(wanted).collect())

@@ -7,9 +7,9 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::measure::Plan;
 use super::process::{self, Process, TempDir};
 use super::scenario::{Header, Scenario};
-use super::tools::Tools;
 
 /// How often a peer may lose the port that was chosen for it to somebody else.
 const ATTEMPTS: u32 = 5;
@@ -32,6 +32,14 @@ pub(super) struct Running {
 }
 
 impl Running {
+    /// CPU time of Counterfoil's watchdog so far, in nanoseconds.
+    pub(super) fn watchdog_cpu(&self) -> Result<Option<u64>> {
+        if self.subject != Subject::Counterfoil {
+            return Ok(None);
+        }
+        self.process.thread_cpu("watchdog").map(Some)
+    }
+
     /// Ends it. Counterfoil must have drained cleanly.
     pub(super) fn stop(mut self) -> Result<()> {
         if self.subject == Subject::Counterfoil {
@@ -67,11 +75,12 @@ impl Subject {
     /// Starts it in front of `backend`, with its files in `directory`, and waits until it listens.
     pub(super) fn start(
         self,
-        tools: &Tools,
+        plan: &Plan<'_>,
         scenario: &Scenario,
         backend: SocketAddrV4,
         directory: &TempDir,
     ) -> Result<Running> {
+        let tools = plan.tools;
         let (process, address) = match self {
             Self::Relay => {
                 let mode = match scenario.header {
@@ -97,7 +106,8 @@ impl Subject {
                 Process::start("dnsdist", &mut dnsdist, directory.path())
             })?,
             Self::Counterfoil => {
-                let file = directory.write("counterfoil.toml", &counterfoil(scenario, backend, directory.path()))?;
+                let file =
+                    directory.write("counterfoil.toml", &counterfoil(plan, scenario, backend, directory.path()))?;
                 let mut command = tools.counterfoil();
                 command.args(["run", "--log-format", "json", "--config"]).arg(file);
                 let mut process = Process::start("counterfoil", &mut command, directory.path())?;
@@ -163,7 +173,7 @@ fn dnsdist(scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) ->
 }
 
 /// Limits that no scenario reaches, idle timeouts longer than any run; the watchdog, metrics and the kernel view are on.
-fn counterfoil(scenario: &Scenario, backend: SocketAddrV4, directory: &Path) -> String {
+fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, directory: &Path) -> String {
     let proxy = match scenario.header {
         Header::None => String::new(),
         Header::Address | Header::Label => format!("[pool.proxy_protocol]\nidentity = \"{}\"\n", scenario.identity),
@@ -181,8 +191,10 @@ fn counterfoil(scenario: &Scenario, backend: SocketAddrV4, directory: &Path) -> 
          [[pool.backend]]\nname = \"answerer\"\naddress = \"{backend}\"\nmax_in_flight = 1000\n\
          max_connections = 15000\n[pool.backend.health]\nmode = \"up\"\n\
          [connections]\nidle_timeout = \"120s\"\nmax_owned_per_client = 64\nmax_total = 15000\n\
-         [admin]\nhttp = \"127.0.0.1:0\"\nsocket = \"{}\"\n",
-        socket.display()
+         [admin]\nhttp = \"127.0.0.1:0\"\nsocket = \"{}\"\n\
+         [kernel]\nview = \"{}\"\n",
+        socket.display(),
+        plan.kernel_view
     )
 }
 

@@ -20,11 +20,11 @@ pub(super) struct Tools {
 
 impl Tools {
     /// Builds and gets what `subjects` need.
-    pub(super) fn get(given: Option<&Path>, no_ebpf: bool, subjects: &[Subject]) -> Result<Self> {
+    pub(super) fn get(given: Option<&Path>, no_ebpf: bool, subjects: &[Subject], cost: bool) -> Result<Self> {
         let target = workspace::target()?;
         let release = target.join("release");
-        let wants_ours = subjects.contains(&Subject::Counterfoil);
-        let object = if wants_ours && given.is_none() && !no_ebpf { Some(ebpf::object()?) } else { None };
+        let wants_ours = cost || subjects.contains(&Subject::Counterfoil);
+        let object = if cost || wants_ours && given.is_none() && !no_ebpf { Some(ebpf::object()?) } else { None };
         let build = |arguments: &[&str]| {
             let mut cargo = command::cargo();
             cargo.args(["build", "--quiet", "--locked", "--release"]).args(arguments).current_dir(workspace::root());
@@ -35,6 +35,10 @@ impl Tools {
         };
         say("load generator, relay and answerer: building in release mode");
         build(&["--package", "counterfoil-tests", "--bin", "loadgen", "--bin", "relay", "--bin", "answerer"])?;
+        if cost {
+            say("the eBPF view's cost: building");
+            build(&["--package", "counterfoil-tests", "--bin", "kernel_cost"])?;
+        }
         let counterfoil = match given {
             Some(program) => fs::canonicalize(program).with_context(|| program.display().to_string())?,
             None => release.join("counterfoil"),
@@ -57,7 +61,7 @@ impl Tools {
         Command::new(&self.counterfoil)
     }
 
-    /// `loadgen`, `relay` or `answerer`.
+    /// `loadgen`, `relay`, `answerer` or `kernel_cost`.
     pub(super) fn own(&self, name: &str) -> Command {
         Command::new(self.target.join("release").join(name))
     }
