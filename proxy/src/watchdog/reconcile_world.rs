@@ -336,7 +336,7 @@ impl World {
                 && conn.state == if embryo { TcpState::SynSent } else { TcpState::Established }
                 && conn.asked.is_some() == stuck
                 && !conn.answered
-                && conn.moved + IDLE > now
+                && conn.moved + if conn.kind == ConnKind::OneShot && conn.carried > 0 { CLEANUP } else { IDLE } > now
                 && (!embryo || conn.opened + CONNECT > now)
         };
         let Some(conn) = self.pick(index, fits) else { return };
