@@ -114,9 +114,6 @@ address = "{responder}"
 [pool.backend.health]
 mode = "up"
 
-[watchdog]
-reap = "on"
-
 [admin]
 http = "{admin}"
 socket = {socket}

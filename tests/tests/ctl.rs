@@ -164,7 +164,8 @@ fn leaks_are_remembered_and_healthy_connections_are_not_reaped() {
 #[test]
 fn an_operator_reaps_a_finding_in_dry_run() {
     let backend = FakeBackend::answering(true);
-    let config = Config::new(backend.address).set("watchdog", "max_reaps_per_minute", 1);
+    let config =
+        Config::new(backend.address).set("watchdog", "reap", "\"dry-run\"").set("watchdog", "max_reaps_per_minute", 1);
     let counterfoil = Counterfoil::start(&config);
     // The first one takes the only place of this minute, so the second stays a finding until somebody acts.
     let (ok, output) = counterfoil.drill("zombie", Duration::from_secs(60));

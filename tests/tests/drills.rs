@@ -176,11 +176,12 @@ fn a_neglected_connection_is_reaped_by_its_worker() {
     assert_eq!(counterfoil.metrics().sum("reaped_total", &[("class", "hoard"), ("outcome", "released")]), 1.0);
 }
 
-/// By default the watchdog says what it would do, and does nothing.
+/// In dry run the watchdog says what it would do, and does nothing.
 #[test]
 fn in_dry_run_nothing_is_touched() {
     let backend = FakeBackend::answering(true);
-    let counterfoil = Counterfoil::start(&Config::new(backend.address).identity("connection"));
+    let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"dry-run\"");
+    let counterfoil = Counterfoil::start(&config);
     std::thread::scope(|scope| {
         let run = scope.spawn(|| counterfoil.drill("zombie", Duration::from_secs(60)));
         let dry = [("class", "zombie"), ("outcome", "dry_run")];

@@ -153,7 +153,7 @@ impl Default for Watchdog {
             grace: Duration::from_secs(3),
             sweeps: 3,
             crosscheck_interval: Duration::from_secs(60),
-            reap: ReapMode::DryRun,
+            reap: ReapMode::On,
             max_reaps_per_minute: 600,
             classes: Class::ALL.to_vec(),
         }

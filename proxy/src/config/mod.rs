@@ -291,9 +291,9 @@ pub enum ReapMode {
     /// Findings are reported only.
     Off,
     /// What would be done is logged and counted.
-    #[default]
     DryRun,
     /// Findings are acted on.
+    #[default]
     On,
 }
 
