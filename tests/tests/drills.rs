@@ -150,6 +150,7 @@ fn a_neglected_connection_is_reaped_by_its_worker() {
         .tlv(0xe0, "x")
         .tlv(0xea, "y")
         .set("listener", "idle_timeout", "\"60s\"")
+        .set("pool", "query_timeout", "\"1s\"")
         .set("connections", "idle_timeout", "\"1s\"")
         .set("connections", "cleanup_interval", "\"100ms\"")
         .set("watchdog", "reap", "\"on\"");
