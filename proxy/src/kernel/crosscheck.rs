@@ -1,4 +1,5 @@
-//! Comparing the eBPF view with its two witnesses: reading all three, and what follows from their vote.
+//! Comparing the eBPF view with its two witnesses: reading all three, and what follows from their vote. How those of other
+//! processes are read is in `beside/crosscheck.rs`.
 //!
 //! What the readings prove is in `evidence.rs`, the vote in `witness.rs`; both are pure.
 
@@ -7,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use counterfoil_common::{SocketRecord, flags};
 
 use super::evidence::{Readings, Records, excuse};
-use super::netlink::SockDiag;
+use super::netlink::{Row, SockDiag};
 use super::procfd::{self, Asked};
 use super::reader::now_ns;
 use super::view::{EbpfView, is_listening};
@@ -18,14 +19,62 @@ use super::{Crosscheck, TcpState, ViewError, Witness, convert};
 const NAMED: usize = 3;
 
 /// One round of readings.
-struct Gathered {
-    readings: Readings,
+pub(super) struct Gathered {
+    pub(super) readings: Readings,
     /// The TCP sockets behind descriptors as the iterator met them first.
-    descriptors: Vec<SocketRecord>,
+    pub(super) descriptors: Vec<SocketRecord>,
     /// As in [`Crosscheck::compared`].
-    compared: [usize; 3],
+    pub(super) compared: [usize; 3],
     /// Tagged sockets that found no room.
-    overflowed: u32,
+    pub(super) overflowed: u32,
+}
+
+/// What the witnesses say together. `again` makes a second round, with the number of missed events that excuse eBPF;
+/// `named` counts the liars, by [`Witness`].
+pub(super) fn judge(
+    gathered: &Gathered,
+    named: &mut [u64; 3],
+    again: impl FnOnce() -> Result<(Readings, u64), ViewError>,
+) -> Result<Crosscheck, ViewError> {
+    let mut check = Crosscheck {
+        compared: gathered.compared,
+        held_elsewhere: gathered.readings.held_elsewhere(),
+        ..Crosscheck::default()
+    };
+    // With an overflow sockets are missing, that is known already, and a vote would only repeat it.
+    if gathered.overflowed == 0 {
+        let disputed = disputed(&gathered.readings, again)?;
+        match vote(disputed.values()) {
+            Verdict::Agreed => {}
+            Verdict::Liar(liar) => {
+                named[liar as usize] += 1;
+                check.liar = Some(liar);
+                check.disagreement = Some(format!("{liar} contradicts the two others about {}", name(&disputed)));
+            }
+            Verdict::Open => {
+                check.disagreement = Some(format!("one witness against another, about {}", name(&disputed)));
+            }
+        }
+    }
+    check.named = *named;
+    Ok(check)
+}
+
+/// The sockets over which the witnesses contradict each other, twice in a row.
+fn disputed(
+    readings: &Readings,
+    again: impl FnOnce() -> Result<(Readings, u64), ViewError>,
+) -> Result<BTreeMap<u64, Testimony>, ViewError> {
+    let mut disputed = readings.testimonies();
+    disputed.retain(|_, testimony| is_disputed(testimony));
+    if !disputed.is_empty() {
+        let (again, missed) = again()?;
+        let again = again.testimonies();
+        disputed.retain(|cookie, testimony| again.get(cookie) == Some(testimony));
+        excuse(&mut disputed, missed);
+        disputed.retain(|_, testimony| is_disputed(testimony));
+    }
+    Ok(disputed)
 }
 
 impl EbpfView {
@@ -33,46 +82,15 @@ impl EbpfView {
     pub(super) fn compare(&mut self) -> Result<Crosscheck, ViewError> {
         let misses = self.reader.misses()?;
         let gathered = self.gather()?;
-        let mut check = Crosscheck {
-            compared: gathered.compared,
-            held_elsewhere: gathered.readings.held_elsewhere(),
-            ..Crosscheck::default()
-        };
-        // With an overflow sockets are missing, that is known already, and a vote would only repeat it.
-        if gathered.overflowed == 0 {
-            let disputed = self.disputed(&gathered.readings)?;
-            match vote(disputed.values()) {
-                Verdict::Agreed => {}
-                Verdict::Liar(liar) => {
-                    self.named[liar as usize] += 1;
-                    check.liar = Some(liar);
-                    check.disagreement = Some(format!("{liar} contradicts the two others about {}", name(&disputed)));
-                }
-                Verdict::Open => {
-                    check.disagreement = Some(format!("one witness against another, about {}", name(&disputed)));
-                }
-            }
-        }
-        check.named = self.named;
+        let mut named = self.named;
+        let mut check = judge(&gathered, &mut named, || Ok((self.gather()?.readings, self.missed_since_search()?)))?;
+        self.named = named;
         // Only now: the vote is about what the view knew by itself.
         let taken_up = self.take_up(&gathered.descriptors)?;
         check.found = taken_up.found.iter().map(|record| record.cookie).collect();
         check.unconnected = taken_up.unconnected.iter().map(|record| record.cookie).collect();
         self.settle(&taken_up, misses, check.doubt())?;
         Ok(check)
-    }
-
-    /// The sockets over which the witnesses contradict each other, twice in a row.
-    fn disputed(&mut self, readings: &Readings) -> Result<BTreeMap<u64, Testimony>, ViewError> {
-        let mut disputed = readings.testimonies();
-        disputed.retain(|_, testimony| is_disputed(testimony));
-        if !disputed.is_empty() {
-            let again = self.gather()?.readings.testimonies();
-            disputed.retain(|cookie, testimony| again.get(cookie) == Some(testimony));
-            excuse(&mut disputed, self.missed_since_search()?);
-            disputed.retain(|_, testimony| is_disputed(testimony));
-        }
-        Ok(disputed)
     }
 
     /// One round of readings, in the order that `evidence.rs` relies on.
@@ -89,7 +107,7 @@ impl EbpfView {
         };
         self.listeners.saw(listening, now_ns());
 
-        let mut readings = Readings { netns: self.netns, ..Readings::default() };
+        let mut readings = Readings { netns: [self.netns].into(), ..Readings::default() };
         readings.dump = rows.as_ref().map(|rows| rows.iter().map(|row| (row.cookie, row.inode != 0)).collect());
         readings.descriptors[0] = by_cookie(before.iter().filter(|record| self.is_outgoing(record)));
         readings.sweeps[0] = by_cookie(&first.records);
@@ -106,7 +124,7 @@ impl EbpfView {
             readings.proc_fd = Some([before, HashMap::new()]);
         }
         if let Some(diag) = &mut self.diag {
-            look_up(diag, &mut readings);
+            look_up(&mut readings, |record| find(diag, record));
         }
         readings.between = self.reader.descriptors()?.iter().map(|record| record.cookie).collect();
         let second = self.reader.sweep()?;
@@ -122,10 +140,11 @@ impl EbpfView {
 }
 
 /// Asks `sock_diag` for each socket that it should have had in its dump: a dump steps over some while others come and go.
-fn look_up(diag: &mut SockDiag, readings: &mut Readings) {
+/// `find` is the look-up; none if `sock_diag` cannot witness.
+pub(super) fn look_up(readings: &mut Readings, mut find: impl FnMut(&SocketRecord) -> Option<Option<Row>>) {
     for record in readings.due() {
         let Some(dump) = &mut readings.dump else { return };
-        let Some(row) = heard(diag.find(convert::local(&record), convert::remote(&record), record.cookie)) else {
+        let Some(row) = find(&record) else {
             readings.dump = None;
             return;
         };
@@ -136,8 +155,13 @@ fn look_up(diag: &mut SockDiag, readings: &mut Readings) {
     }
 }
 
+/// The row of exactly this socket.
+pub(super) fn find(diag: &mut SockDiag, record: &SocketRecord) -> Option<Option<Row>> {
+    heard(diag.find(convert::local(record), convert::remote(record), record.cookie))
+}
+
 /// What `sock_diag` answers; none, with a line in the log, if it cannot witness.
-fn heard<T>(answer: Result<T, ViewError>) -> Option<T> {
+pub(super) fn heard<T>(answer: Result<T, ViewError>) -> Option<T> {
     answer.inspect_err(|error| tracing::warn!(%error, "sock_diag cannot witness")).ok()
 }
 
@@ -146,7 +170,7 @@ fn list() -> Option<Vec<Asked>> {
     procfd::sockets().inspect_err(|error| tracing::warn!(%error, "/proc/self/fd cannot witness")).ok()
 }
 
-fn by_cookie<'a>(records: impl IntoIterator<Item = &'a SocketRecord>) -> Records {
+pub(super) fn by_cookie<'a>(records: impl IntoIterator<Item = &'a SocketRecord>) -> Records {
     records.into_iter().map(|record| (record.cookie, *record)).collect()
 }
 

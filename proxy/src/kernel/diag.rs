@@ -65,6 +65,8 @@ impl KernelView for DiagView {
         let taken_ns = now_ns();
         // Descriptors first: a socket in the dump with an inode seen before was held when the snapshot began.
         let descriptors = socket_descriptors()?;
+        // It tells times as so long ago.
+        let dumped_ns = now_ns();
         let rows = self.diag.dump()?;
         let listening = rows.iter().filter(|row| row.state == TcpState::Listen).map(|row| row.local);
         self.listeners.saw(listening, taken_ns);
@@ -78,7 +80,7 @@ impl KernelView for DiagView {
         for (inode, fd) in &descriptors {
             let mut socket = match by_inode.get(inode) {
                 Some(row) if row.state == TcpState::Listen => continue,
-                Some(row) => listed(row, taken_ns, self.netns),
+                Some(row) => listed(row, dumped_ns, self.netns),
                 None => match procfd::ask(*fd) {
                     Some(socket) => closed(&socket, taken_ns, self.netns),
                     None => continue,

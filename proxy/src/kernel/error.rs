@@ -89,8 +89,8 @@ pub enum ViewError {
     /// Another process may not be looked at.
     #[error(
         "the {what} of process {pid} cannot be read: {source}; unless it runs as the same user with no more capabilities, \
-         this takes CAP_SYS_PTRACE: grant it by `AmbientCapabilities=CAP_SYS_PTRACE` in a systemd unit, or `setcap \
-         cap_sys_ptrace+ep PROGRAM`"
+         this takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH: grant them by `AmbientCapabilities=CAP_SYS_PTRACE \
+         CAP_DAC_READ_SEARCH` in a systemd unit, or `setcap cap_sys_ptrace,cap_dac_read_search+ep PROGRAM`"
     )]
     Unreadable {
         /// Its id.

@@ -39,8 +39,8 @@ pub(super) struct Readings {
     pub(super) dump: Option<HashMap<u64, bool>>,
     /// Sockets that were looked up one by one, as the dump steps over some while others come and go. Answers are in `dump`.
     pub(super) looked_up: HashSet<u64>,
-    /// The network namespace that `sock_diag` sees.
-    pub(super) netns: u32,
+    /// The network namespaces that `sock_diag` sees.
+    pub(super) netns: HashSet<u32>,
 }
 
 impl Readings {
@@ -65,7 +65,9 @@ impl Readings {
         let unswept = listed.filter(|cookie| !swept.contains_key(cookie));
         let records = swept.values().chain(unswept.filter_map(|cookie| self.descriptors[0].get(cookie)));
         records
-            .filter(|record| is_connected(record) && record.netns == self.netns && !self.is_dumped(record.cookie))
+            .filter(|record| {
+                is_connected(record) && self.netns.contains(&record.netns) && !self.is_dumped(record.cookie)
+            })
             .copied()
             .collect()
     }

@@ -182,7 +182,7 @@ fn read(world: &[Life], lie: Option<&Lie>) -> Readings {
         between: between.map(|(cookie, _)| cookie).collect(),
         dump: Some(dumped.collect()),
         looked_up: HashSet::new(),
-        netns: NETNS,
+        netns: [NETNS].into(),
     };
     for record in readings.due() {
         readings.looked_up.insert(record.cookie);

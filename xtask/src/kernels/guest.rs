@@ -38,11 +38,8 @@ pub(super) const EBPF: &[Suite] = &[
         program: "kernel_beside",
         tests: &[
             "ebpf_sees_into_other_namespaces",
-            "sock_diag_sees_into_other_namespaces",
             "a_restart_is_followed_by_name_and_not_by_id",
-            "owners::processes_with_one_name_keep_their_sockets_apart",
             "states::ebpf_sees_every_state_and_family",
-            "states::a_missed_socket_makes_the_view_uncertain_until_it_agrees_again",
         ],
     },
     Suite {

@@ -80,13 +80,13 @@ impl DiagBeside {
 
     /// A socket of the last snapshot that is still behind a descriptor, and that the dump lacks: the dump has stepped over
     /// it while others came and went, or it is in no table of the kernel any more.
-    fn look_up(&mut self, old: &KernelSocket, taken_ns: u64) -> Result<KernelSocket, ViewError> {
+    fn look_up(&mut self, old: &KernelSocket) -> Result<KernelSocket, ViewError> {
         let row = match self.namespaces.get(old.netns) {
             Some(diag) if old.state != TcpState::Close => diag.find(old.local, old.remote, old.cookie)?,
             _ => None,
         };
         Ok(match row {
-            Some(row) => listed(&row, taken_ns, old.netns),
+            Some(row) => listed(&row, now_ns(), old.netns),
             None => KernelSocket { state: TcpState::Close, unread: None, ..old.clone() },
         })
     }
@@ -108,11 +108,13 @@ impl KernelView for DiagBeside {
         let mut sockets: HashMap<u64, KernelSocket> = HashMap::new();
         let port = self.peers.port();
         for (netns, diag) in self.namespaces.each() {
+            // It tells times as so long ago.
+            let dumped_ns = now_ns();
             let rows: Vec<Row> = diag.dump_to(port)?;
             for row in rows.iter().filter(|row| self.peers.contains(row.remote)) {
                 let inode = u64::from(row.inode);
                 if let Some(holder) = holders.by_inode.get(&inode) {
-                    sockets.insert(inode, KernelSocket { owner: holder.pid, ..listed(row, taken_ns, netns) });
+                    sockets.insert(inode, KernelSocket { owner: holder.pid, ..listed(row, dumped_ns, netns) });
                 }
             }
         }
@@ -120,7 +122,7 @@ impl KernelView for DiagBeside {
         undumped.retain(|inode, _| !sockets.contains_key(inode));
         for (inode, old) in undumped {
             if let Some(holder) = holders.by_inode.get(&inode) {
-                let socket = self.look_up(&old, taken_ns)?;
+                let socket = self.look_up(&old)?;
                 sockets.insert(inode, KernelSocket { owner: holder.pid, ..socket });
             }
         }

@@ -24,6 +24,9 @@ pub(in super::super) struct EbpfBeside {
     pub(super) reader: Reader,
     finder: Finder,
     pub(super) namespaces: Namespaces,
+    pub(super) peers: Peers,
+    /// How often each witness was named as the liar, by [`Witness`](super::super::Witness).
+    pub(super) named: [u64; 3],
     /// The processes that are there, the oldest first, with their ids in the initial pid namespace; 0 until it is known.
     pub(super) watched: BTreeMap<Process, u32>,
     /// Tagged sockets whose owner has ended, and that no watched process holds.
@@ -45,11 +48,14 @@ impl EbpfBeside {
     /// eBPF cannot be had, or there is no such process.
     pub(in super::super) fn open(who: &Who, peers: &[SocketAddr], max_sockets: u32) -> Result<Self, ViewError> {
         let finder = Finder::new(who)?;
-        let reader = Reader::open(Subject::Others(&Peers::new(peers)), max_sockets)?;
+        let peers = Peers::new(peers);
+        let reader = Reader::open(Subject::Others(&peers), max_sockets)?;
         let mut view = Self {
             reader,
             finder,
             namespaces: Namespaces::new()?,
+            peers,
+            named: [0; 3],
             watched: BTreeMap::new(),
             strangers: HashSet::new(),
             found: 0,
@@ -126,7 +132,9 @@ impl EbpfBeside {
     }
 
     /// Searches the descriptors of all processes for sockets without a tag, and judges what that means.
-    pub(super) fn search(&mut self, began: Misses) -> Result<Vec<SocketRecord>, ViewError> {
+    ///
+    /// `doubt` is what speaks against the view already.
+    pub(super) fn search(&mut self, began: Misses, doubt: Option<&str>) -> Result<Vec<SocketRecord>, ViewError> {
         let mut found = Vec::new();
         for process in self.processes() {
             found.extend(self.take_up(process)?);
@@ -134,7 +142,7 @@ impl EbpfBeside {
         let cookies: HashSet<u64> = found.iter().map(|record| record.cookie).collect();
         let new = cookies.difference(&self.last_found).count() as u64;
         let ended = self.reader.misses()?;
-        self.uncertain = verdict(new, self.searched_at, began, ended, None);
+        self.uncertain = verdict(new, self.searched_at, began, ended, doubt);
         self.found += new;
         self.last_found = cookies;
         self.searched_at = began;
@@ -144,7 +152,12 @@ impl EbpfBeside {
         Ok(found)
     }
 
-    fn processes(&self) -> Vec<Process> {
+    /// Events missed since the descriptors were last searched for sockets without a tag.
+    pub(super) fn missed_since_search(&self) -> Result<u64, ViewError> {
+        Ok(self.reader.misses()?.tags.saturating_sub(self.searched_at.tags))
+    }
+
+    pub(super) fn processes(&self) -> Vec<Process> {
         self.watched.keys().copied().collect()
     }
 
@@ -217,7 +230,7 @@ impl KernelView for EbpfBeside {
         // After the sweep: a socket that it lacks because it was missed is counted by now.
         let misses = self.reader.misses()?;
         if misses != self.searched_at {
-            let found = self.search(misses)?;
+            let found = self.search(misses, None)?;
             // What was open before and after has a tag and is in the sweep, or has none and is here.
             let swept: HashSet<u64> = sweep.records.iter().map(|record| record.cookie).collect();
             sweep.records.extend(found.into_iter().filter(|record| !swept.contains(&record.cookie)));
@@ -240,6 +253,6 @@ impl KernelView for EbpfBeside {
     }
 }
 
-pub(super) fn is_held(record: &SocketRecord) -> bool {
+fn is_held(record: &SocketRecord) -> bool {
     record.flags & flags::HELD != 0
 }
