@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests panic")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use counterfoil_tests::metrics;
 use counterfoil_tests::process;
 use counterfoil_tests::servers::Prometheus;
 use counterfoil_tests::wait;
+use counterfoil_tests::watch::Watch;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -166,6 +168,18 @@ fn assert_names_exist(what: &str, text: &str, exposition: &str) {
     }
 }
 
+/// What a watch beside the program exposes.
+fn of_a_watch(counterfoil: &Counterfoil, backend: SocketAddr) -> String {
+    let (pid, admin) = (counterfoil.pid(), counterfoil.admin.expect("an admin address"));
+    let watch = Watch::start(&format!(
+        "--pid {pid} --backend {backend} --userspace-metric http://{admin}/metrics counterfoil_total_connections"
+    ));
+    watch.wait_metrics("both halves are there", SOON, |metrics| {
+        metrics.has("watched_open_fds") && metrics.has("userspace_excess_connections")
+    });
+    metrics::get(watch.address, "/metrics").unwrap_or_else(|e| panic!("{e}")).1
+}
+
 /// A worker hangs while its backend closes: both are real, last for a while, and reach a real Prometheus as alerts.
 #[test]
 fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
@@ -185,7 +199,8 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     let counterfoil = Counterfoil::start(&config);
     let rules = [file("rules.yml"), file("alerts.yml")];
     let admin = counterfoil.admin.expect("an admin address");
-    let (_, exposition) = metrics::get(admin, "/metrics").unwrap_or_else(|e| panic!("{e}"));
+    let (_, mut exposition) = metrics::get(admin, "/metrics").unwrap_or_else(|e| panic!("{e}"));
+    exposition.push_str(&of_a_watch(&counterfoil, backend.address));
     for path in rules.iter().chain(&files("docs/runbooks")) {
         assert_names_exist(stem(path), &read(path), &exposition);
     }

@@ -66,7 +66,7 @@ pub struct WatchArgs {
     connect_timeout: Duration,
 
     /// Between sweeps.
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = parse_time)]
     interval: Duration,
 
     /// A finding has been seen in so many consecutive sweeps,
