@@ -31,6 +31,9 @@ reasons! {
         IdleTimeout = "idle_timeout",
         /// Older than `[connections] max_age` and idle.
         MaxAge = "max_age",
+        /// The peer sent FIN or a reset before it had answered any of the queries on it: it does not want them, or not
+        /// the PROXY header.
+        Unanswered = "unanswered",
         /// The peer sent FIN.
         PeerClosed = "peer_closed",
         /// The peer reset the connection, or reading or writing failed.
@@ -77,6 +80,8 @@ reasons! {
         MessageTimeout = "message_timeout",
         /// The client did not read for `write_timeout`.
         WriteTimeout = "write_timeout",
+        /// A query failed, and `on_failure = "close"`.
+        QueryFailed = "query_failed",
         /// Broken framing: a length too short for a DNS header.
         Malformed = "malformed",
         /// A PROXY header from a client whose word is not taken.

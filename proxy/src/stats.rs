@@ -89,6 +89,8 @@ pub enum Acquired {
     Hit,
     /// A connection was opened.
     New,
+    /// A connection that was opened in advance.
+    Spare,
     /// A connection was opened for this query alone.
     OneShot,
     /// It had to wait at a cap.
@@ -99,13 +101,14 @@ pub enum Acquired {
 
 impl Acquired {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Hit, Self::New, Self::OneShot, Self::Wait, Self::Refused];
+    pub const ALL: [Self; 6] = [Self::Hit, Self::New, Self::Spare, Self::OneShot, Self::Wait, Self::Refused];
 
     /// The label in metrics.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Hit => "hit",
             Self::New => "new",
+            Self::Spare => "spare",
             Self::OneShot => "one_shot",
             Self::Wait => "wait",
             Self::Refused => "refused",

@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 
 use super::connect::{self, Io, OpenError};
-use super::pool::{ConnKey, Phase};
+use super::pool::{Conn, ConnKey, Phase};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::OneShotClose;
@@ -52,8 +52,7 @@ impl ConnTask {
         let Some(conn) = pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
         let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
         let backend = &plan.backends[usize::from(conn.backend)];
-        let info =
-            OpenInfo { backend: conn.backend, kind: conn.kind, owner: conn.owner_serial, header: conn.header_digest };
+        let info = info(conn);
         let source = self.shell.next_source(&backend.source);
         let opened =
             connect::connect(&self.shell.ledger, permit, info, backend.address, source, now).and_then(|socket| {
@@ -131,7 +130,7 @@ impl ConnTask {
         let Core { pool, spares, .. } = &mut *core;
         let Some(conn) = pool.get_mut(self.key) else { return Ok(Poll::Pending) };
         let failed = if conn.out.is_empty() {
-            // Its only query has been given up meanwhile.
+            // A spare one, or its only query has been given up meanwhile.
             ready.get_inner().take_error().unwrap_or_else(Some)
         } else {
             match ready.try_io(|io| io.get_ref().send(conn.out.pending())) {
@@ -237,6 +236,12 @@ impl ConnTask {
 
     /// The sole close path (I3): the descriptor, then the row, then what was in flight.
     fn close(&mut self, reason: CloseReason) {
+        let reason = self.shell.core.borrow().pool.get(self.key).map_or(reason, |conn| conn.precisely(reason));
+        if reason == CloseReason::Unanswered {
+            self.complain(
+                &"it closed the connection before any answer: does it take what is sent, the PROXY header too?",
+            );
+        }
         if let Some(io) = self.io.take() {
             if self.resets(reason) {
                 // Everything was answered, so nothing can be lost, and no side keeps TIME_WAIT.
@@ -270,11 +275,19 @@ impl ConnTask {
             Phase::Open if conn.retire.is_some() => RowState::Draining,
             Phase::Open => RowState::Busy,
         };
+        if io.entry().info().kind != conn.kind {
+            io.entry().assign(info(conn));
+        }
         io.entry().set_state(state);
         // Below 65,536: there are no more wire IDs.
         io.entry().set_activity(conn.last_byte, conn.pending.in_flight() as u32, conn.carried);
         self.shell.note_row(self.key, io.entry().id());
     }
+}
+
+/// What the ledger is told of a connection.
+fn info(conn: &Conn) -> OpenInfo {
+    OpenInfo { backend: conn.backend, kind: conn.kind, owner: conn.owner_serial, header: conn.header_digest }
 }
 
 /// The handshake is not over yet, or a signal came.

@@ -63,6 +63,8 @@ pub struct Conn {
     pub(crate) last_received: Mono,
     pub(crate) last_byte: Mono,
     pub(crate) unwritable_since: Mono,
+    /// It was opened in advance.
+    pub(crate) was_spare: bool,
     /// Queries that it has carried.
     pub(crate) carried: u64,
     pub(crate) max_in_flight: usize,
@@ -88,6 +90,17 @@ pub(crate) struct NewConn {
     pub(crate) max_age: Duration,
 }
 
+/// What a spare connection becomes.
+#[derive(Debug)]
+pub(crate) struct Assigned {
+    pub(crate) kind: ConnKind,
+    pub(crate) owner: Option<SessionKey>,
+    pub(crate) owner_serial: u64,
+    pub(crate) header_digest: u64,
+    pub(crate) header: Rc<[u8]>,
+    pub(crate) max_in_flight: usize,
+}
+
 impl Conn {
     /// Whether another query may be put on it (I5).
     pub fn has_room(&self) -> bool {
@@ -104,6 +117,17 @@ impl Conn {
     /// Whether it is open with nothing in flight.
     pub fn is_idle(&self) -> bool {
         self.phase == Phase::Open && self.pending.in_flight() == 0
+    }
+
+    /// The reason to close it that says more: a peer that leaves without ever having answered does not want what it got.
+    pub(crate) fn precisely(&self, reason: CloseReason) -> CloseReason {
+        let left = matches!(reason, CloseReason::PeerClosed | CloseReason::PeerReset);
+        // A peer may leave a spare connection in the very moment in which it is taken.
+        if left && !self.was_spare && self.last_received == Mono::ZERO && self.pending.in_flight() > 0 {
+            CloseReason::Unanswered
+        } else {
+            reason
+        }
     }
 
     /// Whether its owner's words for it are over: it is about to close.
@@ -131,6 +155,8 @@ struct PerBackend {
     idle: List,
     /// Idle connections that are shared or keyed.
     idle_common: usize,
+    /// Spare connections, the oldest first.
+    spares: Vec<ConnKey>,
     outstanding: usize,
     /// Connections that are about to close: their places come free soon.
     closing: usize,
@@ -198,6 +224,7 @@ impl Pool {
             last_received: Mono::ZERO,
             last_byte: now,
             unwritable_since: Mono::ZERO,
+            was_spare: new.kind == ConnKind::Spare,
             carried: 0,
             max_in_flight: new.max_in_flight,
             armed: Mono::ZERO,
@@ -205,8 +232,40 @@ impl Pool {
             at: None,
             idle: Links::default(),
         }));
+        if new.kind == ConnKind::Spare {
+            self.backends[usize::from(new.backend)].spares.push(key);
+        }
         self.update(key, now);
         key
+    }
+
+    /// Spare connections to a backend, connected or on their way.
+    pub fn spares(&self, backend: BackendIndex) -> usize {
+        self.backends[usize::from(backend)].spares.len()
+    }
+
+    /// A spare connection that can be given to somebody: one that is connected if there is one.
+    pub(crate) fn ready_spare(&self, backend: BackendIndex) -> Option<ConnKey> {
+        let spares = &self.backends[usize::from(backend)].spares;
+        let conn = |key: &&ConnKey| self.conns.get(key.0).filter(|conn| conn.has_room());
+        let open = spares.iter().find(|key| conn(key).is_some_and(|conn| conn.phase == Phase::Open));
+        open.or_else(|| spares.iter().find(|key| conn(key).is_some())).copied()
+    }
+
+    /// A spare connection is given to somebody.
+    pub(crate) fn give_spare(&mut self, key: ConnKey, to: Assigned, now: Mono) {
+        let Some(conn) = self.conns.get_mut(key.0).filter(|conn| conn.kind == ConnKind::Spare) else { return };
+        let per_backend = &mut self.backends[usize::from(conn.backend)];
+        per_backend.spares.retain(|spare| *spare != key);
+        // From now on it counts among those that are kept idle, if it is of those.
+        per_backend.idle_common += usize::from(conn.idle.is_linked() && to.kind.is_common());
+        conn.kind = to.kind;
+        conn.owner = to.owner;
+        conn.owner_serial = to.owner_serial;
+        conn.header_digest = to.header_digest;
+        conn.header = to.header;
+        conn.max_in_flight = to.max_in_flight;
+        self.update(key, now);
     }
 
     /// `connect(2)` has succeeded.
@@ -310,13 +369,19 @@ impl Pool {
             .find(|key| self.conns.get(key.0).is_some_and(|conn| conn.backend == backend && *conn.header == *header))
     }
 
-    /// The connection to this backend, of any kind, that has been idle longest.
+    /// The connection to this backend that is missed least: a spare one, else the one that has been idle longest.
     pub(crate) fn longest_idle(&self, backend: BackendIndex) -> Option<ConnKey> {
-        self.backends[usize::from(backend)].idle.front().map(ConnKey)
+        let backend = &self.backends[usize::from(backend)];
+        let closing = |key: &&ConnKey| self.conns.get(key.0).is_none_or(Conn::is_closing);
+        backend.spares.iter().find(|key| !closing(key)).copied().or_else(|| backend.idle.front().map(ConnKey))
     }
 
-    /// The connection that has been idle longest, to any backend.
+    /// The same for any backend.
     pub(crate) fn longest_idle_of_all(&self) -> Option<ConnKey> {
+        let mut spares = self.backends.iter().flat_map(|backend| &backend.spares);
+        if let Some(spare) = spares.find(|key| self.conns.get(key.0).is_some_and(|conn| !conn.is_closing())) {
+            return Some(*spare);
+        }
         let fronts = self.backends.iter().filter_map(|backend| backend.idle.front());
         fronts.min_by_key(|at| self.conns[*at].idle_since).map(ConnKey)
     }
@@ -338,7 +403,11 @@ impl Pool {
             self.closing.push(key);
         }
         let (idle, room) = (conn.is_idle(), conn.has_room());
-        let (backend, common) = (usize::from(conn.backend), matches!(conn.kind, ConnKind::Shared | ConnKind::Keyed));
+        let (backend, common) = (usize::from(conn.backend), conn.kind.is_common());
+        if conn.kind == ConnKind::Spare && conn.is_closing() {
+            self.backends[backend].spares.retain(|spare| *spare != key);
+        }
+        let Some(conn) = self.conns.get_mut(key.0) else { return };
         if idle != conn.idle.is_linked() {
             let per_backend = &mut self.backends[backend];
             if idle {

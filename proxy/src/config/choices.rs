@@ -1,6 +1,6 @@
 //! The words of the keys that know a few words only: one list for reading, writing and messages.
 
-use super::{Class, HealthMode, OneShotClose, Policy, ReapMode, View};
+use super::{Class, HealthMode, OnFailure, OneShotClose, Policy, ReapMode, View};
 
 /// A value that the file writes as one of a few words.
 pub trait Choice: Copy + 'static {
@@ -25,6 +25,17 @@ impl Choice for Policy {
             Self::WeightedRandom => "weighted-random",
             Self::ConsistentHash => "consistent-hash",
             Self::FirstAvailable => "first-available",
+        }
+    }
+}
+
+impl Choice for OnFailure {
+    const ALL: &'static [Self] = &[Self::Servfail, Self::Close];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Servfail => "servfail",
+            Self::Close => "close",
         }
     }
 }

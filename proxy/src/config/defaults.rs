@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{
-    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, OneShotClose, Policy, Pool,
-    ProxyProtocol, ReapMode, Server, View, Watchdog,
+    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose,
+    Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
@@ -75,6 +75,7 @@ impl Pool {
             policy: Policy::LeastOutstanding,
             query_timeout: Duration::from_secs(5),
             retries: 1,
+            on_failure: OnFailure::Servfail,
             proxy_protocol: None,
             backends,
         }
@@ -102,6 +103,7 @@ impl Backend {
             max_in_flight: 32,
             max_connections: 512,
             connect_timeout: Duration::from_secs(2),
+            write_timeout: Duration::from_secs(2),
             source: Vec::new(),
             one_shot_close: OneShotClose::Reset,
             health: Health::default(),
@@ -135,6 +137,8 @@ impl Default for Connections {
             max_opens_per_client: 0,
             max_waiting: 1000,
             max_wait: Duration::from_secs(1),
+            spares_per_backend: 0,
+            spare_idle_timeout: Duration::from_secs(1),
             cleanup_interval: Duration::from_secs(1),
         }
     }

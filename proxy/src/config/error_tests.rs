@@ -223,6 +223,11 @@ fn choices() {
          \"embryo\" or \"lingering\", found \"leak\""
     );
     assert_eq!(
+        pool("name = \"p\"\non_failure = \"drop\"", &format!("{BACKEND}\nwrite_timeout = \"0s\"")),
+        "f.toml:7:14: key `pool.on_failure`: expected \"servfail\" or \"close\", found \"drop\"\n\
+         f.toml:11:17: key `pool.backend.write_timeout`: must be from \"1ms\" to \"8760h\""
+    );
+    assert_eq!(
         pool("name = \"p\"\npolicy = \"leastOutstanding\"", &format!("{BACKEND}\nweight = 0")),
         "f.toml:7:10: key `pool.policy`: expected \"least-outstanding\", \"round-robin\", \"weighted-random\", \
          \"consistent-hash\" or \"first-available\", found \"leastOutstanding\"\n\

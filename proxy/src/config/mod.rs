@@ -121,6 +121,8 @@ pub struct Pool {
     pub query_timeout: Duration,
     /// On a fresh connection, before any byte of an answer.
     pub retries: u8,
+    /// What a client gets for a query that no backend answered.
+    pub on_failure: OnFailure,
     /// `[pool.proxy_protocol]`; none: no header, connections are shared.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// `[[pool.backend]]`, at least one.
@@ -155,6 +157,8 @@ pub struct Backend {
     pub max_connections: usize,
     /// For `connect(2)`.
     pub connect_timeout: Duration,
+    /// For a backend that does not read.
+    pub write_timeout: Duration,
     /// Local addresses, used in turn.
     pub source: Vec<IpAddr>,
     /// How a one-shot connection is closed.
@@ -177,6 +181,16 @@ pub enum Policy {
     ConsistentHash,
     /// The first in the file that is up.
     FirstAvailable,
+}
+
+/// `[[pool]] on_failure`: what a client gets for a query that no backend answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnFailure {
+    /// SERVFAIL.
+    #[default]
+    Servfail,
+    /// The end of its connection, with all that is in flight on it.
+    Close,
 }
 
 /// `one_shot_close`: who keeps TIME_WAIT.
@@ -239,6 +253,10 @@ pub struct Connections {
     pub max_waiting: usize,
     /// At such a cap.
     pub max_wait: Duration,
+    /// Connections kept ready per backend, for each worker; nothing was sent on them.
+    pub spares_per_backend: usize,
+    /// They are closed after this long unused.
+    pub spare_idle_timeout: Duration,
     /// How often the clean-up walks all connections.
     pub cleanup_interval: Duration,
 }

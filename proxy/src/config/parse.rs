@@ -27,6 +27,9 @@ const MAX_WORKERS: usize = 1024;
 /// have (`fs.nr_open`, 1,048,576 unless it was raised). Tables of this size must still fit the memory.
 pub(super) const MAX_COUNT: usize = 1 << 20;
 
+/// Most connections kept ready for each backend and worker.
+const MAX_SPARES: usize = 1000;
+
 /// The shortest of the timeouts that must not be zero, and of the intervals.
 pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
 
@@ -146,6 +149,8 @@ fn read_connections(section: &Section<'_, '_>) -> Connections {
         max_opens_per_client: section.integer("max_opens_per_client", default.max_opens_per_client, 0..=1_000_000),
         max_waiting: count("max_waiting", default.max_waiting, 0),
         max_wait: section.duration("max_wait", default.max_wait, Duration::ZERO),
+        spares_per_backend: section.integer("spares_per_backend", default.spares_per_backend, 0..=MAX_SPARES),
+        spare_idle_timeout: section.duration("spare_idle_timeout", default.spare_idle_timeout, MILLISECOND),
         cleanup_interval: section.duration("cleanup_interval", default.cleanup_interval, SHORTEST_SWEEP),
     }
 }

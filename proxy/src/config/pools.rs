@@ -61,6 +61,7 @@ impl<'a, 'i> Pools<'a, 'i> {
                 policy: section.choice("policy", default.policy),
                 query_timeout: section.duration("query_timeout", default.query_timeout, MILLISECOND),
                 retries: section.integer("retries", default.retries, 0..=MAX_RETRIES),
+                on_failure: section.choice("on_failure", default.on_failure),
                 proxy_protocol: read_proxy_protocol(&section.table("proxy_protocol")),
                 ..default
             });
@@ -192,6 +193,7 @@ fn read_backends<'a, 'i>(
             max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=MAX_IN_FLIGHT),
             max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
             connect_timeout: section.duration("connect_timeout", default.connect_timeout, MILLISECOND),
+            write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
             source: section.value("source").and_then(|value| read_sources(&value, address)).unwrap_or_default(),
             one_shot_close: section.choice("one_shot_close", default.one_shot_close),
             health: read_health(&section.table("health")),

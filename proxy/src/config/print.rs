@@ -91,6 +91,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     out.text("policy", pool.policy.word());
     out.duration("query_timeout", pool.query_timeout);
     out.bare("retries", pool.retries);
+    out.text("on_failure", pool.on_failure.word());
     if let Some(proxy) = &pool.proxy_protocol {
         proxy_protocol(out, proxy);
     }
@@ -131,6 +132,7 @@ fn backend(out: &mut Writer, backend: &Backend) {
     out.bare("max_in_flight", backend.max_in_flight);
     out.bare("max_connections", backend.max_connections);
     out.duration("connect_timeout", backend.connect_timeout);
+    out.duration("write_timeout", backend.write_timeout);
     out.list("source", backend.source.iter().map(ToString::to_string));
     out.text("one_shot_close", backend.one_shot_close.word());
     out.heading("[pool.backend.health]");
@@ -153,6 +155,8 @@ fn connections(out: &mut Writer, connections: &Connections) {
     out.bare("max_opens_per_client", connections.max_opens_per_client);
     out.bare("max_waiting", connections.max_waiting);
     out.duration("max_wait", connections.max_wait);
+    out.bare("spares_per_backend", connections.spares_per_backend);
+    out.duration("spare_idle_timeout", connections.spare_idle_timeout);
     out.duration("cleanup_interval", connections.cleanup_interval);
 }
 

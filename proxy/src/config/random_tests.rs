@@ -81,7 +81,7 @@ prop_compose! {
         v6 in any::<bool>(),
         max_in_flight in 1..=65_536usize,
         max_connections in 1..=100_000usize,
-        connect_timeout in duration(1),
+        timeouts in (duration(1), duration(1)),
         sources in prop::collection::btree_set(1..=250u8, 0..4),
         one_shot_close in prop_oneof![Just(OneShotClose::Reset), Just(OneShotClose::Fin)],
         health in health(),
@@ -93,7 +93,8 @@ prop_compose! {
             weight,
             max_in_flight,
             max_connections,
-            connect_timeout,
+            connect_timeout: timeouts.0,
+            write_timeout: timeouts.1,
             source: sources.into_iter().map(ip).collect(),
             one_shot_close,
             health,
@@ -107,12 +108,13 @@ prop_compose! {
         policy in prop::sample::select(<Policy as choices::Choice>::ALL),
         query_timeout in duration(1),
         retries in 0..=10u8,
+        on_failure in prop::sample::select(<OnFailure as choices::Choice>::ALL),
         proxy_protocol in prop::option::of(proxy_protocol()),
         mut backends in prop::collection::vec(backend(), 1..4),
     ) -> Pool {
         backends.sort_by_key(|backend| backend.address);
         backends.dedup_by_key(|backend| backend.address);
-        Pool { policy, query_timeout, retries, proxy_protocol, ..Pool::new("", backends) }
+        Pool { policy, query_timeout, retries, on_failure, proxy_protocol, ..Pool::new("", backends) }
     }
 }
 
@@ -158,7 +160,8 @@ prop_compose! {
 
 prop_compose! {
     fn connections()(
-        times in (duration(1), duration(1), duration(0), duration(10)),
+        times in (duration(1), duration(1), duration(0), duration(10), duration(1)),
+        spares_per_backend in 0..=1000usize,
         counts in (0..=100usize, 1..=100usize, 1..=100_000usize, 0..=1000usize),
         max_opens_per_client in 0..=1_000_000u32,
     ) -> Connections {
@@ -167,6 +170,8 @@ prop_compose! {
             max_age: times.1,
             max_wait: times.2,
             cleanup_interval: times.3,
+            spare_idle_timeout: times.4,
+            spares_per_backend,
             max_idle_per_backend: counts.0,
             max_owned_per_client: counts.1,
             max_total: counts.2,

@@ -104,7 +104,7 @@ const POOL: &[Key] = &[
     works("policy"),
     works("query_timeout"),
     works("retries"),
-    not_yet("on_failure"),
+    works("on_failure"),
     table("proxy_protocol", PROXY_PROTOCOL),
     tables("backend", BACKEND),
 ];
@@ -130,7 +130,7 @@ const BACKEND: &[Key] = &[
     works("max_in_flight"),
     works("max_connections"),
     works("connect_timeout"),
-    not_yet("write_timeout"),
+    works("write_timeout"),
     works("source"),
     not_yet("tcp_fast_open"),
     works("one_shot_close"),
@@ -152,8 +152,8 @@ const CONNECTIONS: &[Key] = &[
     works("max_opens_per_client"),
     works("max_waiting"),
     works("max_wait"),
-    not_yet("spares_per_backend"),
-    not_yet("spare_idle_timeout"),
+    works("spares_per_backend"),
+    works("spare_idle_timeout"),
     works("cleanup_interval"),
 ];
 

@@ -135,7 +135,17 @@ impl Reservation {
         #[cfg(feature = "test-hooks")]
         let cookie = writer.forget.apply(cookie);
         let generation = writer.shard.fill(slot.index, cookie, &info, now, &socket);
-        Ok((socket, Entry { slot, generation, cookie, reason: Cell::new(CloseReason::Dropped), info, _permit: permit }))
+        Ok((
+            socket,
+            Entry {
+                slot,
+                generation,
+                cookie,
+                reason: Cell::new(CloseReason::Dropped),
+                info: Cell::new(info),
+                _permit: permit,
+            },
+        ))
     }
 }
 
@@ -157,7 +167,7 @@ pub struct Entry {
     generation: u64,
     cookie: u64,
     reason: Cell<CloseReason>,
-    info: OpenInfo,
+    info: Cell<OpenInfo>,
     // Last: the place is given back when the descriptor and the row are gone.
     _permit: Permit,
 }
@@ -169,8 +179,14 @@ impl Entry {
     }
 
     /// What the connection was opened for.
-    pub fn info(&self) -> &OpenInfo {
-        &self.info
+    pub fn info(&self) -> OpenInfo {
+        self.info.get()
+    }
+
+    /// A spare connection is given to somebody. The backend stays.
+    pub fn assign(&self, info: OpenInfo) {
+        self.info.set(info);
+        self.slot.writer.shard.assign(self.slot.index, &info);
     }
 
     /// Where the row is.

@@ -25,13 +25,21 @@ pub enum ConnKind {
     OneShot,
     /// A health check: the forwarder's own query, then closed.
     Check,
+    /// Connected, nothing sent: becomes one of the first four with its first write.
+    Spare,
 }
 
 impl ConnKind {
     /// How many kinds there are.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
     /// All kinds.
-    pub const ALL: [Self; Self::COUNT] = [Self::Shared, Self::Keyed, Self::Owned, Self::OneShot, Self::Check];
+    pub const ALL: [Self; Self::COUNT] =
+        [Self::Shared, Self::Keyed, Self::Owned, Self::OneShot, Self::Check, Self::Spare];
+
+    /// Whether any client may come to use it.
+    pub const fn is_common(self) -> bool {
+        matches!(self, Self::Shared | Self::Keyed)
+    }
 
     /// The label in metrics and logs.
     pub const fn label(self) -> &'static str {
@@ -41,6 +49,7 @@ impl ConnKind {
             Self::Owned => "owned",
             Self::OneShot => "one_shot",
             Self::Check => "check",
+            Self::Spare => "spare",
         }
     }
 }
@@ -188,7 +197,7 @@ impl Shard {
         row.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
         row.cookie.store(cookie, Ordering::Relaxed);
-        row.what.store(u32::from(info.backend) << 16 | (info.kind as u32) << 8, Ordering::Relaxed);
+        row.what.store(what(info), Ordering::Relaxed);
         row.state.store(RowState::Connecting as u32, Ordering::Relaxed);
         row.opened.store(now.0, Ordering::Relaxed);
         row.last_byte.store(now.0, Ordering::Relaxed);
@@ -248,6 +257,15 @@ impl Shard {
         let handle = row.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // Under the lock: the owner replaces the handle under it when the slot changes hands.
         (row.sequence.load(Ordering::Acquire) == id.generation).then(|| handle.upgrade()).flatten()
+    }
+
+    /// A spare connection gets its header.
+    pub(super) fn assign(&self, slot: u32, info: &OpenInfo) {
+        if let Some(row) = self.slots.get(slot as usize) {
+            row.what.store(what(info), Ordering::Relaxed);
+            row.owner.store(info.owner, Ordering::Relaxed);
+            row.header.store(info.header, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn set_state(&self, slot: u32, state: RowState) {
@@ -338,6 +356,10 @@ impl Shard {
             }
         }
     }
+}
+
+fn what(info: &OpenInfo) -> u32 {
+    u32::from(info.backend) << 16 | (info.kind as u32) << 8
 }
 
 fn read_grave(grave: &Grave) -> Option<Tombstone> {

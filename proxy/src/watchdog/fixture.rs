@@ -9,8 +9,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::Observed;
 use crate::config::{
-    Admin, Backend, Class, Config, Connections, Health, HealthMode, Kernel, Listener, OneShotClose, Policy, Pool,
-    ReapMode, Server, View, Watchdog,
+    Admin, Backend, Class, Config, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose, Policy,
+    Pool, ReapMode, Server, View, Watchdog,
 };
 use crate::control::{Control, Controls};
 use crate::drill::{AT_ONCE, Setup};
@@ -38,6 +38,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
             policy: Policy::LeastOutstanding,
             query_timeout: Duration::from_secs(5),
             retries: 1,
+            on_failure: OnFailure::Servfail,
             proxy_protocol: None,
             backends: vec![Backend {
                 name: "unbound".to_owned(),
@@ -46,6 +47,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
                 max_in_flight: 32,
                 max_connections: 100,
                 connect_timeout: Duration::from_secs(2),
+                write_timeout: Duration::from_secs(2),
                 source: Vec::new(),
                 one_shot_close: OneShotClose::Reset,
                 health: Health { mode: HealthMode::Up, ..Health::default() },
@@ -60,6 +62,8 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
             max_opens_per_client: 0,
             max_waiting: 100,
             max_wait: Duration::from_secs(1),
+            spares_per_backend: 0,
+            spare_idle_timeout: Duration::from_secs(1),
             cleanup_interval: Duration::from_millis(100),
         },
         kernel: Kernel { view: View::SockDiag, max_sockets: 1000 },

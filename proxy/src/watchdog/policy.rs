@@ -47,6 +47,8 @@ pub struct BackendPolicy {
     pub hoard_after: Duration,
     /// The same for a connection that can never be used again.
     pub spent_after: Duration,
+    /// The same for a spare connection: nothing was ever sent on it.
+    pub spare_after: Duration,
     /// Without a byte for this long, one with queries in flight should have been closed: longer than every timeout.
     pub stuck_after: Duration,
     /// For `connect(2)`, and one clean-up.
@@ -62,14 +64,16 @@ impl Policy {
             .iter()
             .flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)))
             .map(|(pool, backend)| {
-                let longest = [pool.query_timeout, backend.connect_timeout, backend.health.timeout]
-                    .into_iter()
-                    .fold(connections.idle_timeout, Duration::max);
+                let longest =
+                    [pool.query_timeout, backend.connect_timeout, backend.write_timeout, backend.health.timeout]
+                        .into_iter()
+                        .fold(connections.idle_timeout, Duration::max);
                 BackendPolicy {
                     name: backend.name.clone(),
                     address: backend.address,
                     hoard_after: pool.query_timeout.max(connections.idle_timeout) + connections.cleanup_interval,
                     spent_after: connections.cleanup_interval,
+                    spare_after: connections.spare_idle_timeout + connections.cleanup_interval,
                     stuck_after: longest + connections.cleanup_interval,
                     embryo_after: backend.connect_timeout + connections.cleanup_interval,
                 }
@@ -80,6 +84,7 @@ impl Policy {
             address: drill,
             hoard_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
             spent_after: connections.cleanup_interval,
+            spare_after: connections.spare_idle_timeout + connections.cleanup_interval,
             stuck_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
             embryo_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
         });
@@ -101,6 +106,7 @@ impl Policy {
             address: *address,
             hoard_after: idle,
             spent_after: idle,
+            spare_after: Duration::from_secs(2),
             stuck_after: idle,
             embryo_after: connect,
         };

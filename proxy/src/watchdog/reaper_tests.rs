@@ -134,6 +134,7 @@ fn policy() -> Policy {
             address: "127.0.0.1:15302".parse().unwrap(),
             hoard_after: Duration::from_secs(31),
             spent_after: Duration::from_secs(1),
+            spare_after: Duration::from_secs(2),
             stuck_after: Duration::from_secs(31),
             embryo_after: Duration::from_secs(3),
         }],

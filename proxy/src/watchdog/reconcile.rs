@@ -216,6 +216,8 @@ fn both(
                 overdue(Class::Stuck, last, backend.stuck_after)
             } else if row.kind == ConnKind::OneShot && row.queries > 0 {
                 overdue(Class::Hoard, last, backend.spent_after)
+            } else if row.kind == ConnKind::Spare {
+                overdue(Class::Hoard, last, backend.spare_after)
             } else {
                 overdue(Class::Hoard, last, backend.hoard_after)
             }

@@ -17,6 +17,7 @@ pub(super) fn policy() -> Policy {
         address: address.parse().unwrap(),
         hoard_after: Duration::from_secs(31),
         spent_after: Duration::from_secs(1),
+        spare_after: Duration::from_secs(2),
         stuck_after: Duration::from_secs(31),
         embryo_after: Duration::from_secs(3),
     };
@@ -150,6 +151,18 @@ fn a_spent_one_shot_connection_is_a_hoard_at_once() {
     })
     .unwrap();
     assert_eq!((finding.class, at), (Class::Hoard, start + 4 * SECOND));
+}
+
+/// It is hoarded once it is idle for longer than a spare one may be, whatever other connections may.
+#[test]
+fn a_spare_connection_has_a_timeout_of_its_own() {
+    let start = 100 * SECOND;
+    let (at, finding) = sweep_until_found(start, Trust::Full, |at| {
+        let spare = LedgerRow { kind: ConnKind::Spare, queries: 0, ..row(7, SECOND, at) };
+        (kernel(at, vec![socket(7, TcpState::Established, start)]), ledger(at, vec![spare]))
+    })
+    .unwrap();
+    assert_eq!((finding.class, at), (Class::Hoard, start + 5 * SECOND));
 }
 
 #[test]

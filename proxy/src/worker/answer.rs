@@ -5,7 +5,8 @@ use super::queries::{Place, QueryKey};
 use crate::backend::pending::Answered;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
-use crate::close::{CloseReason, FailReason};
+use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::config::OnFailure;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
 use crate::dns::{message, synth};
 use crate::ledger::{BackendIndex, ConnKind};
@@ -28,15 +29,19 @@ impl Core {
     /// `connect(2)` has succeeded.
     pub(crate) fn conn_connected(&mut self, key: ConnKey, now: Mono) {
         self.pool.connected(key, now);
-        if let Some(conn) = self.pool.get(key) {
-            self.backoff[usize::from(conn.backend)].succeeded();
-        }
         self.after_conn(key, now);
     }
 
     /// Bytes came from a backend. Returns how many octets the whole messages at their front were.
     pub(crate) fn backend_bytes(&mut self, key: ConnKey, bytes: &[u8], now: Mono) -> Result<usize, Violation> {
         if let Some(conn) = self.pool.get_mut(key) {
+            if conn.last_received == Mono::ZERO {
+                // Only an answer shows that the backend wants our connections.
+                self.backoff[usize::from(conn.backend)].succeeded();
+                if conn.was_spare {
+                    self.spare_backoff[usize::from(conn.backend)].succeeded();
+                }
+            }
             conn.last_received = now;
             conn.last_byte = now;
         }
@@ -135,9 +140,17 @@ impl Core {
         let Some(mut conn) = self.pool.remove(key) else { return };
         conn.out.give_back(&mut self.spares);
         let backend = conn.backend;
-        if matches!(reason, CloseReason::ConnectFailed | CloseReason::ConnectTimeout) {
-            self.backoff[usize::from(backend)].failed(now, self.random.f64());
+        // None of its queries was sent.
+        let unsent = matches!(reason, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+        if unsent {
             self.stats.backends[usize::from(backend)].connect_failures.add(1);
+        }
+        let left = matches!(reason, CloseReason::PeerClosed | CloseReason::PeerReset);
+        if conn.was_spare && conn.last_received == Mono::ZERO && (unsent || left) {
+            self.spare_backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64());
+        }
+        if unsent || reason == CloseReason::Unanswered {
+            self.backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64());
         }
         if let Some(owner) = conn.owner {
             if let Some(session) = self.sessions.get_mut(owner.0) {
@@ -164,15 +177,22 @@ impl Core {
                 Partial::Unknown => alone,
                 Partial::Of(partial) => partial == id,
             };
-            if entry.retries_left == 0 || answer_began {
+            let pool = entry.pool;
+            let place = self.plan.pools[usize::from(pool)].backends.iter().position(|other| *other == backend);
+            entry.tried.add(place.unwrap_or(usize::MAX));
+            let (tried, retries_left) = (entry.tried, entry.retries_left);
+            // What was not sent may be sent to another backend, whatever it is and however often.
+            let moves_on = unsent && self.has_another_backend(pool, tried, now);
+            if !moves_on && (retries_left == 0 || answer_began) {
                 self.fail(query, failed);
                 continue;
             }
-            entry.retries_left -= 1;
-            entry.fresh_only = true;
-            entry.avoid = Some(backend);
-            let pool = entry.pool;
-            self.stats.pools[usize::from(pool)].retries.add(1);
+            let Some(entry) = self.queries.get_mut(query) else { continue };
+            if !moves_on {
+                entry.retries_left -= 1;
+                entry.fresh_only = true;
+                self.stats.pools[usize::from(pool)].retries.add(1);
+            }
             self.reroute(query, now);
         }
         // The place under the caps is free: for who waits here, else for who waits elsewhere.
@@ -189,13 +209,17 @@ impl Core {
         }
     }
 
-    /// A query gets an answer of our own.
+    /// A query gets an answer of our own, or its connection ends, by `on_failure`.
     pub(crate) fn fail(&mut self, query: QueryKey, reason: FailReason) {
         let Some(entry) = self.queries.get(query) else { return };
         let (session, listener, id) = (entry.session, entry.listener, entry.client_id);
-        let answer = synth::servfail(&entry.message);
+        let on_failure = self.plan.pools[usize::from(entry.pool)].on_failure;
+        let answer = (on_failure == OnFailure::Servfail).then(|| synth::servfail(&entry.message));
         let Some(client) = self.sessions.get_mut(session.0) else { return };
-        client.out.push_message(&mut self.spares, &answer, id);
+        match answer {
+            Some(answer) => client.out.push_message(&mut self.spares, &answer, id),
+            None => drop(client.close.get_or_insert(ClientCloseReason::QueryFailed)),
+        }
         client.stalled.retain(|stalled| *stalled != query);
         self.queries.remove(query, Some(&mut client.queries));
         let stats = &self.stats.listeners[usize::from(listener)];

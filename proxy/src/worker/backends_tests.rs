@@ -1,5 +1,7 @@
 //! Several backends in a pool: which one a query goes to, and what becomes of it when that one fails.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -7,11 +9,13 @@ use proptest::prelude::*;
 
 use super::core_tests::{ops, run};
 use super::sim::Sim;
+use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
+use crate::close::ClientCloseReason;
 
 const OWNED: &str = "[pool.proxy_protocol]\nidentity = \"connection\"\n";
 
-const LABELLED: &str = "[pool.proxy_protocol]\nidentity = \"connection\"\n\
+pub(super) const LABELLED: &str = "[pool.proxy_protocol]\nidentity = \"connection\"\n\
                         [[pool.proxy_protocol.tlv]]\ntype = 0xE0\nvalue = \"{qname_label:1}\"\n";
 
 /// A pool of backends, each with these lines.
@@ -139,6 +143,118 @@ fn a_retry_goes_to_another_backend() {
         }
         sim.assert_quiescent();
     }
+}
+
+/// What cannot be sent to one backend goes to the next, without being a retry; what was sent is retried only so often.
+#[test]
+fn connects_that_fail_are_no_retries() {
+    let mut sim = Sim::new(&configuration("retries = 0\npolicy = \"first-available\"", OWNED, &["", "", "", ""]));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.ask(client, 1, "a.test");
+    for backend in 0..3 {
+        let [refused] = sim.to_backend(backend)[..] else { panic!("one connection to backend {backend}") };
+        sim.hang_up(refused);
+    }
+    assert!(sim.clients[&client].answers.is_empty());
+    let [connected] = sim.to_backend(3)[..] else { panic!("one connection to the last") };
+    sim.accept(connected);
+    sim.hang_up(connected);
+    assert_eq!(sim.clients[&client].answers[0][3] & 15, 2, "it was sent, and there is no retry");
+    assert_eq!(sim.opened, 4);
+    sim.assert_quiescent();
+}
+
+#[test]
+fn each_backend_is_tried_once_and_then_it_is_servfail() {
+    let mut sim = Sim::new(&configuration("retries = 0", OWNED, &["", "", ""]));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.ask(client, 1, "a.test");
+    for _ in 0..3 {
+        let refused = *sim.wires.keys().next().unwrap();
+        sim.hang_up(refused);
+    }
+    assert_eq!(sim.clients[&client].answers[0][3] & 15, 2);
+    assert_eq!(sim.opened, 3);
+    sim.assert_quiescent();
+}
+
+#[test]
+fn on_failure_close_ends_the_clients_connection_and_counts_everything() {
+    let mut sim = Sim::new(&configuration("retries = 0\non_failure = \"close\"", "", &[""]));
+    let client = sim.connect_client("192.0.2.1:1000");
+    ask(&mut sim, client, 3);
+    sim.accept_all();
+    let connection = *sim.wires.keys().next().unwrap();
+    sim.answer(connection, 1);
+    sim.hang_up(connection);
+    assert!(!sim.clients.contains_key(&client), "closed");
+    let stats = &sim.core.stats.listeners[0];
+    assert_eq!((stats.answers.get(), stats.closed[ClientCloseReason::QueryFailed as usize].get()), (1, 1));
+    sim.assert_quiescent();
+}
+
+/// Attempts in each second while every connection fails in this way and a query comes each millisecond.
+fn attempts(fails: fn(&mut Sim, ConnKey), seconds: usize) -> Vec<usize> {
+    let mut sim = Sim::new(&configuration("", OWNED, &[""]));
+    let mut clients = Vec::new();
+    let mut attempts = Vec::new();
+    for second in 0..seconds {
+        let before = sim.opened;
+        for n in 0..1000u32 {
+            if n % 20 == 0 {
+                clients.push(sim.connect_client(&format!("192.0.2.1:{}", 1000 + 50 * second as u32 + n / 20)));
+            }
+            let client = clients[clients.len() - 1];
+            sim.ask(client, n as u16, "a.test");
+            for key in sim.wires.keys().copied().collect::<Vec<_>>() {
+                fails(&mut sim, key);
+            }
+            sim.pass(Duration::from_millis(1));
+        }
+        attempts.push(sim.opened - before);
+    }
+    assert_eq!(sim.clients.values().map(|client| client.answers.len()).sum::<usize>(), 1000 * seconds);
+    sim.assert_quiescent();
+    attempts
+}
+
+#[test]
+fn no_storm_on_a_backend_that_refuses_or_closes_at_once() {
+    let refuses: fn(&mut Sim, ConnKey) = Sim::hang_up;
+    let closes: fn(&mut Sim, ConnKey) = |sim, key| {
+        sim.accept(key);
+        sim.hang_up(key);
+    };
+    for fails in [refuses, closes] {
+        let attempts = attempts(fails, 5);
+        assert!(attempts[0] <= 10 && attempts[1..].iter().all(|attempts| *attempts <= 3), "{attempts:?}");
+        assert!(attempts.iter().skip(2).sum::<usize>() >= 1, "it is tried again: {attempts:?}");
+    }
+}
+
+/// Many clients wait for a backend that comes back: one connection is tried, and only if that brings an answer more.
+#[test]
+fn after_a_pause_one_connection_is_tried_alone() {
+    let mut sim = Sim::new(&configuration("retries = 0\nquery_timeout = \"60s\"", OWNED, &[""]));
+    let clients: Vec<SessionKey> = (0..20).map(|n| sim.connect_client(&format!("192.0.2.1:{}", 1000 + n))).collect();
+    for client in &clients[..3] {
+        sim.ask(*client, 1, "a.test");
+        let refused = *sim.wires.keys().next().unwrap();
+        sim.hang_up(refused);
+    }
+    sim.pass(Duration::from_millis(101));
+    let before = sim.opened;
+    for client in &clients[3..10] {
+        sim.ask(*client, 1, "a.test");
+    }
+    assert_eq!(sim.opened - before, 1, "alone");
+    sim.answer_all();
+    for client in &clients[10..] {
+        sim.ask(*client, 1, "a.test");
+    }
+    assert_eq!(sim.opened - before, 11, "it has answered");
+    sim.answer_all();
+    sim.assert_quiescent();
 }
 
 proptest! {

@@ -79,6 +79,8 @@ pub struct Core {
     pub(crate) timers: Timers,
     pub(crate) waits: Box<[WaitQueue]>,
     pub(crate) backoff: Box<[Backoff]>,
+    /// The same for spare connections that backends close unused.
+    pub(crate) spare_backoff: Box<[Backoff]>,
     /// By pool.
     pub(crate) choosers: Box<[Chooser]>,
     /// Connections opened for a client address in the current second, if `max_opens_per_client` limits them.
@@ -109,6 +111,7 @@ impl Core {
             pool: Pool::new(backends),
             timers: Timers::default(),
             waits: (0..backends).map(|_| WaitQueue::default()).collect(),
+            spare_backoff: (0..backends).map(|_| Backoff::default()).collect(),
             backoff: (0..backends).map(|_| Backoff::default()).collect(),
             opens: HashMap::default(),
             opens_since: now,

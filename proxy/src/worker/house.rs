@@ -8,20 +8,24 @@ use super::timers::TimerKey;
 use crate::backend::pool::{ConnKey, Phase};
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
+use crate::ledger::ConnKind;
 
 /// Failures in a row that make no pause: one lost connection must not fail the queries after it.
 const TOLERATED: u32 = 2;
-/// The first pause after a backend refused connections; doubled up to [`LONGEST_PAUSE`].
+/// The first pause after a backend failed connections; doubled up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// Keeps a backend that refuses connections from being stormed with them.
+/// Keeps a backend that refuses connections, or closes them without an answer, from being stormed with them. A pure state
+/// machine: after a few failures in a row nothing is tried for a while, longer and longer; then one connection is, and
+/// what becomes of it decides.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     until: Mono,
     pause: Duration,
     /// Failures since the last success.
     failures: u32,
+    failed: Mono,
 }
 
 impl Backoff {
@@ -30,12 +34,25 @@ impl Backoff {
         now < self.until
     }
 
-    /// A connection failed. `jitter` is between 0 and 1.
-    pub(crate) fn failed(&mut self, now: Mono, jitter: f64) {
-        if self.holds(now) {
+    /// Whether it has failed too often, and has not been seen to work since.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failures > TOLERATED
+    }
+
+    /// A connection is being tried. The first one after a pause is tried alone.
+    pub(crate) fn tries(&mut self, now: Mono) {
+        if self.is_failing() {
+            self.until = now.after(self.pause);
+        }
+    }
+
+    /// A connection that was opened at this time has failed. `jitter` is between 0 and 1.
+    pub(crate) fn failed(&mut self, opened: Mono, now: Mono, jitter: f64) {
+        if opened < self.failed {
             // One of several that were under way together.
             return;
         }
+        self.failed = now;
         self.failures = self.failures.saturating_add(1);
         if self.failures <= TOLERATED {
             return;
@@ -44,7 +61,7 @@ impl Backoff {
         self.until = now.after(self.pause.mul_f64(0.75 + 0.25 * jitter.clamp(0.0, 1.0)));
     }
 
-    /// A connection succeeded.
+    /// A connection has brought an answer.
     pub(crate) fn succeeded(&mut self) {
         *self = Self::default();
     }
@@ -141,13 +158,17 @@ impl Core {
     /// it is next idle. Idle time counts from the last byte, as the watchdog counts it, not from the moment at which a
     /// query without an answer was given up.
     fn clean_up(&mut self, now: Mono) {
-        let idle_timeout = self.plan.connections.idle_timeout;
+        let connections = &self.plan.connections;
+        let idle_timeout = |kind: ConnKind| match kind {
+            ConnKind::Spare => connections.spare_idle_timeout,
+            _ => connections.idle_timeout,
+        };
         let due = |conn: &crate::backend::pool::Conn| {
             if conn.is_closing() || conn.phase == Phase::Connecting {
                 None
             } else if conn.expires <= now {
                 Some(CloseReason::MaxAge)
-            } else if conn.is_idle() && conn.last_byte.after(idle_timeout) <= now {
+            } else if conn.is_idle() && conn.last_byte.after(idle_timeout(conn.kind)) <= now {
                 Some(CloseReason::IdleTimeout)
             } else {
                 None

@@ -17,6 +17,8 @@ pub(crate) mod route;
 pub(crate) mod shell;
 #[cfg(test)]
 mod sim;
+#[cfg(test)]
+mod spares_tests;
 mod timers;
 
 use std::rc::Rc;

@@ -1,15 +1,16 @@
 //! Acting on a route: opening a connection under the caps, sending, waiting at a cap, and trying again.
 
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::core::Core;
 use super::queries::{Place, QueryKey};
 use super::route::{How, Route, Wanted};
-use crate::backend::pool::{ConnKey, NewConn, Phase};
+use crate::backend::pool::{Assigned, ConnKey, NewConn, Phase};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
-use crate::ledger::caps::AtCap;
+use crate::ledger::caps::{AtCap, Permit};
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::stats::Acquired;
 
@@ -34,34 +35,28 @@ impl Core {
         if !self.may_open(key, now) {
             return Route::Fail(FailReason::NoCapacity);
         }
-        let permit = match self.shared.caps.acquire(backend) {
-            Ok(permit) => permit,
+        let session = &self.sessions[key.0];
+        let owner = matches!(wanted.kind, ConnKind::Owned | ConnKind::OneShot);
+        let assigned = Assigned {
+            kind: wanted.kind,
+            owner: owner.then_some(key),
+            owner_serial: if owner { session.serial } else { 0 },
+            header_digest: wanted.digest,
+            header: wanted.header,
+            max_in_flight: if wanted.kind == ConnKind::OneShot {
+                1
+            } else {
+                self.plan.backends[usize::from(backend)].max_in_flight
+            },
+        };
+        let conn = match self.obtain(backend, assigned, how, now) {
+            Ok(conn) => conn,
             Err(cap) => {
                 self.evict(backend, cap, now);
                 return Route::Wait(backend);
             }
         };
         let session = &mut self.sessions[key.0];
-        let owner = matches!(wanted.kind, ConnKind::Owned) || (wanted.kind == ConnKind::OneShot);
-        let conn = self.pool.open(
-            NewConn {
-                backend,
-                kind: wanted.kind,
-                owner: owner.then_some(key),
-                owner_serial: if owner { session.serial } else { 0 },
-                header_digest: wanted.digest,
-                header: wanted.header,
-                permit,
-                max_in_flight: if wanted.kind == ConnKind::OneShot {
-                    1
-                } else {
-                    self.plan.backends[usize::from(backend)].max_in_flight
-                },
-                seed: self.random.u32(..),
-                max_age: self.plan.connections.max_age,
-            },
-            now,
-        );
         if owner {
             session.owned.push(conn);
             if session.owned.len() == self.plan.connections.max_owned_per_client {
@@ -73,9 +68,60 @@ impl Core {
         {
             opened.out.append(&mut self.spares).extend_from_slice(&self.header);
         }
+        self.keep_spares(backend, now);
+        Route::Use(conn)
+    }
+
+    /// A spare connection, or a new one if the caps allow. One that must be fresh is never spare: its peer may have
+    /// closed it already.
+    fn obtain(&mut self, backend: BackendIndex, assigned: Assigned, how: How, now: Mono) -> Result<ConnKey, AtCap> {
+        if !how.fresh_only()
+            && let Some(spare) = self.pool.ready_spare(backend)
+        {
+            self.pool.give_spare(spare, assigned, now);
+            return Ok(spare);
+        }
+        let permit = self.shared.caps.acquire(backend)?;
+        self.backoff[usize::from(backend)].tries(now);
+        Ok(self.begin(backend, assigned, permit, now))
+    }
+
+    /// Decides to open a connection.
+    fn begin(&mut self, backend: BackendIndex, assigned: Assigned, permit: Permit, now: Mono) -> ConnKey {
+        let Assigned { kind, owner, owner_serial, header_digest, header, max_in_flight } = assigned;
+        let seed = self.random.u32(..);
+        let max_age = self.plan.connections.max_age;
+        let new =
+            NewConn { backend, kind, owner, owner_serial, header_digest, header, permit, max_in_flight, seed, max_age };
+        let conn = self.pool.open(new, now);
         self.wakes.open.push(conn);
         self.settle_conn(conn);
-        Route::Use(conn)
+        conn
+    }
+
+    /// A new connection was needed, so others will be: has as many ready as configured, as far as the caps leave places
+    /// that nobody waits for. Without need none is opened, so a backend that is not asked is left alone.
+    fn keep_spares(&mut self, backend: BackendIndex, now: Mono) {
+        let at = usize::from(backend);
+        if self.draining || self.backoff[at].is_failing() || self.spare_backoff[at].holds(now) {
+            return;
+        }
+        while self.pool.spares(backend) < self.plan.connections.spares_per_backend {
+            let Ok(permit) = self.shared.caps.acquire(backend) else { return };
+            self.spare_backoff[at].tries(now);
+            let spare = Assigned {
+                kind: ConnKind::Spare,
+                owner: None,
+                owner_serial: 0,
+                header_digest: 0,
+                header: Rc::default(),
+                max_in_flight: 1,
+            };
+            self.begin(backend, spare, permit, now);
+            if self.spare_backoff[at].holds(now) {
+                return;
+            }
+        }
     }
 
     /// Holds `max_opens_per_client`.
@@ -153,6 +199,7 @@ impl Core {
         entry.sent = now;
         conn.out.push_message(&mut self.spares, &entry.message, id);
         let acquired = match (conn.carried, conn.kind) {
+            (1, _) if conn.was_spare => Acquired::Spare,
             (1, ConnKind::OneShot) => Acquired::OneShot,
             (1, _) => Acquired::New,
             _ => Acquired::Hit,
@@ -198,7 +245,7 @@ impl Core {
     pub(crate) fn serve_waiting(&mut self, backend: BackendIndex, now: Mono) {
         while let Some((session, query)) = self.waits[usize::from(backend)].pop() {
             let Some((message, pool, how)) = self.queries.get_mut(query).map(|entry| {
-                let how = How::FromQueue { fresh_only: entry.fresh_only, avoid: entry.avoid };
+                let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
                 (std::mem::take(&mut entry.message), entry.pool, how)
             }) else {
                 continue;
@@ -229,9 +276,9 @@ impl Core {
         entry.place = Place::Nowhere;
         let (session, pool) = (entry.session, entry.pool);
         let how = if entry.fresh_only {
-            How::Again { avoid: entry.avoid }
+            How::Again { tried: entry.tried }
         } else {
-            How::FromQueue { fresh_only: false, avoid: None }
+            How::FromQueue { fresh_only: false, tried: entry.tried }
         };
         let message = std::mem::take(&mut entry.message);
         let question = crate::dns::message::first_question(&message).and_then(Result::ok);

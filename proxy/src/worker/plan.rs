@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use crate::backend::choose;
 use crate::client::session::Limits;
-use crate::config::{Config, Connections, OneShotClose, Policy};
+use crate::config::{Config, Connections, OnFailure, OneShotClose, Policy};
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::{Class, TlvSet};
 
-/// For a backend that does not read. Not in the configuration yet.
-const BACKEND_WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Answers kept for a client that does not read, bytes. Not in the configuration yet.
 const MAX_PENDING_ANSWERS: usize = 256 * 1024;
 
@@ -36,6 +34,7 @@ pub(crate) struct ListenerPlan {
 pub(crate) struct PoolPlan {
     pub(crate) query_timeout: Duration,
     pub(crate) retries: u8,
+    pub(crate) on_failure: OnFailure,
     pub(crate) policy: Policy,
     pub(crate) proxy: Option<ProxyPlan>,
     /// All but those that are never used.
@@ -96,7 +95,7 @@ impl Plan {
                     digest: choose::digest(backend.name.as_bytes()),
                     max_in_flight: backend.max_in_flight,
                     connect_timeout: backend.connect_timeout,
-                    write_timeout: BACKEND_WRITE_TIMEOUT,
+                    write_timeout: backend.write_timeout,
                     // The header names the source of the connection, so it must be the same for all that share it.
                     source: if forwarder {
                         backend.source.iter().copied().take(1).collect()
@@ -123,6 +122,7 @@ impl Plan {
             pools.push(PoolPlan {
                 query_timeout: pool.query_timeout,
                 retries: pool.retries,
+                on_failure: pool.on_failure,
                 policy: pool.policy,
                 proxy,
                 backends: of_pool,

@@ -26,6 +26,20 @@ pub(crate) enum Place {
     Sent { conn: ConnKey, id: u16 },
 }
 
+/// The places of a pool's backends that failed a query. Places from 64 on count as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tried(u64);
+
+impl Tried {
+    pub(crate) fn add(&mut self, place: usize) {
+        self.0 |= 1 << place.min(63);
+    }
+
+    pub(crate) fn has(self, place: usize) -> bool {
+        self.0 & (1 << place.min(63)) != 0
+    }
+}
+
 /// A query from its arrival to its answer.
 #[derive(Debug)]
 pub(crate) struct Query {
@@ -44,8 +58,8 @@ pub(crate) struct Query {
     pub(crate) retries_left: u8,
     /// Must go to a connection that has carried nothing yet.
     pub(crate) fresh_only: bool,
-    /// The backend that failed it.
-    pub(crate) avoid: Option<u16>,
+    /// The backends that failed it, a bit for each place in the pool.
+    pub(crate) tried: Tried,
     /// The message as it came, without the length.
     pub(crate) message: Vec<u8>,
     by_deadline: Links,
@@ -87,7 +101,7 @@ impl Queries {
         slot.place = Place::Nowhere;
         slot.retries_left = new.retries;
         slot.fresh_only = false;
-        slot.avoid = None;
+        slot.tried = Tried::default();
         slot.message.clear();
         slot.message.extend_from_slice(new.message);
         let generation = slot.generation;
@@ -180,7 +194,7 @@ impl Query {
             place: Place::Nowhere,
             retries_left: 0,
             fresh_only: false,
-            avoid: None,
+            tried: Tried::default(),
             message: Vec::new(),
             by_deadline: Links::default(),
             by_session: Links::default(),

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::core::Core;
 use super::house::Backoff;
 use super::plan::{BackendPlan, Plan, ProxyPlan};
+use super::queries::Tried;
 use crate::backend::choose::{Candidate, digest};
 use crate::backend::pool::{Conn, ConnKey, Phase, Pool};
 use crate::client::session::{Header, SessionKey};
@@ -36,20 +37,20 @@ pub(crate) enum How {
     /// A query that just came.
     First,
     /// A query that comes from the queue of a cap: those behind it do not matter.
-    FromQueue { fresh_only: bool, avoid: Option<BackendIndex> },
+    FromQueue { fresh_only: bool, tried: Tried },
     /// A query whose connection died: only a connection that has carried nothing yet will do.
-    Again { avoid: Option<BackendIndex> },
+    Again { tried: Tried },
 }
 
 impl How {
-    fn fresh_only(self) -> bool {
+    pub(super) fn fresh_only(self) -> bool {
         matches!(self, Self::Again { .. } | Self::FromQueue { fresh_only: true, .. })
     }
 
-    fn avoid(self) -> Option<BackendIndex> {
+    fn tried(self) -> Tried {
         match self {
-            Self::First => None,
-            Self::FromQueue { avoid, .. } | Self::Again { avoid } => avoid,
+            Self::First => Tried::default(),
+            Self::FromQueue { tried, .. } | Self::Again { tried } => tried,
         }
     }
 }
@@ -116,7 +117,7 @@ impl Core {
         let backends = plan.pools[usize::from(pool)].backends.as_slice();
         let chooser = &mut choosers[usize::from(pool)];
         let name = question.filter(|_| chooser.needs_question()).map_or(0, |question| digest(question.name_wire));
-        let of = |at: usize| candidate(plan, conns, backoff, &shared.health, backends[at], how, now);
+        let of = |at: usize| candidate(plan, conns, backoff, &shared.health, (at, backends[at]), how, now);
         let chosen = chooser.choose(of, name, random)?;
         backends.get(chosen).copied()
     }
@@ -124,8 +125,9 @@ impl Core {
     /// Whether the client that owns a connection to this backend stays there, by its pool's policy.
     fn keeps_backend(&self, pool: u16, backend: BackendIndex, how: How, now: Mono) -> bool {
         let backends = self.plan.pools[usize::from(pool)].backends.as_slice();
-        let of =
-            |at: usize| candidate(&self.plan, &self.pool, &self.backoff, &self.shared.health, backends[at], how, now);
+        let of = |at: usize| {
+            candidate(&self.plan, &self.pool, &self.backoff, &self.shared.health, (at, backends[at]), how, now)
+        };
         let place = backends.iter().position(|other| *other == backend);
         place.is_some_and(|at| self.choosers[usize::from(pool)].keeps(at, of))
     }
@@ -298,24 +300,33 @@ impl Core {
         }
     }
 
+    /// A query could not be sent, as no connection came about: whether there is a backend that has not failed it yet.
+    pub(super) fn has_another_backend(&self, pool: u16, tried: Tried, now: Mono) -> bool {
+        let untried = |(place, backend): (usize, &BackendIndex)| {
+            let at = usize::from(*backend);
+            !tried.has(place) && self.shared.health.is_usable(*backend) && !self.backoff[at].holds(now)
+        };
+        self.plan.pools[usize::from(pool)].backends.iter().enumerate().any(untried)
+    }
+
     fn is_fresh(&self, key: ConnKey) -> bool {
         self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Connecting)
     }
 }
 
 /// What the choice of a backend goes by. One that is down is not chosen. One that just refused connections comes last, as
-/// it may have open ones; before it the one that has just failed the query.
+/// it may have open ones; before it those that have failed the query already.
 fn candidate(
     plan: &Plan,
     conns: &Pool,
     backoff: &[Backoff],
     health: &Board,
-    backend: BackendIndex,
+    (place, backend): (usize, BackendIndex),
     how: How,
     now: Mono,
 ) -> Candidate {
     let at = usize::from(backend);
-    let rank = 2 * u8::from(backoff[at].holds(now)) + u8::from(Some(backend) == how.avoid());
+    let rank = 2 * u8::from(backoff[at].holds(now)) + u8::from(how.tried().has(place));
     let BackendPlan { weight, digest, .. } = plan.backends[at];
     let rank = health.is_usable(backend).then_some(rank);
     Candidate { weight, outstanding: conns.outstanding(backend), rank, name: digest }

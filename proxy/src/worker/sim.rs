@@ -185,7 +185,7 @@ impl Sim {
         wire.bytes.extend_from_slice(conn.out.pending());
         let len = conn.out.len();
         conn.out.advance(len, spares);
-        if self.header && wire.header.is_empty() {
+        if self.header && wire.header.is_empty() && !wire.bytes.is_empty() {
             let len = (self.proxy_len)(&wire.bytes).expect("the header comes in one piece, and first");
             wire.header = wire.bytes.drain(..len).collect();
         }
@@ -250,6 +250,7 @@ impl Sim {
     pub(crate) fn hang_up(&mut self, key: ConnKey) {
         let Some(wire) = self.wires.get(&key) else { return };
         let reason = if wire.connected { CloseReason::PeerClosed } else { CloseReason::ConnectFailed };
+        let reason = self.core.pool.get(key).map_or(reason, |conn| conn.precisely(reason));
         self.close_wire(key, reason, Partial::None);
         self.settle();
     }
