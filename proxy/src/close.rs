@@ -84,6 +84,10 @@ reasons! {
         QueryFailed = "query_failed",
         /// Broken framing: a length too short for a DNS header.
         Malformed = "malformed",
+        /// It has asked `max_queries_per_connection` times.
+        MaxQueries = "max_queries",
+        /// It was open for `max_connection_duration`.
+        MaxDuration = "max_duration",
         /// A PROXY header from a client whose word is not taken.
         ProxyUntrusted = "proxy_untrusted",
         /// The process drains.

@@ -36,8 +36,14 @@ impl Counter {
 pub enum Refusal {
     /// `[server] max_connections`
     MaxConnections,
+    /// `[[listener]] max_connections`
+    PerListener,
     /// `max_connections_per_client`
     PerClient,
+    /// `connection_rate_per_client`: the one that was too many.
+    ConnectionRate,
+    /// From a client that was over that rate.
+    Banned,
     /// The process has no descriptor left.
     Descriptors,
     /// No PROXY header from a peer that must send one.
@@ -52,9 +58,12 @@ pub enum Refusal {
 
 impl Refusal {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::MaxConnections,
+        Self::PerListener,
         Self::PerClient,
+        Self::ConnectionRate,
+        Self::Banned,
         Self::Descriptors,
         Self::ProxyMissing,
         Self::ProxyInvalid,
@@ -66,7 +75,10 @@ impl Refusal {
     pub const fn label(self) -> &'static str {
         match self {
             Self::MaxConnections => "max_connections",
+            Self::PerListener => "per_listener",
             Self::PerClient => "per_client",
+            Self::ConnectionRate => "connection_rate",
+            Self::Banned => "banned",
             Self::Descriptors => "descriptors",
             Self::ProxyMissing => "proxy_missing",
             Self::ProxyInvalid => "proxy_invalid",
@@ -123,6 +135,8 @@ pub struct ListenerStats {
     pub connections: Counter,
     /// Client connections accepted.
     pub opened: Counter,
+    /// Client connections accepted near a limit, with the times of `[overload]`.
+    pub restricted: Counter,
     /// By [`ClientCloseReason`].
     pub closed: [Counter; ClientCloseReason::ALL.len()],
     /// By [`Refusal`].

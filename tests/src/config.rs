@@ -24,7 +24,7 @@ impl Config {
         Self::default().set("server", "workers", "1").backend(backend, &[])
     }
 
-    /// Sets a key of a section that exists once: `server`, `listener`, `listener.accept_proxy`, `pool`,
+    /// Sets a key of a section that exists once: `server`, `overload`, `listener`, `listener.accept_proxy`, `pool`,
     /// `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
     #[must_use]
     pub fn set(mut self, section: &'static str, key: &str, value: impl ToString) -> Self {
@@ -102,6 +102,9 @@ impl Config {
         let mut text = String::new();
         let listen = self.listen.map_or_else(|| "127.0.0.1:0".to_owned(), |address| address.to_string());
         self.section(&mut text, "[server]", "server", &[]);
+        if self.sections.iter().any(|(name, _)| *name == "overload") {
+            self.section(&mut text, "[overload]", "overload", &[]);
+        }
         let listener = [("name", "\"dns\""), ("address", &format!("\"{listen}\"")), ("pool", "\"resolvers\"")];
         self.section(&mut text, "[[listener]]", "listener", &listener);
         if self.sections.iter().any(|(name, _)| *name == "listener.accept_proxy") {
@@ -186,6 +189,9 @@ mod tests {
             .set("listener", "idle_timeout", "\"600ms\"")
             .set("listener", "message_timeout", "\"500ms\"")
             .set("listener", "write_timeout", "\"1s\"")
+            .set("overload", "threshold", 50)
+            .set("listener", "max_connections", 9)
+            .set("listener", "connection_rate_per_client", 9)
             .set("listener.accept_proxy", "timeout", "\"1s\"")
             .accept_proxy(&["127.0.0.2", "::1"])
             .set("pool", "query_timeout", "\"1s\"")

@@ -73,7 +73,7 @@ impl App {
             health: Arc::clone(&board),
             serial: AtomicU64::new(0),
         });
-        let limits = ClientLimits::new(config.server.max_connections);
+        let limits = ClientLimits::new(&config);
 
         let inherited = activation::sockets(&environment)?;
         let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;

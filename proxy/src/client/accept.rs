@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::introduction::Stranger;
 use super::limits::{ClientLimits, Place};
-use super::session::{Addresses, Via};
+use super::session::{Addresses, Pace, Via};
 use super::task::SessionTask;
 use crate::config::AcceptProxy;
 use crate::stats::{ListenerStats, Refusal};
@@ -38,7 +38,6 @@ pub(crate) struct Door {
     pub(crate) shell: Rc<Shell>,
     pub(crate) index: u16,
     pub(crate) limits: Arc<ClientLimits>,
-    pub(crate) max_per_client: usize,
     /// Whose word on the client is taken.
     pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
 }
@@ -64,7 +63,7 @@ impl Door {
             // It was reset while it waited in the queue.
             return;
         };
-        let place = match self.limits.enter() {
+        let place = match self.limits.enter(self.index) {
             Ok(place) => place,
             Err(refusal) => return self.refuse(client, refusal),
         };
@@ -82,12 +81,14 @@ impl Door {
     /// The client's session begins, if its limits allow.
     pub(super) fn begin(&self, entrant: Entrant) {
         let Entrant { stream, ends, place, via, rest } = entrant;
-        let admitted = match place.admit(self.index, ends.client.ip(), self.max_per_client) {
+        let now = crate::clock::now();
+        let admitted = match place.admit(ends.client.ip(), now) {
             Ok(admitted) => admitted,
             Err(refusal) => return self.refuse(ends.client, refusal),
         };
         let _ = stream.set_nodelay(true);
-        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, via, crate::clock::now());
+        let pace = if admitted.is_restricted() { Pace::Restricted } else { Pace::Normal };
+        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, via, pace, now);
         tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, stream, admitted, rest));
     }
 

@@ -22,7 +22,8 @@ const AT_A_TIME: usize = 4096;
 /// Whether a connection that is closed for this reason deserves a farewell. The others are closed by the client, or
 /// idle: what was sent on them has arrived long ago.
 pub(crate) fn is_due(reason: ClientCloseReason) -> bool {
-    matches!(reason, ClientCloseReason::Drained | ClientCloseReason::Malformed)
+    use ClientCloseReason::{Drained, Malformed, MaxDuration, MaxQueries};
+    matches!(reason, Drained | Malformed | MaxDuration | MaxQueries)
 }
 
 /// Takes leave of a client all of whose answers are written. The connection counts as admitted until then.

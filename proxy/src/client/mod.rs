@@ -5,5 +5,6 @@ pub(crate) mod farewell;
 mod introduction;
 pub mod limits;
 pub mod preface;
+pub mod rate;
 pub mod session;
 pub(crate) mod task;

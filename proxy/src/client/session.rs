@@ -17,11 +17,24 @@ use crate::worker::queries::QueryKey;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionKey(pub usize);
 
+/// Whether a session has the listener's times or the shorter ones of `[overload]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// The listener's.
+    Normal,
+    /// It came when a limit was nearly reached.
+    Restricted,
+}
+
 /// The limits of a listener, as a session needs them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Limits {
     /// Queries in flight; more are not read yet.
     pub max_in_flight: usize,
+    /// Messages in all, 0: no limit.
+    pub max_queries: u32,
+    /// From its beginning to its end, zero: no limit.
+    pub max_duration: Duration,
     /// Bytes of answers that the client has not read; more queries are not read then.
     pub max_pending_answers: usize,
     /// Between messages.
@@ -50,7 +63,7 @@ pub struct Session {
     pub(crate) local: SocketAddr,
     /// How it came to be known, if by a PROXY header.
     pub(crate) via: Option<Box<Via>>,
-    pub(crate) limits: Limits,
+    pub(crate) limits: Rc<Limits>,
     /// Its queries, waiting or in flight.
     pub(crate) queries: List,
     /// Queries that came back from a dead connection and found no other yet.
@@ -70,8 +83,12 @@ pub struct Session {
     /// The client has sent FIN.
     pub(crate) read_closed: bool,
     pub(crate) close: Option<ClientCloseReason>,
+    /// It takes no more messages, and closes for this reason once it owes the client nothing.
+    pub(crate) ending: Option<ClientCloseReason>,
     /// It must close whether or not it is quiet: the time to drain is over.
     pub(crate) forced: bool,
+    /// When it began.
+    pub(crate) opened: Mono,
     /// When the last whole message came or the last answer left.
     pub(crate) last_message: Mono,
     /// Since when a message is incomplete.
@@ -83,12 +100,19 @@ pub struct Session {
     pub(crate) armed: Mono,
     /// Its task has been woken and has not run yet.
     pub(crate) woken: bool,
-    /// A whole message has come.
-    pub(crate) began: bool,
+    /// Whole messages that have come.
+    pub(crate) messages: u32,
 }
 
 impl Session {
-    pub(crate) fn new(serial: u64, listener: u16, pool: u16, addresses: Addresses, limits: Limits, now: Mono) -> Self {
+    pub(crate) fn new(
+        serial: u64,
+        listener: u16,
+        pool: u16,
+        addresses: Addresses,
+        limits: Rc<Limits>,
+        now: Mono,
+    ) -> Self {
         Self {
             serial,
             listener,
@@ -108,14 +132,16 @@ impl Session {
             recorded: false,
             read_closed: false,
             close: None,
+            ending: None,
             forced: false,
+            opened: now,
             last_message: now,
             partial_since: Mono::ZERO,
             unwritable_since: Mono::ZERO,
             drain_at: Mono::ZERO,
             armed: Mono::ZERO,
             woken: false,
-            began: false,
+            messages: 0,
         }
     }
 
@@ -133,6 +159,7 @@ impl Session {
     pub fn takes_messages(&self) -> bool {
         !self.blocked
             && self.close.is_none()
+            && self.ending.is_none()
             && self.stalled.is_empty()
             && self.in_flight() < self.limits.max_in_flight
             && self.out.len() < self.limits.max_pending_answers
@@ -145,7 +172,10 @@ impl Session {
 
     /// A whole message came.
     pub(crate) fn message_came(&mut self, now: Mono) {
-        self.began = true;
+        self.messages = self.messages.saturating_add(1);
+        if self.limits.max_queries > 0 && self.messages >= self.limits.max_queries {
+            self.ending.get_or_insert(ClientCloseReason::MaxQueries);
+        }
         self.last_message = now;
         self.partial_since = Mono::ZERO;
     }
@@ -171,7 +201,7 @@ impl Session {
 
     /// When to look at it again.
     pub fn deadline(&self) -> Mono {
-        let mut deadline = Mono::MAX;
+        let mut deadline = self.expiry();
         if self.unwritable_since != Mono::ZERO {
             deadline = deadline.min(self.unwritable_since.after(self.limits.write_timeout));
         }
@@ -187,10 +217,21 @@ impl Session {
         deadline
     }
 
-    /// Time has passed: sets the reason to close if a limit is over.
+    /// When it has been open for long enough.
+    fn expiry(&self) -> Mono {
+        if self.limits.max_duration.is_zero() || self.ending.is_some() {
+            return Mono::MAX;
+        }
+        self.opened.after(self.limits.max_duration)
+    }
+
+    /// Time has passed: sets the reason to close, or to end, if a limit is over.
     pub(crate) fn check(&mut self, now: Mono) {
         if self.close.is_some() {
             return;
+        }
+        if self.expiry() <= now {
+            self.ending = Some(ClientCloseReason::MaxDuration);
         }
         let over = |since: Mono, limit: Duration| since != Mono::ZERO && since.after(limit) <= now;
         let quiet = self.is_quiet();
@@ -214,6 +255,7 @@ impl Session {
             // Whatever was answered before the malformed message is still delivered.
             Some(ClientCloseReason::Malformed) if !self.out.is_empty() || self.in_flight() > 0 => None,
             Some(reason) => Some(reason),
+            None if self.ending.is_some() && self.in_flight() == 0 && self.out.is_empty() => self.ending,
             None if self.read_closed && self.is_quiet() => Some(ClientCloseReason::ClientClosed),
             None => None,
         }

@@ -12,6 +12,9 @@ use super::{Backend, Config, HealthMode, OneShotClose, ProxyProtocol, defaults, 
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
+#[path = "check_clients.rs"]
+mod clients;
+
 /// The exit code for a configuration that is not usable (EX_USAGE of sysexits.h).
 pub const EX_USAGE: u8 = 64;
 
@@ -32,6 +35,8 @@ pub struct Limits {
     pub descriptors: Option<u64>,
     /// How many ports connections can come from, per source address (`ip_local_port_range`); none: not known.
     pub ports: Option<u64>,
+    /// Memory of the machine, bytes; none: not known.
+    pub memory: Option<u64>,
 }
 
 impl Limits {
@@ -40,7 +45,11 @@ impl Limits {
         let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
         let mut ends = range.split_ascii_whitespace().map_while(|end| end.parse::<u64>().ok());
         let ports = ends.next().zip(ends.next()).and_then(|(first, last)| (last + 1).checked_sub(first));
-        Self { descriptors: getrlimit(Resource::Nofile).maximum, ports }
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib =
+            meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")?.trim().parse().ok());
+        let memory = kib.and_then(|kib: u64| kib.checked_mul(1024));
+        Self { descriptors: getrlimit(Resource::Nofile).maximum, ports, memory }
     }
 }
 
@@ -86,6 +95,7 @@ pub fn run(path: &Path) -> ExitCode {
 pub fn forecast(config: &Config, limits: Limits) -> Vec<Warning> {
     let mut warnings = Vec::new();
     warnings.extend(descriptors(config, limits));
+    clients::forecast(config, limits, &mut warnings);
     for (index, pool) in config.pools.iter().enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
         warnings.extend(usefulness(config, index, &path));
@@ -210,7 +220,7 @@ mod tests {
     use super::*;
 
     /// Enough for the defaults with two workers.
-    const ROOMY: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232) };
+    const ROOMY: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30) };
 
     /// The warnings for the minimal configuration with two workers and this behind it.
     fn warnings(text: &str, limits: Limits) -> Vec<String> {
@@ -225,7 +235,7 @@ mod tests {
     #[test]
     fn nothing_to_warn_of() {
         assert_eq!(warnings("", ROOMY), [""; 0]);
-        assert_eq!(warnings("", Limits { descriptors: None, ports: None }), [""; 0]);
+        assert_eq!(warnings("", Limits::default()), [""; 0]);
         assert_eq!(warnings(&tlv("connection", "static"), ROOMY), [""; 0]);
         assert_eq!(warnings(&tlv("connection", "{client_port}"), ROOMY), [""; 0]);
         assert_eq!(warnings(&tlv("address", "{qname}"), ROOMY), [""; 0]);
@@ -233,7 +243,7 @@ mod tests {
 
     #[test]
     fn more_connections_than_descriptors() {
-        let limits = |descriptors| Limits { descriptors: Some(descriptors), ports: None };
+        let limits = |descriptors| Limits { descriptors: Some(descriptors), ..Limits::default() };
         // 10,000 + 8,192 + 64 + 2 * (4 + 1)
         assert_eq!(warnings("", limits(18_266)), [""; 0]);
         assert_eq!(
@@ -331,6 +341,7 @@ mod tests {
     fn this_machine_has_limits() {
         let limits = Limits::read();
         assert!(limits.ports.is_some_and(|ports| (1..=65_536).contains(&ports)), "{limits:?}");
+        assert!(limits.memory.is_some_and(|memory| memory > 1 << 20), "{limits:?}");
         assert_ne!(limits.descriptors, Some(0));
     }
 }

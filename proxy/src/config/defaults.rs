@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{
     AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose,
-    Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
+    Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::TlvSet;
@@ -43,18 +43,39 @@ impl Default for Server {
     }
 }
 
+impl Default for Overload {
+    fn default() -> Self {
+        Self {
+            threshold: 90,
+            idle_timeout: Duration::from_millis(500),
+            max_connection_duration: Duration::from_secs(5),
+        }
+    }
+}
+
 impl Listener {
+    /// The default of `ban_duration`.
+    pub const DEFAULT_BAN: Duration = Duration::from_secs(10);
+
     /// A listener with defaults, which sends its queries to the pool of this index.
     pub fn new(name: &str, address: SocketAddr, pool: usize) -> Self {
         Self {
             name: name.to_owned(),
             address,
             pool,
+            max_connections: 0,
             max_connections_per_client: 100,
+            client_mask_v4: 32,
+            client_mask_v6: 64,
             max_in_flight: 100,
+            max_queries_per_connection: 0,
+            max_connection_duration: Duration::ZERO,
             idle_timeout: Duration::from_secs(10),
             message_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(5),
+            max_pending_answers: 256 << 10,
+            connection_rate_per_client: 0,
+            ban_duration: Self::DEFAULT_BAN,
             accept_proxy: None,
         }
     }

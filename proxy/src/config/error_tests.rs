@@ -59,15 +59,15 @@ fn unknown_keys() {
     );
     assert_eq!(
         pool("name = \"p\"\nidle_timeout = \"1s\"", BACKEND),
-        "f.toml:7:1: key `pool.idle_timeout`: unknown key; did you mean `listener.idle_timeout` or \
-         `connections.idle_timeout`?"
+        "f.toml:7:1: key `pool.idle_timeout`: unknown key; did you mean `overload.idle_timeout` or \
+         `listener.idle_timeout` or `connections.idle_timeout`?"
     );
 }
 
 #[test]
 fn not_supported_yet() {
-    assert_eq!(with("[overload]\n"), "f.toml:13:2: key `overload`: not supported yet");
-    assert_eq!(value("[overload]", "threshold = 90"), "f.toml:14:1: key `overload.threshold`: not supported yet");
+    assert_eq!(with("[pool.backend.tls]\n"), "f.toml:13:15: key `pool.backend.tls`: not supported yet");
+    assert_eq!(value("[admin]", "token_file = \"t\""), "f.toml:14:1: key `admin.token_file`: not supported yet");
     assert_eq!(
         pool(
             POOL,
@@ -169,6 +169,9 @@ fn out_of_range() {
         ("[server]", "workers = -1", 11, "server.workers", "0 to 1024"),
         ("[server]", "workers = 99999999999999999999999999999999999999999", 11, "server.workers", "0 to 1024"),
         ("[server]", "max_connections = 0", 19, "server.max_connections", "1 to 1048576"),
+        ("[overload]", "threshold = 0", 13, "overload.threshold", "1 to 100"),
+        ("[overload]", "threshold = 101", 13, "overload.threshold", "1 to 100"),
+        ("[overload]", "idle_timeout = \"0s\"", 16, "overload.idle_timeout", "\"1ms\" to \"8760h\""),
         ("[connections]", "max_owned_per_client = 0", 24, "connections.max_owned_per_client", "1 to 1048576"),
         ("[connections]", "idle_timeout = \"0s\"", 16, "connections.idle_timeout", "\"1ms\" to \"8760h\""),
         ("[connections]", "cleanup_interval = \"9ms\"", 20, "connections.cleanup_interval", "\"10ms\" to \"8760h\""),
@@ -200,6 +203,29 @@ fn out_of_range() {
          f.toml:11:19: key `pool.backend.max_connections`: must be from 1 to 1048576\n\
          f.toml:12:19: key `pool.backend.connect_timeout`: must be from \"1ms\" to \"8760h\""
     );
+}
+
+#[test]
+fn limits_out_of_range() {
+    for (line, at, range) in [
+        ("max_connections = 1048577", 19, "0 to 1048576"),
+        ("max_connections_per_client = 0", 30, "1 to 1048576"),
+        ("client_mask_v4 = 0", 18, "1 to 32"),
+        ("client_mask_v4 = 33", 18, "1 to 32"),
+        ("client_mask_v6 = 129", 18, "1 to 128"),
+        ("max_queries_per_connection = -1", 30, "0 to 4294967295"),
+        ("max_pending_answers = \"511B\"", 23, "\"512B\" to \"1024MiB\""),
+        ("connection_rate_per_client = 1000001", 30, "0 to 1000000"),
+    ] {
+        let (key, _) = line.split_once(' ').unwrap();
+        let text = MINIMAL.replacen("pool = \"resolvers\"\n", &format!("pool = \"resolvers\"\n{line}\n"), 1);
+        assert_eq!(errors(&text), format!("f.toml:6:{at}: key `listener.{key}`: must be from {range}"));
+    }
+    for key in ["max_connection_duration", "ban_duration"] {
+        let text = MINIMAL.replacen("pool = \"resolvers\"\n", &format!("pool = \"resolvers\"\n{key} = \"9999h\"\n"), 1);
+        assert!(errors(&text).starts_with(&format!("f.toml:6:{}: key `listener.{key}`: ", key.len() + 4)));
+        assert!(from_str("f", &text.replace("9999h", "0s")).is_ok(), "zero: none");
+    }
 }
 
 #[test]
@@ -462,14 +488,14 @@ fn a_header_that_is_always_too_long() {
 
 #[test]
 fn all_errors_of_a_file_are_reported_in_its_order() {
-    let text = "pools = 1\n[watchdog]\nsweeps = 0\nreap = 1\n[overload]\nthreshold = 1\n[[listener]]\nname = \"a b\"\n";
+    let text = "pools = 1\n[watchdog]\nsweeps = 0\nreap = 1\n[admin]\ntoken_file = 1\n[[listener]]\nname = \"a b\"\n";
     assert_eq!(
         errors(text),
         "f.toml:1:1: key `pools`: unknown key; did you mean `pool`?\n\
          f.toml:1:1: key `pool`: is missing\n\
          f.toml:3:10: key `watchdog.sweeps`: must be from 1 to 1000\n\
          f.toml:4:8: key `watchdog.reap`: expected a string, found integer\n\
-         f.toml:6:1: key `overload.threshold`: not supported yet\n\
+         f.toml:6:1: key `admin.token_file`: not supported yet\n\
          f.toml:7:1: key `listener.pool`: is missing\n\
          f.toml:7:1: key `listener.address`: is missing\n\
          f.toml:8:8: key `listener.name`: \"a b\" is no name: 1 to 64 letters, digits, '.', '_', '-' are"

@@ -1,13 +1,18 @@
 //! `[[listener]]` and all that is in it.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique};
 use super::pools::{MAX_IN_FLIGHT, Pools};
 use super::section::{Section, Value};
+use super::units::MAX_SIZE;
 use super::{AcceptProxy, Listener, Network};
 use crate::proxy_protocol::{MAX_LEN, parse_v1};
+
+/// The least that is kept for a client that does not read: what every answer may have (RFC 1035 section 4.2.1), bytes.
+const SHORTEST_ANSWER: usize = 512;
 
 /// Reads all listeners.
 pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listener> {
@@ -36,13 +41,32 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
             address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0))),
             pool.unwrap_or_default(),
         );
+        let count = |key, default, min| section.integer(key, default, min..=MAX_COUNT);
+        let max_pending_answers =
+            section.value("max_pending_answers").and_then(|value| value.size(SHORTEST_ANSWER..=MAX_SIZE));
         listeners.push(Listener {
-            max_connections_per_client: section.integer(
-                "max_connections_per_client",
-                default.max_connections_per_client,
-                1..=MAX_COUNT,
-            ),
+            max_connections: count("max_connections", default.max_connections, 0),
+            max_connections_per_client: count("max_connections_per_client", default.max_connections_per_client, 1),
+            client_mask_v4: section.integer("client_mask_v4", default.client_mask_v4, 1..=32),
+            client_mask_v6: section.integer("client_mask_v6", default.client_mask_v6, 1..=128),
             max_in_flight: section.integer("max_in_flight", default.max_in_flight, 1..=MAX_IN_FLIGHT),
+            max_queries_per_connection: section.integer(
+                "max_queries_per_connection",
+                default.max_queries_per_connection,
+                0..=u32::MAX,
+            ),
+            max_connection_duration: section.duration(
+                "max_connection_duration",
+                default.max_connection_duration,
+                Duration::ZERO,
+            ),
+            max_pending_answers: max_pending_answers.unwrap_or(default.max_pending_answers),
+            connection_rate_per_client: section.integer(
+                "connection_rate_per_client",
+                default.connection_rate_per_client,
+                0..=1_000_000,
+            ),
+            ban_duration: section.duration("ban_duration", default.ban_duration, Duration::ZERO),
             idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
             message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),

@@ -42,6 +42,8 @@ pub use parse::{from_str, load};
 pub struct Config {
     /// `[server]`
     pub server: Server,
+    /// `[overload]`
+    pub overload: Overload,
     /// `[[listener]]`, at least one.
     pub listeners: Vec<Listener>,
     /// `[[pool]]`, at least one.
@@ -69,6 +71,17 @@ pub struct Server {
     pub log: String,
 }
 
+/// `[overload]`: for client connections that are accepted near a limit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overload {
+    /// Percent of any connection limit from which on they are restricted; 100: never.
+    pub threshold: u8,
+    /// Between queries, if the listener's is not shorter.
+    pub idle_timeout: Duration,
+    /// From beginning to end, if the listener's is not shorter; zero: no limit.
+    pub max_connection_duration: Duration,
+}
+
 /// `[[listener]]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
@@ -78,16 +91,32 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Index into [`Config::pools`].
     pub pool: usize,
-    /// Connections per client address.
+    /// Client connections on it, 0: no limit of its own.
+    pub max_connections: usize,
+    /// Connections per client.
     pub max_connections_per_client: usize,
+    /// Prefix length of what counts as one client, IPv4.
+    pub client_mask_v4: u8,
+    /// Prefix length of what counts as one client, IPv6.
+    pub client_mask_v6: u8,
     /// Queries in flight on one client connection; more are not read yet.
     pub max_in_flight: usize,
+    /// Messages on one client connection, 0: no limit.
+    pub max_queries_per_connection: u32,
+    /// From beginning to end of a client connection, zero: no limit.
+    pub max_connection_duration: Duration,
     /// Between queries; reset by whole messages only (RFC 7766 section 6.2.3).
     pub idle_timeout: Duration,
     /// From the first byte of a message to its last.
     pub message_timeout: Duration,
     /// For a client that does not read.
     pub write_timeout: Duration,
+    /// Answers kept for a client that does not read, bytes: above, its queries are not read.
+    pub max_pending_answers: usize,
+    /// New connections per second, 0: no limit.
+    pub connection_rate_per_client: u32,
+    /// For a client over that rate.
+    pub ban_duration: Duration,
     /// `[listener.accept_proxy]`; none: nobody speaks for a client.
     pub accept_proxy: Option<AcceptProxy>,
 }

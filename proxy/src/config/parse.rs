@@ -14,7 +14,7 @@ use super::error::{ConfigErrors, Problem};
 use super::pools::Pools;
 use super::section::{Section, Value};
 use super::source::{Path, Source};
-use super::{Admin, Class, Config, Connections, Kernel, Server, Watchdog, defaults, listeners, schema};
+use super::{Admin, Class, Config, Connections, Kernel, Overload, Server, Watchdog, defaults, listeners, schema};
 
 /// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
 /// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
@@ -103,6 +103,7 @@ fn read(root: &Section<'_, '_>) -> Config {
     pools.check_headers(&listeners);
     Config {
         server,
+        overload: read_overload(&root.table("overload")),
         listeners,
         pools: pools.into_pools(),
         connections: read_connections(&root.table("connections")),
@@ -123,6 +124,19 @@ fn read_server(section: &Section<'_, '_>) -> Server {
         drain_timeout: section.duration("drain_timeout", default.drain_timeout, Duration::ZERO),
         max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
         log: section.value("log").and_then(|value| log_filter(&value)).unwrap_or(default.log),
+    }
+}
+
+fn read_overload(section: &Section<'_, '_>) -> Overload {
+    let default = Overload::default();
+    Overload {
+        threshold: section.integer("threshold", default.threshold, 1..=100),
+        idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
+        max_connection_duration: section.duration(
+            "max_connection_duration",
+            default.max_connection_duration,
+            Duration::ZERO,
+        ),
     }
 }
 

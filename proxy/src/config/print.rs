@@ -4,13 +4,16 @@ use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 use super::choices::Choice;
-use super::{Admin, Backend, Config, Connections, Kernel, Listener, Pool, ProxyProtocol, Server, Watchdog, units};
+use super::{
+    Admin, Backend, Config, Connections, Kernel, Listener, Overload, Pool, ProxyProtocol, Server, Watchdog, units,
+};
 use crate::proxy_protocol::identity::Identity;
 
 /// The whole configuration. `workers` is the number of workers in effect, never 0.
 pub fn to_toml(config: &Config) -> String {
     let mut out = Writer::default();
     server(&mut out, &config.server);
+    overload(&mut out, &config.overload);
     for listener in &config.listeners {
         self::listener(&mut out, listener, &config.pools);
     }
@@ -67,16 +70,31 @@ fn server(out: &mut Writer, server: &Server) {
     out.text("log", &server.log);
 }
 
+fn overload(out: &mut Writer, overload: &Overload) {
+    out.heading("[overload]");
+    out.bare("threshold", overload.threshold);
+    out.duration("idle_timeout", overload.idle_timeout);
+    out.duration("max_connection_duration", overload.max_connection_duration);
+}
+
 fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
     out.heading("[[listener]]");
     out.text("name", &listener.name);
     out.text("address", listener.address);
     out.text("pool", pools.get(listener.pool).map_or("", |pool| &pool.name));
+    out.bare("max_connections", listener.max_connections);
     out.bare("max_connections_per_client", listener.max_connections_per_client);
+    out.bare("client_mask_v4", listener.client_mask_v4);
+    out.bare("client_mask_v6", listener.client_mask_v6);
     out.bare("max_in_flight", listener.max_in_flight);
+    out.bare("max_queries_per_connection", listener.max_queries_per_connection);
+    out.duration("max_connection_duration", listener.max_connection_duration);
     out.duration("idle_timeout", listener.idle_timeout);
     out.duration("message_timeout", listener.message_timeout);
     out.duration("write_timeout", listener.write_timeout);
+    out.text("max_pending_answers", units::format_size(listener.max_pending_answers));
+    out.bare("connection_rate_per_client", listener.connection_rate_per_client);
+    out.duration("ban_duration", listener.ban_duration);
     if let Some(proxy) = &listener.accept_proxy {
         out.heading("[listener.accept_proxy]");
         out.list("from", proxy.from.iter().map(ToString::to_string));

@@ -141,14 +141,23 @@ prop_compose! {
         address in any::<[u8; 3]>(),
         port in any::<u16>(),
         pool in 0..pools,
-        numbers in (1..=100_000usize, 1..=65_536usize),
-        timeouts in (duration(1), duration(1), duration(1)),
+        numbers in (1..=100_000usize, 1..=65_536usize, 0..=100_000usize, 512..=(1usize << 30)),
+        limits in (1..=32u8, 1..=128u8, any::<u32>(), 0..=1_000_000u32),
+        timeouts in (duration(1), duration(1), duration(1), duration(0), duration(0)),
         accept_proxy in prop::option::of(accept_proxy()),
     ) -> Listener {
         let [a, b, c] = address;
         Listener {
             max_connections_per_client: numbers.0,
             max_in_flight: numbers.1,
+            max_connections: numbers.2,
+            max_pending_answers: numbers.3,
+            client_mask_v4: limits.0,
+            client_mask_v6: limits.1,
+            max_queries_per_connection: limits.2,
+            connection_rate_per_client: limits.3,
+            max_connection_duration: timeouts.3,
+            ban_duration: timeouts.4,
             idle_timeout: timeouts.0,
             message_timeout: timeouts.1,
             write_timeout: timeouts.2,
@@ -215,6 +224,7 @@ prop_compose! {
         (mut listeners, mut pools) in shape(),
         names in prop::collection::hash_set(name(), 12),
         server in (1..=1024usize, duration(0), 1..=1_000_000usize),
+        overload in (1..=100u8, duration(1), duration(0)),
         connections in connections(),
         kernel in (
             prop_oneof![Just(View::Auto), Just(View::Ebpf), Just(View::SockDiag), Just(View::None)],
@@ -239,6 +249,11 @@ prop_compose! {
         let (workers, drain_timeout, max_connections) = server;
         Config {
             server: Server { workers, drain_timeout, max_connections, log: "warn,counterfoil::watchdog=debug".to_owned() },
+            overload: Overload {
+                threshold: overload.0,
+                idle_timeout: overload.1,
+                max_connection_duration: overload.2,
+            },
             listeners,
             pools,
             connections,

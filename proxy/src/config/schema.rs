@@ -70,24 +70,25 @@ pub const FORMAT: &[Key] = &[
 
 const SERVER: &[Key] = &[works("workers"), works("drain_timeout"), works("max_connections"), works("log")];
 
-const OVERLOAD: &[Key] = &[not_yet("threshold"), not_yet("idle_timeout"), not_yet("max_connection_duration")];
+const OVERLOAD: &[Key] = &[works("threshold"), works("idle_timeout"), works("max_connection_duration")];
 
 const LISTENER: &[Key] = &[
     works("name"),
     works("address"),
     works("pool"),
+    works("max_connections"),
     works("max_connections_per_client"),
-    not_yet("client_mask_v4"),
-    not_yet("client_mask_v6"),
+    works("client_mask_v4"),
+    works("client_mask_v6"),
     works("max_in_flight"),
-    not_yet("max_queries_per_connection"),
-    not_yet("max_connection_duration"),
+    works("max_queries_per_connection"),
+    works("max_connection_duration"),
     works("idle_timeout"),
     works("message_timeout"),
     works("write_timeout"),
-    not_yet("max_pending_answers"),
-    not_yet("connection_rate_per_client"),
-    not_yet("ban_duration"),
+    works("max_pending_answers"),
+    works("connection_rate_per_client"),
+    works("ban_duration"),
     not_yet("edns_tcp_keepalive"),
     not_yet("tcp_fast_open"),
     table("accept_proxy", ACCEPT_PROXY),
@@ -294,7 +295,7 @@ mod tests {
         assert_eq!(suggest("idle_timout", LISTENER).as_deref(), Some("`idle_timeout`"));
         assert_eq!(
             suggest("idle_timeout", POOL).as_deref(),
-            Some("`listener.idle_timeout` or `connections.idle_timeout`")
+            Some("`overload.idle_timeout` or `listener.idle_timeout` or `connections.idle_timeout`")
         );
         assert_eq!(suggest("identity", POOL).as_deref(), Some("`pool.proxy_protocol.identity`"));
         assert_eq!(suggest("colour", POOL), None);

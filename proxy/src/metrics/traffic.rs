@@ -66,6 +66,11 @@ impl Traffic {
             self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.opened))),
         )?;
         families.counters(
+            "client_connections_restricted",
+            "Client connections accepted near a limit, with the times of [overload]",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.restricted))),
+        )?;
+        families.counters(
             "client_connections_closed",
             "Client connections closed, by reason",
             self.listeners().flat_map(|(i, name)| {

@@ -9,8 +9,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::Observed;
 use crate::config::{
-    Admin, Backend, Class, Config, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose, Policy,
-    Pool, ReapMode, Server, View, Watchdog,
+    Admin, Backend, Class, Config, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose,
+    Overload, Policy, Pool, ReapMode, Server, View, Watchdog,
 };
 use crate::control::{Control, Controls};
 use crate::drill::{AT_ONCE, Setup};
@@ -26,6 +26,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
             max_connections: 10,
             log: "info".to_owned(),
         },
+        overload: Overload::default(),
         listeners: vec![Listener {
             // Needs escaping in an exposition.
             name: "d\"n\\s".to_owned(),

@@ -20,7 +20,7 @@ use crate::backend::choose::Chooser;
 use crate::backend::pool::{ConnKey, Pool};
 use crate::backend::wait::WaitQueue;
 use crate::client::preface;
-use crate::client::session::{Addresses, Session, SessionKey, Via};
+use crate::client::session::{Addresses, Pace, Session, SessionKey, Via};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
@@ -130,11 +130,12 @@ impl Core {
         listener: u16,
         addresses: Addresses,
         via: Option<Box<Via>>,
+        pace: Pace,
         now: Mono,
     ) -> SessionKey {
         let plan = &self.plan.listeners[usize::from(listener)];
         let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits, now);
+        let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits(pace), now);
         if let Some(via) = via {
             tracing::debug!(session = serial, client = %session.client, peer = %via.peer, "client behind PROXY");
             session.via = Some(via);
@@ -143,6 +144,7 @@ impl Core {
         let stats = &self.stats.listeners[usize::from(listener)];
         stats.opened.add(1);
         stats.connections.add(1);
+        stats.restricted.add(u64::from(pace == Pace::Restricted));
         if self.draining {
             self.sessions[key.0].drain_at = now;
         }
@@ -155,7 +157,7 @@ impl Core {
     pub(crate) fn client_bytes(&mut self, key: SessionKey, bytes: &[u8], now: Mono) -> usize {
         let mut taken = 0;
         if let Some(session) = self.sessions.get_mut(key.0)
-            && !session.began
+            && session.messages == 0
             && preface::is_header(bytes)
         {
             // A trusted peer's header was read before the session began.

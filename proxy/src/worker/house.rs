@@ -131,7 +131,7 @@ impl Core {
         }
         session.armed = Mono::ZERO;
         session.check(now);
-        if session.close.is_some() {
+        if session.close.is_some() || session.ending.is_some() {
             self.wake_session(key);
         } else {
             self.settle_session(key);

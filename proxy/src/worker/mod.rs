@@ -8,6 +8,8 @@ pub mod buffer;
 pub mod core;
 #[cfg(test)]
 mod core_tests;
+#[cfg(test)]
+mod ending_tests;
 mod house;
 pub(crate) mod links;
 mod place;
@@ -91,7 +93,6 @@ impl Worker {
                 shell: Rc::clone(&shell),
                 index: listener,
                 limits: Arc::clone(&self.limits),
-                max_per_client: config.max_connections_per_client,
                 accept_proxy: config.accept_proxy.clone().map(Rc::new),
             });
             let listener = tokio::net::TcpListener::from_std(socket)?;

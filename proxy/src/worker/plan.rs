@@ -1,17 +1,15 @@
 //! The configuration as a worker uses it: flat, with backends numbered over all pools.
 
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 use std::time::Duration;
 
 use crate::backend::choose;
-use crate::client::session::Limits;
-use crate::config::{Config, Connections, OnFailure, OneShotClose, Policy};
+use crate::client::session::{Limits, Pace};
+use crate::config::{Config, Connections, Listener, OnFailure, OneShotClose, Overload, Policy};
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::{Class, TlvSet};
-
-/// Answers kept for a client that does not read, bytes. Not in the configuration yet.
-const MAX_PENDING_ANSWERS: usize = 256 * 1024;
 
 /// Everything a worker needs to know that never changes.
 #[derive(Debug)]
@@ -27,7 +25,41 @@ pub(crate) struct ListenerPlan {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
     pub(crate) pool: u16,
-    pub(crate) limits: Limits,
+    limits: Rc<Limits>,
+    restricted: Rc<Limits>,
+}
+
+impl ListenerPlan {
+    fn new(listener: &Listener, overload: &Overload) -> Self {
+        let limits = Limits {
+            max_in_flight: listener.max_in_flight,
+            max_queries: listener.max_queries_per_connection,
+            max_duration: listener.max_connection_duration,
+            max_pending_answers: listener.max_pending_answers,
+            idle_timeout: listener.idle_timeout,
+            message_timeout: listener.message_timeout,
+            write_timeout: listener.write_timeout,
+        };
+        let max_duration = match (limits.max_duration, overload.max_connection_duration) {
+            (Duration::ZERO, max) | (max, Duration::ZERO) => max,
+            (one, other) => one.min(other),
+        };
+        let idle_timeout = limits.idle_timeout.min(overload.idle_timeout);
+        Self {
+            name: listener.name.clone(),
+            address: listener.address,
+            pool: u16::try_from(listener.pool).unwrap_or(u16::MAX),
+            restricted: Rc::new(Limits { max_duration, idle_timeout, ..limits.clone() }),
+            limits: Rc::new(limits),
+        }
+    }
+
+    pub(crate) fn limits(&self, pace: Pace) -> Rc<Limits> {
+        Rc::clone(match pace {
+            Pace::Normal => &self.limits,
+            Pace::Restricted => &self.restricted,
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -128,22 +160,7 @@ impl Plan {
                 backends: of_pool,
             });
         }
-        let listeners = config
-            .listeners
-            .iter()
-            .map(|listener| ListenerPlan {
-                name: listener.name.clone(),
-                address: listener.address,
-                pool: u16::try_from(listener.pool).unwrap_or(u16::MAX),
-                limits: Limits {
-                    max_in_flight: listener.max_in_flight,
-                    max_pending_answers: MAX_PENDING_ANSWERS,
-                    idle_timeout: listener.idle_timeout,
-                    message_timeout: listener.message_timeout,
-                    write_timeout: listener.write_timeout,
-                },
-            })
-            .collect();
+        let listeners = config.listeners.iter().map(|listener| ListenerPlan::new(listener, &config.overload)).collect();
         Self { listeners, pools, backends, connections: config.connections.clone() }
     }
 }

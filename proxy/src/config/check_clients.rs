@@ -1,0 +1,92 @@
+//! What the limits on clients amount to.
+
+use super::super::{Config, Listener};
+use super::{Limits, Warning};
+
+/// Warns of limits that cannot hold, or are never reached.
+pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warning>) {
+    let total = config.server.max_connections;
+    for (index, listener) in config.listeners.iter().enumerate() {
+        let path = if config.listeners.len() == 1 { "listener".to_owned() } else { format!("listener[{index}]") };
+        let mut warn = |key: &str, message: String| warnings.push(Warning { key: format!("{path}.{key}"), message });
+        if listener.max_connections > total {
+            let message = format!("is never reached: `server.max_connections` is {total}");
+            warn("max_connections", message);
+        }
+        let here = of_listener(listener, total);
+        if listener.max_connections_per_client >= here {
+            let message = format!("one client can take all {here} connections, and then nobody else is served");
+            warn("max_connections_per_client", message);
+        }
+        let pending = (here as u64).saturating_mul(listener.max_pending_answers as u64);
+        if let Some(memory) = limits.memory.filter(|memory| pending > *memory) {
+            let message = format!(
+                "{here} clients that do not read can make {} MiB of answers wait, and the machine has {} MiB",
+                pending >> 20,
+                memory >> 20
+            );
+            warn("max_pending_answers", message);
+        }
+        if listener.connection_rate_per_client == 0 && listener.ban_duration != Listener::DEFAULT_BAN {
+            warn("ban_duration", "nobody is ever banned: `connection_rate_per_client` is 0".to_owned());
+        }
+    }
+}
+
+/// How many client connections the listener can have.
+fn of_listener(listener: &Listener, total: usize) -> usize {
+    if listener.max_connections == 0 { total } else { listener.max_connections.min(total) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::super::super::contract_tests::MINIMAL;
+    use super::super::super::from_str;
+    use super::*;
+
+    /// The warnings for the minimal configuration with these lines in its listener.
+    fn warnings(listener: &str, memory: u64) -> Vec<String> {
+        let text = MINIMAL.replacen("pool = \"resolvers\"\n", &format!("pool = \"resolvers\"\n{listener}\n"), 1);
+        let limits = Limits { memory: Some(memory), ..Limits::default() };
+        let mut warnings = Vec::new();
+        forecast(&from_str("f.toml", &text).unwrap(), limits, &mut warnings);
+        warnings.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn limits_that_are_never_reached() {
+        assert_eq!(warnings("max_connections = 10000", 4 << 30), [""; 0]);
+        assert_eq!(
+            warnings("max_connections = 10001", 4 << 30),
+            ["key `listener.max_connections`: is never reached: `server.max_connections` is 10000"]
+        );
+        assert_eq!(
+            warnings("max_connections = 50", 4 << 30),
+            [
+                "key `listener.max_connections_per_client`: one client can take all 50 connections, and then nobody else \
+              is served"
+            ]
+        );
+        assert_eq!(
+            warnings("ban_duration = \"1m\"", 4 << 30),
+            ["key `listener.ban_duration`: nobody is ever banned: `connection_rate_per_client` is 0"]
+        );
+        assert_eq!(warnings("ban_duration = \"1m\"\nconnection_rate_per_client = 1", 4 << 30), [""; 0]);
+    }
+
+    #[test]
+    fn more_answers_than_memory() {
+        // 10,000 times 256 KiB.
+        assert_eq!(warnings("", 2500 << 20), [""; 0]);
+        assert_eq!(
+            warnings("", (2500 << 20) - 1),
+            [
+                "key `listener.max_pending_answers`: 10000 clients that do not read can make 2500 MiB of answers wait, and \
+              the machine has 2499 MiB"
+            ]
+        );
+        assert_eq!(warnings("max_pending_answers = \"64KiB\"", 2 << 30), [""; 0]);
+    }
+}

@@ -1,0 +1,86 @@
+//! Client connections that end by a limit: what they asked is answered, and nothing more is taken.
+
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::plan::Plan;
+use super::sim::Sim;
+use crate::client::session::Pace;
+use crate::close::ClientCloseReason;
+use crate::config::from_str;
+
+fn configuration(listener: &str) -> String {
+    format!(
+        "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\n{listener}\n[[pool]]\nname = \"p\"\n\
+         [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:1053\"\n"
+    )
+}
+
+fn closed(sim: &Sim, reason: ClientCloseReason) -> u64 {
+    sim.core.stats.listeners[0].closed[reason as usize].get()
+}
+
+#[test]
+fn the_last_query_is_answered_and_no_other_is_taken() {
+    let mut sim = Sim::new(&configuration("max_queries_per_connection = 3"));
+    let client = sim.connect_client("192.0.2.1:1000");
+    for id in 0..3 {
+        sim.ask(client, id, "a.test");
+    }
+    sim.ask(client, 3, "too.many.test");
+    assert!(sim.clients[&client].backlog() > 0, "the fourth is not taken");
+    assert_eq!(sim.core.sessions[client.0].in_flight(), 3);
+    assert_eq!(closed(&sim, ClientCloseReason::MaxQueries), 0);
+    sim.answer_all();
+    assert_eq!(closed(&sim, ClientCloseReason::MaxQueries), 1);
+    assert_eq!(sim.core.stats.listeners[0].answers.get(), 3);
+    sim.assert_quiescent();
+}
+
+#[test]
+fn a_connection_ends_after_its_time_once_all_is_answered() {
+    let mut sim = Sim::new(&configuration("max_connection_duration = \"5s\"\nidle_timeout = \"3s\""));
+    let busy = sim.connect_client("192.0.2.1:1000");
+    let quiet = sim.connect_client("192.0.2.1:1001");
+    for id in 0..4 {
+        sim.ask(busy, id, "a.test");
+        sim.ask(quiet, id, "a.test");
+        sim.answer_all();
+        sim.pass(Duration::from_secs(1));
+    }
+    sim.pass(Duration::from_millis(900));
+    sim.ask(busy, 9, "in.flight.test");
+    assert_eq!(sim.clients.len(), 2, "idle_timeout has not come");
+    sim.pass(Duration::from_millis(101));
+    assert!(sim.clients.contains_key(&busy) && !sim.clients.contains_key(&quiet));
+    sim.ask(busy, 10, "too.late.test");
+    assert!(sim.clients[&busy].backlog() > 0);
+    sim.answer_all();
+    assert!(sim.clients.is_empty());
+    assert_eq!(closed(&sim, ClientCloseReason::MaxDuration), 2);
+    assert_eq!(sim.core.stats.listeners[0].answers.get(), 9);
+    sim.assert_quiescent();
+}
+
+#[test]
+fn the_shorter_times_hold_near_a_limit() {
+    let times = |listener: &str, overload: &str| {
+        let config = from_str("test", &(configuration(listener) + overload)).unwrap();
+        let plan = Plan::new(&config, |address, _| address);
+        [Pace::Normal, Pace::Restricted].map(|pace| {
+            let limits = plan.listeners[0].limits(pace);
+            (limits.idle_timeout.as_millis(), limits.max_duration.as_millis())
+        })
+    };
+    assert_eq!(times("", ""), [(10_000, 0), (500, 5_000)]);
+    let shorter = "idle_timeout = \"400ms\"\nmax_connection_duration = \"4s\"";
+    assert_eq!(times(shorter, ""), [(400, 4_000); 2], "the listener's own are shorter");
+    let endless = "[overload]\nidle_timeout = \"1s\"\nmax_connection_duration = \"0s\"";
+    assert_eq!(times("", endless), [(10_000, 0), (1_000, 0)]);
+    assert_eq!(times("max_connection_duration = \"9s\"", endless), [(10_000, 9_000), (1_000, 9_000)]);
+    let plan = Plan::new(&from_str("test", &configuration("")).unwrap(), |address, _| address);
+    let [one, other] = [(); 2].map(|()| plan.listeners[0].limits(Pace::Normal));
+    assert!(Rc::ptr_eq(&one, &other), "all sessions of a listener share them");
+}

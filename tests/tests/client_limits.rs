@@ -1,0 +1,187 @@
+//! Limits on clients beyond those in `limits.rs`: networks as clients, rates and bans, the times near a limit, answers that
+//! nobody reads.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::driver::{Client, Load, Received};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::proxy_header::v2;
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn config(backend: SocketAddr) -> Config {
+    Config::new(backend).set("connections", "idle_timeout", "\"300ms\"").set(
+        "connections",
+        "cleanup_interval",
+        "\"100ms\"",
+    )
+}
+
+#[track_caller]
+fn expect_served(client: &mut Client) {
+    Load::default().run(client).assert_all_answered(1);
+}
+
+#[track_caller]
+fn expect_closed(client: &mut Client) {
+    let received = client.receive(SOON);
+    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
+}
+
+#[track_caller]
+fn refused(counterfoil: &Counterfoil, reason: &str) -> f64 {
+    counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)])
+}
+
+#[track_caller]
+fn closed(counterfoil: &Counterfoil, reason: &str) -> f64 {
+    counterfoil.metrics().sum("client_connections_closed_total", &[("reason", reason)])
+}
+
+/// A client at this address behind a load balancer at 127.0.0.1.
+fn behind(counterfoil: &Counterfoil, client: &str) -> Client {
+    let service = if client.starts_with('[') { "[2001:db8::53]:53" } else { "198.51.100.53:53" };
+    let mut connected = counterfoil.client();
+    connected.send_raw(&v2(client, service, &[])).unwrap();
+    connected
+}
+
+#[test]
+fn a_network_counts_as_one_client() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address)
+        .accept_proxy(&["127.0.0.1"])
+        .set("listener", "max_connections_per_client", 2)
+        .set("listener", "client_mask_v4", 24)
+        .set("listener", "client_mask_v6", 48);
+    let counterfoil = Counterfoil::start(&config);
+    let mut clients: Vec<Client> = [
+        "192.0.2.1:1",
+        "192.0.2.200:1",
+        "192.0.3.1:1",
+        "[2001:db8:0:1::1]:1",
+        "[2001:db8:0:2::1]:1",
+        "[2001:db8:1::1]:1",
+    ]
+    .map(|client| behind(&counterfoil, client))
+    .into();
+    clients.iter_mut().for_each(expect_served);
+    expect_closed(&mut behind(&counterfoil, "192.0.2.3:1"));
+    expect_closed(&mut behind(&counterfoil, "[2001:db8:0:3::1]:1"));
+    assert_eq!(refused(&counterfoil, "per_client"), 2.0);
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+/// The rate is that of the address behind PROXY; its load balancer and other clients are not banned with it.
+#[test]
+fn a_ban_is_for_the_client_and_ends() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address)
+        .accept_proxy(&["127.0.0.1"])
+        .set("server", "workers", 2)
+        .set("listener", "connection_rate_per_client", 5)
+        .set("listener", "ban_duration", "\"1500ms\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut first = behind(&counterfoil, "192.0.2.1:1");
+    expect_served(&mut first);
+    let start = Instant::now();
+    // More than five a second, whenever a second begins.
+    let mut rest: Vec<Client> = (0..20).map(|_| behind(&counterfoil, "192.0.2.1:1")).collect();
+    wait::until("the client is banned", SOON, || {
+        refused(&counterfoil, "connection_rate") + refused(&counterfoil, "banned") >= 8.0
+    });
+    assert_eq!(refused(&counterfoil, "connection_rate"), 1.0, "once: then it is banned");
+    expect_served(&mut behind(&counterfoil, "192.0.2.2:1"));
+    expect_served(&mut first);
+    expect_closed(rest.last_mut().unwrap());
+    wait::until("the ban is over", SOON, || {
+        let mut again = behind(&counterfoil, "192.0.2.1:1");
+        again.ask(1, "again.example.test", qtype::A);
+        matches!(again.receive(SOON), Received::Message(_))
+    });
+    assert!(start.elapsed() >= Duration::from_millis(1400), "{:?}", start.elapsed());
+    drop((first, rest));
+    counterfoil.assert_quiescent();
+}
+
+/// From 90 % of a limit on, new connections get short times; those from before keep theirs.
+#[test]
+fn near_a_limit_new_connections_are_short() {
+    let backend = FakeBackend::answering(false);
+    for (section, key) in
+        [("server", "max_connections"), ("listener", "max_connections"), ("listener", "max_connections_per_client")]
+    {
+        let config =
+            config(backend.address).set(section, key, 10).set("overload", "max_connection_duration", "\"1500ms\"");
+        let counterfoil = Counterfoil::start(&config);
+        let mut clients: Vec<Client> = (0..9).map(|_| counterfoil.client()).collect();
+        clients.iter_mut().for_each(expect_served);
+        assert_eq!(counterfoil.metrics().sum("client_connections_restricted_total", &[]), 0.0, "{key}");
+        let start = Instant::now();
+        expect_closed(&mut counterfoil.client());
+        let idle = start.elapsed();
+        assert!(idle >= Duration::from_millis(400) && idle < Duration::from_secs(3), "{key}: {idle:?}");
+        assert_eq!(counterfoil.metrics().sum("client_connections_restricted_total", &[]), 1.0, "{key}");
+        // One that asks all the while ends by its duration.
+        let start = Instant::now();
+        let mut busy = counterfoil.client();
+        let mut answered = 0;
+        while let Ok(()) = busy.send_raw(&message::framed(&message::query(1, "busy.example.test", qtype::A))) {
+            match busy.receive(SOON) {
+                Received::Message(_) => answered += 1,
+                _ => break,
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let taken = start.elapsed();
+        assert!(taken >= Duration::from_millis(1400) && taken < SOON && answered > 3, "{key}: {taken:?}, {answered}");
+        assert_eq!((closed(&counterfoil, "idle_timeout"), closed(&counterfoil, "max_duration")), (1.0, 1.0), "{key}");
+        clients.iter_mut().for_each(expect_served);
+        drop((clients, busy));
+        counterfoil.assert_quiescent();
+    }
+}
+
+/// How many queries of a client that does not read get to the backend.
+fn asked_without_reading(max_pending_answers: &str) -> usize {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let config = config(backend.address)
+        .set("listener", "max_in_flight", 4)
+        .set("listener", "write_timeout", "\"2s\"")
+        .set("listener", "max_pending_answers", format!("\"{max_pending_answers}\""));
+    let counterfoil = Counterfoil::start(&config);
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    // The kernel keeps little for it.
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&counterfoil.address.into()).unwrap();
+    let queries: Vec<u8> = (0..1000)
+        .flat_map(|id| message::framed(&message::query(id, &format!("n{id}.example.test"), qtype::A)))
+        .collect();
+    socket.send(&queries).unwrap();
+    counterfoil.wait_metrics("the deaf client is closed", Duration::from_secs(20), |metrics| {
+        metrics.sum("client_connections_closed_total", &[("reason", "write_timeout")]) == 1.0
+    });
+    drop(socket);
+    counterfoil.assert_quiescent();
+    backend.queries()
+}
+
+#[test]
+fn queries_of_a_client_that_does_not_read_wait() {
+    let (little, much) = (asked_without_reading("4KiB"), asked_without_reading("32MiB"));
+    // What the kernel keeps (4 MiB by default) is the same in both: 32 MiB are 559 answers.
+    assert!(much >= little + 400, "{little} queries with 4 KiB, {much} with 32 MiB");
+}

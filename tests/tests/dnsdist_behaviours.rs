@@ -1,0 +1,454 @@
+//! What dnsdist's regression tests assert of listeners, limits and incoming PROXY headers, asserted of Counterfoil. The
+//! number and the name of each test are those of the behaviour there; where Counterfoil does something else on
+//! purpose, the comment says what and why.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::driver::{Client, Load, Received};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype, rcode};
+use counterfoil_tests::proxy_header::v2;
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(5);
+const CLIENT: &str = "192.0.2.7:4007";
+const SERVICE: &str = "198.51.100.53:53";
+
+fn config(backend: SocketAddr) -> Config {
+    Config::new(backend).set("connections", "idle_timeout", "\"300ms\"").set(
+        "connections",
+        "cleanup_interval",
+        "\"100ms\"",
+    )
+}
+
+/// PROXY headers from 127.0.0.1 and to the backend.
+fn proxied(backend: SocketAddr) -> Config {
+    config(backend).identity("connection").accept_proxy(&["127.0.0.1"])
+}
+
+/// A backend whose TXT answers tell the header that it got: source, destination, TLVs.
+fn telling() -> FakeBackend {
+    FakeBackend::start(|connection| {
+        let Some(header) = connection.header() else { return };
+        let mut told = format!("{} {}", header.source.unwrap(), header.destination.unwrap());
+        for (kind, value) in &header.tlvs {
+            told.push_str(&format!(" {kind}={}", String::from_utf8_lossy(value)));
+        }
+        while let Some(query) = connection.query() {
+            connection.send(&message::text_answer_to(&query, &told));
+        }
+    })
+}
+
+#[track_caller]
+fn told(client: &mut Client) -> String {
+    message::texts(&client.exchange(7, "told.example.test", qtype::TXT)).concat()
+}
+
+fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
+    let mut client = counterfoil.client();
+    client.send_raw(header).unwrap();
+    client
+}
+
+#[track_caller]
+fn expect_closed(client: &mut Client) {
+    let received = client.receive(SOON);
+    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
+}
+
+#[track_caller]
+fn expect_served(client: &mut Client) {
+    Load::default().run(client).assert_all_answered(1);
+}
+
+#[test]
+fn b06_header_expected_but_missing() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&proxied(backend.address));
+    let mut client = counterfoil.client();
+    client.ask(1, "missing.example.test", qtype::A);
+    expect_closed(&mut client);
+    assert_eq!(backend.accepted(), 0);
+    counterfoil.assert_quiescent();
+}
+
+/// What dnsdist's rules see, a template does: IPv6 in a header over IPv4.
+#[test]
+fn b07_the_addresses_of_the_header_are_those_that_count() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&proxied(backend.address).tlv(0xe0, "{client_ip}"));
+    let (source, destination) = ("[2001:db8::9]:999", "[2001:db8::53]:53");
+    let mut client = behind(&counterfoil, &v2(source, destination, &[]));
+    assert_eq!(told(&mut client), format!("{source} {destination} 224=2001:db8::9"));
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Its types 0 and 255 are not ours to send: one is unassigned, one reserved.
+#[test]
+fn b08_incoming_and_added_tlvs_are_forwarded() {
+    let backend = telling();
+    let config = proxied(backend.address).tlv(0x01, "dns").tlv(0x2a, "static").tlv(0xe0, "{listener}");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (3 + 0xe0, b"bar")]));
+    assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 2=foo 227=bar 1=dns 42=static 224=dns"));
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b09_an_override_replaces_all_tlvs() {
+    let backend = telling();
+    let config = proxied(backend.address).set("pool.proxy_protocol", "pass_incoming_tlvs", "false").tlv(0xe5, "new");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe5, b"old")]));
+    assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 229=new"));
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b10_several_queries_on_one_connection_with_one_header() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&proxied(backend.address).tlv(0xe0, "added"));
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe3, b"bar")]));
+    for _ in 0..6 {
+        assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 2=foo 227=bar 224=added"), "none is accumulated");
+    }
+    assert_eq!(backend.accepted(), 1);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b15_not_in_the_acl_and_no_header() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).accept_proxy(&["127.0.0.99"]));
+    expect_served(&mut counterfoil.client());
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b16_not_in_the_acl_but_a_header() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).accept_proxy(&["127.0.0.99"]));
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
+    client.ask(1, "sent-with-a-header.example.test", qtype::A);
+    expect_closed(&mut client);
+    assert_eq!(backend.accepted(), 0);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b17_disabled_on_the_listener_and_no_header() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    expect_served(&mut counterfoil.client());
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b18_disabled_on_the_listener_but_a_header() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
+    client.ask(1, "sent-with-a-header.example.test", qtype::A);
+    expect_closed(&mut client);
+    assert_eq!(backend.accepted(), 0);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b22_a_header_in_many_reads_an_invalid_one_and_one_that_stops() {
+    let backend = FakeBackend::answering(false);
+    let config =
+        config(backend.address).accept_proxy(&["127.0.0.1"]).set("listener.accept_proxy", "timeout", "\"500ms\"");
+    let counterfoil = Counterfoil::start(&config);
+    let header = v2(CLIENT, SERVICE, &[(0xe0, b"value")]);
+    let mut split = counterfoil.client();
+    header.iter().for_each(|octet| split.send_raw(&[*octet]).unwrap());
+    expect_served(&mut split);
+    let mut invalid = header.clone();
+    invalid[12] = 0x25;
+    expect_closed(&mut behind(&counterfoil, &invalid));
+    expect_closed(&mut behind(&counterfoil, &header[..20]));
+    let refused = |reason| counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)]);
+    assert_eq!((refused("proxy_invalid"), refused("proxy_timeout")), (1.0, 1.0));
+    drop(split);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b23_max_queries_per_connection() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_queries_per_connection", 5));
+    // One after another, then all at once: five are answered, the sixth is not.
+    let mut client = counterfoil.client();
+    Load { count: 5, ..Load::default() }.run(&mut client).assert_all_answered(5);
+    expect_closed(&mut client);
+    let mut client = counterfoil.client();
+    let queries: Vec<u8> =
+        (0..6).flat_map(|id| message::framed(&message::query(id, "six.example.test", qtype::A))).collect();
+    client.send_raw(&queries).unwrap();
+    let mut ids = [0; 5].map(|_: u16| message::id(&client.receive(SOON).message()));
+    ids.sort_unstable();
+    assert_eq!(ids, [0, 1, 2, 3, 4]);
+    expect_closed(&mut client);
+    drop(client);
+    counterfoil.assert_quiescent();
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.sum("client_connections_closed_total", &[("reason", "max_queries")]), 2.0);
+    assert_eq!(metrics.sum("queries_total", &[]), 10.0);
+}
+
+#[test]
+fn b24_max_connections_per_client() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_connections_per_client", 3));
+    let mut clients: Vec<Client> = (0..3).map(|_| counterfoil.client()).collect();
+    clients.iter_mut().for_each(expect_served);
+    expect_closed(&mut counterfoil.client());
+    clients.iter_mut().for_each(expect_served);
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+/// A client that sends an octet now and then, and whole queries too slowly for anything but its duration to end it.
+#[test]
+fn b25_max_connection_duration_with_a_slow_drip() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address)
+        .set("listener", "max_connection_duration", "\"2s\"")
+        .set("listener", "message_timeout", "\"1m\"")
+        .set("listener", "idle_timeout", "\"1m\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    let start = Instant::now();
+    expect_served(&mut client);
+    let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
+    let mut octets = query.iter();
+    let ended = wait::poll(SOON, || {
+        let sent = octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_ok());
+        let received = client.receive(Duration::from_millis(100));
+        (!sent || received != Received::Nothing).then_some(received)
+    });
+    let taken = start.elapsed();
+    assert!(matches!(ended, Some(Received::Closed | Received::Reset | Received::Nothing)), "{ended:?}");
+    assert!(taken >= Duration::from_millis(1900) && taken < Duration::from_secs(4), "{taken:?}");
+    drop(client);
+    counterfoil.assert_quiescent();
+    let reason = [("reason", "max_duration")];
+    assert_eq!(counterfoil.metrics().sum("client_connections_closed_total", &reason), 1.0);
+}
+
+/// dnsdist counts reads per query and bans who needs too many. Here the time of a message is what is limited, so that the
+/// cost of a drip is bounded without a ban, which would hit all who share the address.
+#[test]
+fn b26_a_drip_is_closed() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "message_timeout", "\"500ms\""));
+    let mut client = counterfoil.client();
+    let start = Instant::now();
+    let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
+    let ended = query.iter().find_map(|octet| {
+        let sent = client.send_raw(&[*octet]).is_ok();
+        let received = client.receive(Duration::from_millis(50));
+        (!sent || received != Received::Nothing).then_some(received)
+    });
+    assert!(ended.is_some_and(|ended| !matches!(ended, Received::Message(_))) && start.elapsed() < SOON);
+    expect_served(&mut counterfoil.client());
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b27_connection_rate() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener", "connection_rate_per_client", 5).set(
+        "listener",
+        "ban_duration",
+        "\"30s\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    let mut clients: Vec<Client> = (0..12).map(|_| counterfoil.client()).collect();
+    expect_served(&mut clients[0]);
+    expect_closed(&mut clients[11]);
+    for _ in 0..3 {
+        expect_closed(&mut counterfoil.client());
+    }
+    expect_served(&mut counterfoil.client_from("127.0.0.2"));
+    let refused = |reason| counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)]);
+    assert_eq!(refused("connection_rate"), 1.0);
+    assert!(refused("banned") >= 3.0);
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b30_max_connections_of_a_listener() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_connections", 10));
+    let mut clients: Vec<Client> = (0..10).map(|n| counterfoil.client_from(&format!("127.0.0.{}", n + 1))).collect();
+    clients.iter_mut().for_each(expect_served);
+    expect_closed(&mut counterfoil.client_from("127.0.0.11"));
+    assert_eq!(counterfoil.metrics().sum("client_connections_refused_total", &[("reason", "per_listener")]), 1.0);
+    clients.pop();
+    counterfoil.wait_metrics("a place is free", SOON, |metrics| metrics.sum("client_connections", &[]) == 9.0);
+    expect_served(&mut counterfoil.client_from("127.0.0.11"));
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
+/// Answers of the program's own: FORMERR for a question that cannot be read, NOTIMP for a zone transfer.
+#[test]
+fn b31_own_answers_keep_the_connection() {
+    const AXFR: u16 = 252;
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    for id in 0..5 {
+        client.send_raw(&message::framed(&message::query(id, "zone.example.test", AXFR))).unwrap();
+        assert_eq!(message::response_code(&client.receive(SOON).message()), 4, "NOTIMP");
+        let mut broken = message::query(id, "broken.example.test", qtype::A);
+        broken.truncate(20);
+        client.send_raw(&message::framed(&broken)).unwrap();
+        assert_eq!(message::response_code(&client.receive(SOON).message()), 1, "FORMERR");
+    }
+    expect_served(&mut client);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b33_servfail_keeps_the_connection() {
+    let backend = FakeBackend::answering(false);
+    backend.refuse();
+    let counterfoil = Counterfoil::start(&config(backend.address).set("pool", "retries", 0));
+    let mut client = counterfoil.client();
+    for id in 0..5 {
+        let answer = client.exchange(id, "nobody.example.test", qtype::A);
+        assert_eq!(message::response_code(&answer), rcode::SERVFAIL);
+    }
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// dnsdist closes. Here such a message is counted and gets no answer, and what else the client asks is answered: it may be
+/// a forwarder that carries the queries of many.
+#[test]
+fn b34_a_query_that_says_it_is_an_answer() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    let mut message = message::query(1, "answer.example.test", qtype::A);
+    message[2] |= 0x80;
+    client.send_raw(&message::framed(&message)).unwrap();
+    client.exchange(2, "query.example.test", qtype::A);
+    assert_eq!(backend.queries(), 1);
+    assert_eq!(counterfoil.metrics().sum("messages_ignored_total", &[]), 1.0);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b37_fifty_connections_with_four_queries_each_interleaved() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut clients: Vec<Client> = (0..50).map(|_| counterfoil.client()).collect();
+    for id in 0..4 {
+        for (n, client) in clients.iter_mut().enumerate() {
+            client.ask(id, &format!("c{n}.example.test"), qtype::A);
+        }
+    }
+    for (n, client) in clients.iter_mut().enumerate() {
+        let mut ids = [0; 4].map(|_: u16| {
+            let answer = client.receive(SOON).message();
+            assert_eq!(message::question_name(&answer), Some(format!("c{n}.example.test")));
+            message::id(&answer)
+        });
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 1, 2, 3]);
+    }
+    drop(clients);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("answers_total", &[]), 200.0);
+}
+
+/// The length in two writes and the message in two, both ways, 7,680 octets.
+#[test]
+fn b43_short_reads() {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(7680, 0);
+            for piece in message::framed(&answer).chunks(1000) {
+                connection.send_raw(piece);
+            }
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    for id in 0..5 {
+        let mut query = message::query(id, "short.example.test", qtype::A);
+        query.resize(7680, 0);
+        let query = message::framed(&query);
+        for piece in [&query[..1], &query[1..2], &query[2..3000], &query[3000..]] {
+            client.send_raw(piece).unwrap();
+        }
+        assert_eq!(client.receive(SOON).message().len(), 7680);
+    }
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Its read timeout is `message_timeout` here: who has queries in flight and does not send may take his time.
+#[test]
+fn b73_answers_come_to_a_client_that_stays_silent() {
+    let backend = FakeBackend::start(|connection| {
+        let queries: Vec<_> = (0..2).map_while(|_| connection.query()).collect();
+        std::thread::sleep(Duration::from_millis(1200));
+        for query in &queries {
+            connection.send(&message::answer_to(query, [192, 0, 2, 53]));
+        }
+        while let Some(query) = connection.query() {
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let config = config(backend.address).set("listener", "idle_timeout", "\"500ms\"").set(
+        "listener",
+        "message_timeout",
+        "\"500ms\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    client.ask(1, "silent.example.test", qtype::A);
+    client.ask(2, "silent.example.test", qtype::A);
+    let mut ids = [0; 2].map(|_: u16| message::id(&client.receive(SOON).message()));
+    ids.sort_unstable();
+    assert_eq!(ids, [1, 2]);
+    client.exchange(3, "goes-on.example.test", qtype::A);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Question and answer at once, for long: neither stack nor memory grows.
+#[test]
+fn b80_an_endless_loop_of_queries_and_answers() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    let load = |count| Load { count, in_flight: 50, ..Load::default() };
+    load(2000).run(&mut client).assert_all_answered(2000);
+    let before = counterfoil.process.resident_bytes();
+    load(20_000).run(&mut client).assert_all_answered(20_000);
+    let grown = counterfoil.process.resident_bytes().saturating_sub(before);
+    assert!(grown < 4 << 20, "{grown} octets");
+    drop(client);
+    counterfoil.assert_quiescent();
+}
