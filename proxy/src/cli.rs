@@ -142,7 +142,7 @@ fn run(args: &RunArgs) -> ExitCode {
     if let Err(code) = args.log.start(&config.server.log) {
         return code;
     }
-    ended(serve(config, demo))
+    ended(serve(config, args.config.clone(), demo))
 }
 
 fn watch(args: &WatchArgs, log: &LogArgs) -> ExitCode {
@@ -170,9 +170,9 @@ fn ended(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn serve(config: config::Config, demo: Option<Demo>) -> anyhow::Result<()> {
+fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>) -> anyhow::Result<()> {
     let others: Vec<_> = demo.iter().map(|demo| demo.responder.addr()).collect();
-    let app = App::build(config, &others)?;
+    let app = App::build(config, file, &others)?;
     let _responder = match demo {
         Some(demo) => {
             let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("counterfoil"));

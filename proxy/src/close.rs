@@ -58,6 +58,8 @@ reasons! {
         ProtocolViolation = "protocol_violation",
         /// Every query on it timed out, and the peer gave no sign of life since.
         Unresponsive = "unresponsive",
+        /// The configuration has changed: what it was opened for is no more.
+        Reconfigured = "reconfigured",
         /// The process drains.
         Drained = "drained",
         /// The watchdog asked for it.

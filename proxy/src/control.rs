@@ -2,11 +2,13 @@
 //!
 //! Requests are rare (never per query) and one-way; whether one was carried out shows in the ledger and in the kernel.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use crate::close::CloseReason;
+use crate::config::{Config, Numbers};
 use crate::ledger::{BackendIndex, RowId};
 
 /// A request to the owner of a shard.
@@ -26,6 +28,15 @@ pub enum Control {
     },
     /// A place under a cap became free: serve who waits.
     CapacityFreed,
+    /// Another configuration is in force.
+    Reconfigure {
+        /// The configuration.
+        config: Arc<Config>,
+        /// The numbers of its pools and backends, and of all before.
+        numbers: Arc<Numbers>,
+        /// Hears of it when it is done.
+        done: mpsc::UnboundedSender<()>,
+    },
     /// Stop accepting, answer what is in flight, close what is idle, end.
     Drain {
         /// After this time client connections are closed, whatever is in flight on them.

@@ -28,6 +28,7 @@ pub mod query;
 pub mod responder;
 pub mod stats;
 pub mod systemd;
+pub mod table;
 pub mod watch;
 pub mod watchdog;
 pub mod worker;

@@ -4,10 +4,11 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::close::{ClientCloseReason, FailReason};
+use crate::table::Table;
 
 /// A counter with one writer.
 #[derive(Debug, Default)]
@@ -225,10 +226,10 @@ pub struct BackendStats {
 pub struct WorkerStats {
     /// In the order of the configuration.
     pub listeners: Box<[ListenerStats]>,
-    /// In the order of the configuration.
-    pub pools: Box<[PoolStats]>,
+    /// By pool number.
+    pub pools: Table<PoolStats>,
     /// By backend index.
-    pub backends: Box<[BackendStats]>,
+    pub backends: Table<BackendStats>,
     /// Queries that wait for a connection now.
     pub waiting: Counter,
 }
@@ -238,8 +239,8 @@ impl WorkerStats {
     pub fn new(listeners: usize, pools: usize, backends: usize) -> Self {
         Self {
             listeners: (0..listeners).map(|_| ListenerStats::default()).collect(),
-            pools: (0..pools).map(|_| PoolStats::default()).collect(),
-            backends: (0..backends).map(|_| BackendStats::default()).collect(),
+            pools: Table::new(pools),
+            backends: Table::new(backends),
             waiting: Counter::default(),
         }
     }
@@ -268,5 +269,26 @@ impl Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} client connections, {} queries in flight", self.clients, self.queries)
+    }
+}
+
+/// How often the configuration was read again, and how that went.
+#[derive(Debug)]
+pub struct Reloads {
+    /// It was refused.
+    pub failures: AtomicU64,
+    /// It was taken.
+    pub successes: AtomicU64,
+    /// The last one was refused.
+    pub refused: AtomicBool,
+    /// Unix time, whole seconds, of when the configuration in force was taken.
+    pub taken: AtomicU64,
+}
+
+impl Reloads {
+    /// At the start of the process, whose configuration was taken at this Unix time, seconds.
+    pub fn new(started: f64) -> Self {
+        let taken = AtomicU64::new(started as u64);
+        Self { failures: AtomicU64::new(0), successes: AtomicU64::new(0), refused: AtomicBool::new(false), taken }
     }
 }

@@ -36,7 +36,7 @@ pub struct Counterfoil {
     /// Where `/metrics` is; `None` if the configuration turns it off.
     pub admin: Option<SocketAddr>,
     socket: PathBuf,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// How to start it.
@@ -118,7 +118,22 @@ impl Counterfoil {
         let admin = process
             .find_line(Duration::ZERO, |line| message(line, "admin"))
             .and_then(|fields| field(&fields, "http")?.parse().ok());
-        Self { process, address, admin, socket, _dir: dir }
+        Self { process, address, admin, socket, dir }
+    }
+
+    /// Writes another configuration to its file, which it reads when it is told to.
+    pub fn rewrite(&self, text: &str) {
+        self.dir.write("counterfoil.toml", text);
+    }
+
+    /// Replaces the configuration's file by this one's.
+    pub fn rewrite_with(&self, config: &Config) {
+        self.rewrite(&config.text(&self.socket.display().to_string()));
+    }
+
+    /// Its admin socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Its process id.

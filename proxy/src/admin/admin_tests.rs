@@ -14,7 +14,7 @@ use crate::config::{Class, ReapMode, View};
 use crate::drill;
 use crate::kernel;
 use crate::metrics;
-use crate::watchdog::{self, Watchdog, fixture};
+use crate::watchdog::{self, Observed, Watchdog, fixture};
 
 /// Fields are dropped in this order.
 struct Running {
@@ -47,10 +47,10 @@ fn start_with(reap: ReapMode, name: &str) -> Running {
     let listeners = [setup.address().unwrap()];
     let (view, ..) = kernel::open(View::SockDiag, &listeners, 1000).unwrap();
     let watchdog = watchdog::start(observed.subject(), view).unwrap();
-    let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
+    let metrics = Arc::new(metrics::registry(Live::new(observed.clone()), watchdog.handle()));
     let doors = Doors::bind(&observed.config.admin).unwrap();
     let (orders, inbox) = order::channel();
-    let served = Served { observed: observed.clone(), watchdog: watchdog.handle(), metrics, orders };
+    let served = Served { live: Live::new(observed.clone()), watchdog: watchdog.handle(), metrics, orders };
     let admin = start(served, setup, doors).unwrap();
     Running { admin, observed, inbox: Some(inbox), _watchdog: watchdog, _worker: worker, directory }
 }

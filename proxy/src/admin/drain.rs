@@ -23,7 +23,7 @@ pub(super) async fn drain(served: &Served, events: &UnboundedSender<Value>) {
         return done(false, "the process is about to end already");
     }
     loop {
-        let Tally { clients, queries } = Tally::of(&served.observed.stats);
+        let Tally { clients, queries } = Tally::of(&served.live.now().stats);
         send(json!({"event": "draining", "client_connections": clients, "queries_in_flight": queries}));
         tokio::select! {
             () = sleep(PROGRESS) => {}

@@ -47,10 +47,11 @@ async fn health(State(served): State<Served>) -> (StatusCode, &'static str) {
 
 /// Ready: clients are being served, and a backend is up.
 async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
-    if !served.observed.serving.load(Ordering::Relaxed) {
+    let observed = served.live.now();
+    if !observed.serving.load(Ordering::Relaxed) {
         return (StatusCode::SERVICE_UNAVAILABLE, "not serving\n");
     }
-    if !served.observed.health.is_any_up() {
+    if !observed.health.is_any_up() {
         return (StatusCode::SERVICE_UNAVAILABLE, "no backend is up\n");
     }
     (StatusCode::OK, "ready\n")

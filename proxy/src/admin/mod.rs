@@ -7,6 +7,7 @@ mod drain;
 mod guard;
 pub(crate) mod http;
 mod order;
+mod reload;
 mod show;
 mod socket;
 
@@ -27,7 +28,7 @@ use crate::app::order::Orders;
 use crate::config;
 use crate::drill::Setup;
 use crate::metrics::Metrics;
-use crate::watchdog::{Handle, Observed};
+use crate::watchdog::{Handle, Live};
 use socket::Bound;
 
 /// For the last answers at the socket when the process ends.
@@ -99,7 +100,7 @@ impl Drop for Admin {
 #[derive(Clone, Debug)]
 pub struct Served {
     /// What there is to be seen.
-    pub observed: Observed,
+    pub live: Live,
     /// The watchdog's answers.
     pub watchdog: Handle,
     /// What `/metrics` shows.
@@ -165,7 +166,7 @@ fn serve(
 ) -> io::Result<()> {
     let local = LocalSet::new();
     local.block_on(runtime, async {
-        let drill = drill.start(served.observed.clone(), served.watchdog.clone(), Arc::clone(&served.metrics))?;
+        let drill = drill.start(served.live.clone(), served.watchdog.clone(), Arc::clone(&served.metrics))?;
         if let Some(listener) = http {
             let listener = tokio::net::TcpListener::from_std(listener)?;
             tokio::task::spawn_local(http::serve(listener, served.clone()));

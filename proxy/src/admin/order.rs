@@ -50,7 +50,7 @@ pub(super) async fn reap(cookie: u64, served: &Served, events: &UnboundedSender<
         }
         sleep(LOOK).await;
     };
-    let _ = events.send(show::reaped(&record, &served.observed));
+    let _ = events.send(show::reaped(&record, &served.live.now()));
     match record.outcome {
         Some(outcome @ (Outcome::Released | Outcome::Severed)) => done(true, outcome.label().to_owned()),
         Some(outcome) => done(false, format!("{}: {}", outcome.label(), record.note)),

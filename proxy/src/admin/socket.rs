@@ -19,7 +19,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 
 use super::show::{self, What};
-use super::{Served, drain, order};
+use super::{Served, drain, order, reload};
 use crate::drill::{self, Drill};
 #[cfg(feature = "test-hooks")]
 use crate::kernel::Witness;
@@ -157,6 +157,8 @@ enum Request {
     },
     /// One reaping, on an operator's order.
     Reap { cookie: u64 },
+    /// Another configuration, from the same file.
+    Reload,
     /// The end of the process, when everything is answered.
     Drain,
     /// Blocks a worker's thread, as a bug would.
@@ -209,6 +211,7 @@ async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: Unbounded
         Ok(Request::Drill(order)) => drill.run(&order, &events).await,
         Ok(Request::Show { what, after }) => show::show(what, after, served, &events).await,
         Ok(Request::Reap { cookie }) => order::reap(cookie, served, &events).await,
+        Ok(Request::Reload) => reload::reload(served, &events).await,
         Ok(Request::Drain) => drain::drain(served, &events).await,
         #[cfg(feature = "test-hooks")]
         Ok(Request::Hang { worker, millis }) => {
@@ -224,7 +227,7 @@ async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: Unbounded
             done(&events, named.map(Witness::label) == witness.as_deref(), "it lies from now on");
         }
         Err(error) => {
-            tracing::debug!(http = ?served.observed.config.admin.http, %error, "admin socket: bad request");
+            tracing::debug!(http = ?served.live.now().config.admin.http, %error, "admin socket: bad request");
             done(&events, false, &format!("the request cannot be read: {error}"));
         }
     }
@@ -232,7 +235,7 @@ async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: Unbounded
 
 #[cfg(feature = "test-hooks")]
 fn misbehave(worker: usize, how: crate::control::Control, served: &Served, events: &UnboundedSender<Value>) {
-    let sent = worker < served.observed.policy.workers && served.observed.controls.send(worker, how);
+    let sent = worker < served.live.now().policy.workers && served.live.now().controls.send(worker, how);
     done(events, sent, if sent { "sent" } else { "there is no such worker" });
 }
 

@@ -6,14 +6,14 @@ use anyhow::{Result, anyhow};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
-use super::order::{Inbox, Order, Phase};
+use super::order::{Inbox, Order, Phase, Reloaded};
+use super::reload::Reloader;
 use crate::clock::{self, Mono};
-use crate::config::Config;
 use crate::control::Control;
 use crate::ledger::Ledger;
 use crate::stats::Tally;
 use crate::systemd::Notifier;
-use crate::watchdog::Observed;
+use crate::watchdog::Live;
 use crate::watchdog::policy::STALLED_AFTER;
 use crate::worker::HEARTBEAT;
 
@@ -29,21 +29,35 @@ const PROGRESS: Duration = Duration::from_secs(1);
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Signal,
 }
 
 impl Signals {
     /// From now on none is lost, and none ends the process by itself.
     pub(super) fn catch() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
     }
 
-    /// One that asks for the end.
-    async fn end(&mut self) -> &'static str {
+    /// One that asks for the end, or for the configuration to be read again.
+    async fn next(&mut self) -> Wish {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+            biased;
+            _ = self.terminate.recv() => Wish::End("SIGTERM"),
+            _ = self.interrupt.recv() => Wish::End("SIGINT"),
+            _ = self.hang_up.recv() => Wish::Reload,
         }
     }
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug)]
+enum Wish {
+    End(&'static str),
+    Reload,
 }
 
 /// Who asked for the end.
@@ -55,11 +69,14 @@ enum EndedBy {
 
 /// The main thread while the workers run.
 pub(super) struct Life {
-    pub(super) observed: Observed,
+    pub(super) live: Live,
     pub(super) inbox: Inbox,
     pub(super) signals: Signals,
     pub(super) notifier: Notifier,
+    /// What the manager shows while all is well.
+    pub(super) status: String,
     pub(super) pulse: Pulse,
+    pub(super) reloader: Reloader,
     /// Who wants to connect waits for the next process, so this one should not take long to end.
     pub(super) all_inherited: bool,
 }
@@ -73,7 +90,7 @@ impl Life {
             by = self.serve() => by,
         };
         self.begin_to_drain(by);
-        let timeout = self.observed.config.server.drain_timeout;
+        let timeout = self.live.now().config.server.drain_timeout;
         tokio::select! {
             ended = &mut workers => ended?,
             // A second signal, or a worker that does not come to its end.
@@ -89,13 +106,37 @@ impl Life {
     async fn serve(&mut self) -> EndedBy {
         loop {
             tokio::select! {
-                signal = self.signals.end() => return EndedBy::Signal(signal),
+                wish = self.signals.next() => match wish {
+                    Wish::End(signal) => return EndedBy::Signal(signal),
+                    // The log tells how it went.
+                    Wish::Reload => drop(self.reload().await),
+                },
                 Some(order) = self.inbox.orders.recv() => match order {
                     Order::Drain => return EndedBy::Order,
+                    // Who has asked may be gone; the log tells, too.
+                    Order::Reload(answer) => drop(answer.send(self.reload().await)),
                 },
-                () = self.pulse.next() => self.pulse.beat(&self.notifier, &self.observed.ledger),
+                () = self.reloader.settled() => self.reloader.settle(),
+                () = self.pulse.next() => self.beat(),
             }
         }
+    }
+
+    async fn reload(&mut self) -> Reloaded {
+        self.notifier.reloading();
+        let reloaded = self.reloader.reload().await;
+        match &reloaded {
+            Ok(_) => self.notifier.ready(&self.status),
+            Err(errors) => {
+                let first = errors.first().map_or("", String::as_str);
+                self.notifier.ready(&format!("{}; the last configuration was refused: {first}", self.status));
+            }
+        }
+        reloaded
+    }
+
+    fn beat(&mut self) {
+        self.pulse.beat(&self.notifier, &self.live.now().ledger);
     }
 
     fn begin_to_drain(&mut self, by: EndedBy) {
@@ -103,13 +144,14 @@ impl Life {
             EndedBy::Signal(signal) => tracing::info!(signal, "draining"),
             EndedBy::Order => tracing::info!("draining, by order"),
         }
-        self.observed.set_serving(false);
+        let observed = self.live.now();
+        observed.set_serving(false);
         let _ = self.inbox.phase.send(Phase::Draining);
         self.notifier.stopping("draining");
-        let Config { server, .. } = &*self.observed.config;
+        let server = &observed.config.server;
         let spread = if self.all_inherited { Duration::ZERO } else { server.drain_timeout.mul_f64(SPREAD) };
         for worker in 0..server.workers {
-            self.observed.controls.send(worker, Control::Drain { over: server.drain_timeout, spread });
+            observed.controls.send(worker, Control::Drain { over: server.drain_timeout, spread });
         }
     }
 
@@ -120,16 +162,19 @@ impl Life {
         let mut signalled = matches!(by, EndedBy::Signal(_));
         loop {
             tokio::select! {
-                signal = self.signals.end() => {
-                    if std::mem::replace(&mut signalled, true) {
-                        return signal;
-                    }
-                }
-                Some(Order::Drain) = self.inbox.orders.recv() => {}
+                wish = self.signals.next() => match wish {
+                    Wish::End(signal) if std::mem::replace(&mut signalled, true) => return signal,
+                    Wish::End(_) => {}
+                    Wish::Reload => tracing::warn!("not reloaded: the process drains"),
+                },
+                Some(order) = self.inbox.orders.recv() => match order {
+                    Order::Drain => {}
+                    Order::Reload(answer) => drop(answer.send(Err(vec!["the process drains".to_owned()]))),
+                },
                 _ = progress.tick() => {
-                    self.notifier.status(&format!("draining: {}", Tally::of(&self.observed.stats)));
+                    self.notifier.status(&format!("draining: {}", Tally::of(&self.live.now().stats)));
                 }
-                () = self.pulse.next() => self.pulse.beat(&self.notifier, &self.observed.ledger),
+                () = self.pulse.next() => self.beat(),
             }
         }
     }

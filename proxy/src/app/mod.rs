@@ -3,8 +3,10 @@
 mod life;
 pub mod listen;
 pub mod order;
+mod reload;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::thread::JoinHandle;
@@ -13,20 +15,21 @@ use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::mpsc;
 
 use crate::client::limits::ClientLimits;
-use crate::config::Config;
+use crate::config::{Config, Numbers};
 use crate::control::{Control, Controls};
 use crate::health::Board;
-use crate::ledger::Ledger;
 use crate::ledger::caps::Caps;
+use crate::ledger::{BackendIndex, Ledger};
 use crate::stats::WorkerStats;
 use crate::systemd::{Environment, Notifier, activation};
-use crate::watchdog::{Observed, Watchdog};
+use crate::watchdog::{Live, Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
 use crate::{admin, drill, health, kernel, metrics, privilege, watchdog};
 use life::{Life, Pulse, Signals};
 use listen::Listening;
 use order::{Inbox, Orders};
+use reload::Reloader;
 
 /// A forwarder that is ready to run.
 pub struct App {
@@ -37,6 +40,8 @@ pub struct App {
     watchdog: Watchdog,
     /// Requests to the owner of the health checks' connections.
     health: mpsc::UnboundedReceiver<Control>,
+    file: Option<PathBuf>,
+    limits: Arc<ClientLimits>,
     doors: admin::Doors,
     drill: drill::Setup,
     environment: Environment,
@@ -45,12 +50,13 @@ pub struct App {
 
 impl App {
     /// Binds everything, opens the kernel view and starts the watchdog. After that the calling thread, and every thread that
-    /// it starts, has no capabilities. `others` are addresses on which other parts of the process listen.
+    /// it starts, has no capabilities. `file` is where the configuration comes from, for
+    /// reloads; `others` are addresses on which other parts of the process listen.
     ///
     /// # Errors
     ///
     /// An address can't be listened on, or the configured kernel view can't be had; the error says which and why.
-    pub fn build(config: Config, others: &[SocketAddr]) -> Result<Self> {
+    pub fn build(config: Config, file: Option<PathBuf>, others: &[SocketAddr]) -> Result<Self> {
         privilege::forbid_new()?;
         let environment = Environment::read();
         let notifier = Notifier::new(environment.notify.as_deref()).context("NOTIFY_SOCKET in the environment")?;
@@ -58,11 +64,15 @@ impl App {
         let config = Arc::new(config);
         let count = config.server.workers;
         let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();
+        let numbers = Numbers::new(&config);
         let limits = backends.iter().map(|backend| backend.max_connections);
-        let caps = Arc::new(Caps::new(limits, config.connections.max_total).with_drill(drill::AT_ONCE));
+        let caps = Arc::new(
+            Caps::new(limits, config.connections.max_total)
+                .with_drill(numbers.drill().unwrap_or(BackendIndex::MAX), drill::AT_ONCE),
+        );
         let slots = config.connections.max_total + drill::AT_ONCE;
         // The shards: the workers', the health checks' and the drill's.
-        let ledger = Arc::new(Ledger::new(count + 2, slots, backends.len() + 1, Arc::clone(&caps)));
+        let ledger = Arc::new(Ledger::new(count + 2, slots, numbers.backends(), Arc::clone(&caps)));
 
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..count + 2).map(|_| mpsc::unbounded_channel()).unzip();
         let controls = Controls::new(senders);
@@ -108,7 +118,20 @@ impl App {
             .with_health(board);
         let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
-        Ok(Self { observed, workers, addresses, all_inherited, watchdog, health, doors, drill, environment, notifier })
+        Ok(Self {
+            observed,
+            workers,
+            addresses,
+            all_inherited,
+            watchdog,
+            health,
+            file,
+            limits,
+            doors,
+            drill,
+            environment,
+            notifier,
+        })
     }
 
     /// Serves until SIGTERM, SIGINT or an order to drain, then drains.
@@ -117,16 +140,29 @@ impl App {
     ///
     /// A thread can't be started, or a worker failed.
     pub fn run(self) -> Result<()> {
-        let Self { observed, workers, addresses, all_inherited, watchdog, health, doors, drill, environment, notifier } =
-            self;
+        let Self {
+            observed,
+            workers,
+            addresses,
+            all_inherited,
+            watchdog,
+            health,
+            file,
+            limits,
+            doors,
+            drill,
+            environment,
+            notifier,
+        } = self;
         let config = Arc::clone(&observed.config);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
             // Before the workers: a signal that comes early must not be lost.
             let signals = Signals::catch()?;
-            let metrics = Arc::new(metrics::registry(observed.clone(), watchdog.handle()));
+            let live = Live::new(observed.clone());
+            let metrics = Arc::new(metrics::registry(live.clone(), watchdog.handle()));
             let (orders, inbox): (Orders, Inbox) = order::channel();
-            let served = admin::Served { observed: observed.clone(), watchdog: watchdog.handle(), metrics, orders };
+            let served = admin::Served { live: live.clone(), watchdog: watchdog.handle(), metrics, orders };
             let admin = admin::start(served, drill, doors)?;
             let http = admin.http().map_or_else(|| "off".to_owned(), |address| address.to_string());
             let socket = admin.socket().map_or_else(|| "off".to_owned(), |path| path.display().to_string());
@@ -141,14 +177,18 @@ impl App {
             }
             observed.set_serving(true);
             tracing::info!("ready");
-            notifier.ready(&format!(
+            let status = format!(
                 "serving on {} listeners with {} workers, kernel view: {}",
                 addresses.len(),
                 config.server.workers,
                 watchdog.handle().report().source.as_str()
-            ));
+            );
+            notifier.ready(&status);
+            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), limits, stricter: None };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
-            Life { observed, inbox, signals, notifier, pulse, all_inherited }.run(life::watch(threads)).await?;
+            Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited }
+                .run(life::watch(threads))
+                .await?;
             drop((health, admin, watchdog));
             tracing::info!("drained");
             Ok(())

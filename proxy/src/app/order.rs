@@ -1,13 +1,18 @@
 //! What an operator may order of the whole process, over the admin socket: carried out by the main thread.
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// An order.
 #[derive(Debug)]
 pub enum Order {
     /// Drain and end, as SIGTERM does.
     Drain,
+    /// Read the configuration again, as SIGHUP does.
+    Reload(oneshot::Sender<Reloaded>),
 }
+
+/// What the operator should know of the new configuration; or everything that is wrong with it, and nothing was changed.
+pub type Reloaded = Result<Vec<String>, Vec<String>>;
 
 /// How far the process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

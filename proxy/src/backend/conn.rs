@@ -93,6 +93,9 @@ impl ConnTask {
     /// Does what can be done now. `Err` is the reason to close.
     fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {
         if self.io.is_none() {
+            if let Phase::Closing(reason) = self.phase() {
+                return Err(reason);
+            }
             self.open(now)?;
         }
         for _ in 0..TURNS {

@@ -140,7 +140,7 @@ impl Conn {
 #[derive(Debug)]
 pub struct Pool {
     conns: Slab<Conn>,
-    backends: Box<[PerBackend]>,
+    backends: Vec<PerBackend>,
     /// Keyed connections with room, by digest of header and backend.
     keyed: HashMap<u64, Vec<ConnKey>, foldhash::fast::FixedState>,
     /// Connections whose tasks have not been told yet that they must close.
@@ -170,6 +170,19 @@ impl Pool {
             backends: (0..backends).map(|_| PerBackend::default()).collect(),
             keyed: HashMap::default(),
             closing: Vec::new(),
+        }
+    }
+
+    /// From now on there are so many backends; none goes away.
+    pub(crate) fn grow(&mut self, backends: usize) {
+        self.backends.resize_with(backends.max(self.backends.len()), PerBackend::default);
+    }
+
+    /// From now on so many queries may be in flight on a connection.
+    pub(crate) fn allow(&mut self, key: ConnKey, max_in_flight: usize, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0) {
+            conn.max_in_flight = max_in_flight;
+            self.update(key, now);
         }
     }
 
@@ -334,6 +347,11 @@ impl Pool {
     /// Connections to a backend whose places come free soon.
     pub(crate) fn closing(&self, backend: BackendIndex) -> usize {
         self.backends[usize::from(backend)].closing
+    }
+
+    /// The same, to all backends.
+    pub(crate) fn all_closing(&self) -> usize {
+        self.backends.iter().map(|backend| backend.closing).sum()
     }
 
     /// A connection whose task must be told that it has to close.

@@ -16,8 +16,8 @@ use super::introduction::Stranger;
 use super::limits::{ClientLimits, Place};
 use super::session::{Addresses, Pace, Via};
 use super::task::SessionTask;
-use crate::config::AcceptProxy;
 use crate::stats::{ListenerStats, Refusal};
+use crate::worker::plan::ListenerPlan;
 use crate::worker::shell::Shell;
 
 /// How long a listener rests when no descriptor is left, and nothing was there to be shed.
@@ -38,8 +38,6 @@ pub(crate) struct Door {
     pub(crate) shell: Rc<Shell>,
     pub(crate) index: u16,
     pub(crate) limits: Arc<ClientLimits>,
-    /// Whose word on the client is taken.
-    pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
 }
 
 /// A connection whose client is known.
@@ -57,6 +55,11 @@ impl Door {
         &self.shell.stats.listeners[usize::from(self.index)]
     }
 
+    /// What the configuration in force says of the listener.
+    fn plan<T>(&self, of: impl FnOnce(&ListenerPlan) -> T) -> T {
+        of(&self.shell.core.borrow().plan.listeners[usize::from(self.index)])
+    }
+
     /// Somebody has connected. `stop` is done when the worker drains.
     fn admit(self: &Rc<Self>, stream: TcpStream, stop: &watch::Receiver<bool>) {
         let (Ok(client), Ok(local)) = (stream.peer_addr(), stream.local_addr()) else {
@@ -68,9 +71,10 @@ impl Door {
             Err(refusal) => return self.refuse(client, refusal),
         };
         let ends = Addresses { client, local };
-        match &self.accept_proxy {
+        let proxy = self.plan(|listener| listener.accept_proxy.clone());
+        match proxy {
             Some(proxy) if proxy.trusts(client.ip()) => {
-                let (door, proxy, accepted) = (Rc::clone(self), Rc::clone(proxy), Instant::now());
+                let (door, accepted) = (Rc::clone(self), Instant::now());
                 let stranger = Stranger { door, proxy, stream, ends, place, accepted, stop: stop.clone() };
                 tokio::task::spawn_local(stranger.introduce());
             }

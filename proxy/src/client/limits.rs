@@ -17,20 +17,21 @@ pub struct ClientLimits {
     total: Count,
     listeners: Box<[OfListener]>,
     /// Percent of a limit above which new connections are restricted.
-    threshold: usize,
+    threshold: AtomicUsize,
 }
 
 #[derive(Debug)]
 struct OfListener {
     all: Count,
-    per_client: usize,
-    mask_v4: u8,
-    mask_v6: u8,
     clients: Mutex<Clients>,
 }
 
 #[derive(Debug)]
 struct Clients {
+    /// How many connections each may have.
+    max: usize,
+    mask_v4: u8,
+    mask_v6: u8,
     open: HashMap<IpAddr, usize, foldhash::fast::RandomState>,
     rates: Option<Rates>,
 }
@@ -39,17 +40,21 @@ struct Clients {
 #[derive(Debug)]
 struct Count {
     open: AtomicUsize,
-    max: usize,
+    max: AtomicUsize,
 }
 
 impl Count {
     fn new(max: usize) -> Self {
-        Self { open: AtomicUsize::new(0), max }
+        Self { open: AtomicUsize::new(0), max: AtomicUsize::new(max) }
+    }
+
+    fn max(&self) -> usize {
+        self.max.load(Ordering::Relaxed)
     }
 
     /// One more, if there is room; how many there were before.
     fn enter(&self) -> Option<usize> {
-        let room = |open: usize| (open < self.max).then_some(open + 1);
+        let room = |open: usize| (open < self.max()).then_some(open + 1);
         self.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).ok()
     }
 
@@ -62,21 +67,29 @@ impl ClientLimits {
     /// Those of a configuration.
     pub fn new(config: &Config) -> Arc<Self> {
         let of_listener = |listener: &Listener| OfListener {
-            all: Count::new(if listener.max_connections == 0 { usize::MAX } else { listener.max_connections }),
-            per_client: listener.max_connections_per_client,
-            mask_v4: listener.client_mask_v4,
-            mask_v6: listener.client_mask_v6,
-            clients: Mutex::new(Clients {
-                open: HashMap::default(),
-                rates: (listener.connection_rate_per_client > 0)
-                    .then(|| Rates::new(listener.connection_rate_per_client, listener.ban_duration)),
-            }),
+            all: Count::new(max_connections(listener)),
+            clients: Mutex::new(Clients::new(listener)),
         };
         Arc::new(Self {
             total: Count::new(config.server.max_connections),
             listeners: config.listeners.iter().map(of_listener).collect(),
-            threshold: usize::from(config.overload.threshold),
+            threshold: AtomicUsize::new(usize::from(config.overload.threshold)),
         })
+    }
+
+    /// Takes those of another configuration with the same listeners. Nobody who is in is sent away.
+    pub fn adopt(&self, config: &Config) {
+        self.total.max.store(config.server.max_connections, Ordering::Relaxed);
+        self.threshold.store(usize::from(config.overload.threshold), Ordering::Relaxed);
+        for (ours, listener) in self.listeners.iter().zip(&config.listeners) {
+            ours.all.max.store(max_connections(listener), Ordering::Relaxed);
+            let mut clients = ours.clients.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = |rates: &Rates| rates.is(listener.connection_rate_per_client, listener.ban_duration);
+            let rates = clients.rates.take().filter(same);
+            let open = std::mem::take(&mut clients.open);
+            let new = Clients::new(listener);
+            *clients = Clients { open, rates: rates.or(new.rates), ..new };
+        }
     }
 
     /// Counts one more connection in total and on this listener, whoever its client is, or says which limit forbids it.
@@ -87,13 +100,31 @@ impl ClientLimits {
             self.total.leave();
             return Err(Refusal::PerListener);
         };
-        let near = self.is_near(total, self.total.max) || self.is_near(here, of_listener.max);
+        let near = self.is_near(total, self.total.max()) || self.is_near(here, of_listener.max());
         Ok(Place { limits: Arc::clone(self), listener, near })
     }
 
     /// Whether so many open connections are `threshold` percent of this limit, or more.
     fn is_near(&self, open: usize, max: usize) -> bool {
-        open.saturating_mul(100) >= max.saturating_mul(self.threshold)
+        open.saturating_mul(100) >= max.saturating_mul(self.threshold.load(Ordering::Relaxed))
+    }
+}
+
+/// On a listener; 0 in the configuration is no limit.
+fn max_connections(listener: &Listener) -> usize {
+    if listener.max_connections == 0 { usize::MAX } else { listener.max_connections }
+}
+
+impl Clients {
+    fn new(listener: &Listener) -> Self {
+        let rate = listener.connection_rate_per_client;
+        Self {
+            max: listener.max_connections_per_client,
+            mask_v4: listener.client_mask_v4,
+            mask_v6: listener.client_mask_v6,
+            open: HashMap::default(),
+            rates: (rate > 0).then(|| Rates::new(rate, listener.ban_duration)),
+        }
     }
 }
 
@@ -115,20 +146,21 @@ impl Place {
     /// dual-stack listener mapped it.
     pub fn admit(self, client: IpAddr, now: Mono) -> Result<Admitted, Refusal> {
         let here = self.of_listener();
-        let client = masked(client.to_canonical(), here.mask_v4, here.mask_v6);
         let mut clients = here.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = masked(client.to_canonical(), clients.mask_v4, clients.mask_v6);
         match clients.rates.as_mut().map_or(Verdict::Welcome, |rates| rates.connects(client, now)) {
             Verdict::Welcome => {}
             Verdict::TooOften => return Err(Refusal::ConnectionRate),
             Verdict::Banned => return Err(Refusal::Banned),
         }
         let open = clients.open.get(&client).copied().unwrap_or(0);
-        if open >= here.per_client {
+        let max = clients.max;
+        if open >= max {
             return Err(Refusal::PerClient);
         }
         clients.open.insert(client, open + 1);
         drop(clients);
-        let restricted = self.near || self.limits.is_near(open, here.per_client);
+        let restricted = self.near || self.limits.is_near(open, max);
         Ok(Admitted { place: self, client, restricted })
     }
 }

@@ -50,6 +50,11 @@ impl Rates {
         }
     }
 
+    /// Whether these are its limit and the length of its bans.
+    pub fn is(&self, limit: u32, ban: Duration) -> bool {
+        (self.limit, self.ban) == (limit, ban)
+    }
+
     /// A client connects.
     pub fn connects(&mut self, client: IpAddr, now: Mono) -> Verdict {
         while let Some((end, banned)) = self.ends.front().copied().filter(|(end, _)| *end <= now) {

@@ -64,6 +64,8 @@ pub struct Session {
     /// How it came to be known, if by a PROXY header.
     pub(crate) via: Option<Box<Via>>,
     pub(crate) limits: Rc<Limits>,
+    /// Which of the listener's limits those are.
+    pub(crate) pace: Pace,
     /// Its queries, waiting or in flight.
     pub(crate) queries: List,
     /// Queries that came back from a dead connection and found no other yet.
@@ -121,6 +123,7 @@ impl Session {
             local: addresses.local,
             via: None,
             limits,
+            pace: Pace::Normal,
             queries: List::default(),
             stalled: Vec::new(),
             out: OutBuf::default(),

@@ -10,6 +10,7 @@ pub mod defaults;
 pub mod error;
 mod listeners;
 pub mod network;
+pub mod numbers;
 mod parse;
 mod pools;
 pub mod print;
@@ -35,6 +36,7 @@ use crate::proxy_protocol::template::TlvSet;
 
 pub use error::{ConfigError, ConfigErrors};
 pub use network::Network;
+pub use numbers::Numbers;
 pub use parse::{from_str, load};
 
 /// The whole configuration.

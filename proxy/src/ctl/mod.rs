@@ -58,6 +58,8 @@ enum Command {
         #[arg(value_name = "ID", value_parser = parse_cookie)]
         cookie: u64,
     },
+    /// Read the configuration again; as SIGHUP does. If anything is wrong with it, nothing is changed.
+    Reload,
     /// Accept no client any more, answer what is in flight, then end; as SIGTERM does.
     Drain,
     /// Make one bounded leak and follow it until it is gone.
@@ -102,6 +104,7 @@ pub fn run(args: &CtlArgs) -> ExitCode {
         Command::Show { what } => show(*what, args, &mut output).map(|()| true),
         Command::Reap { cookie } => follow(&json!({"cmd": "reap", "cookie": cookie}), REAPING, args, &mut output),
         Command::Drill(order) => follow(&crate::drill::request(order), crate::drill::SILENCE, args, &mut output),
+        Command::Reload => follow(&json!({"cmd": "reload"}), PATIENCE, args, &mut output),
         Command::Drain => follow(&json!({"cmd": "drain"}), PATIENCE, args, &mut output),
     };
     match done {

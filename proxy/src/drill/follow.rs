@@ -14,7 +14,7 @@ use crate::clock::{self, Mono};
 use crate::config::{Class, ReapMode};
 use crate::metrics::Metrics;
 use crate::watchdog::reaper::ReapRecord;
-use crate::watchdog::{Finding, Handle, HeldBack, Look, Observed, Outcome, Rung};
+use crate::watchdog::{Finding, Handle, HeldBack, Live, Look, Observed, Outcome, Rung};
 
 /// Between two looks at the watchdog's report.
 const LOOK: Duration = Duration::from_millis(50);
@@ -25,7 +25,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// The drills of this process. Each follows its own socket, by its cookie.
 #[derive(Debug)]
 pub(crate) struct Drill {
-    pub(super) observed: Observed,
+    pub(super) live: Live,
     pub(super) watchdog: Handle,
     pub(super) metrics: Arc<Metrics>,
     pub(super) site: Site,
@@ -43,6 +43,8 @@ enum Failed {
 
 struct Course<'a> {
     drill: &'a Drill,
+    /// As of its start.
+    observed: Observed,
     class: Class,
     deaf: bool,
     started: Mono,
@@ -66,7 +68,8 @@ impl Drill {
         let Some(_place) = Place::take(&self.running) else {
             return done(false, format!("{AT_ONCE} drills are running, more are not made at once"));
         };
-        let course = Course { drill: &self, class, deaf: order.deaf, started: clock::now(), events };
+        let course =
+            Course { drill: &self, observed: self.live.now(), class, deaf: order.deaf, started: clock::now(), events };
         match course.run().await {
             Ok(message) => done(true, message),
             Err(Failed::Because(message)) => done(false, message),
@@ -105,7 +108,7 @@ impl Drop for Place<'_> {
 
 impl Course<'_> {
     async fn run(&self) -> Result<String, Failed> {
-        let watchdog = &self.drill.observed.config.watchdog;
+        let watchdog = &self.observed.config.watchdog;
         self.say(
             "start",
             json!({
@@ -150,7 +153,7 @@ impl Course<'_> {
 
     /// When the class's condition holds, grace included for a hoard, whose definition has it in.
     async fn wait_for_condition(&self, leak: &Leak) -> Result<Mono, Failed> {
-        let policy = &self.drill.observed.policy;
+        let policy = &self.observed.policy;
         let after = policy.backend(policy.drill()).map_or(Duration::ZERO, |backend| match self.class {
             Class::Hoard => backend.hoard_after + policy.grace,
             Class::Stuck => backend.stuck_after,
@@ -167,7 +170,7 @@ impl Course<'_> {
     }
 
     async fn wait_for_finding(&self, leak: &Leak, condition: Mono) -> Result<Finding, Failed> {
-        let watchdog = &self.drill.observed.config.watchdog;
+        let watchdog = &self.observed.config.watchdog;
         let limit = watchdog.grace.max(watchdog.interval * watchdog.sweeps) + watchdog.interval + MARGIN;
         let finding = self
             .until(condition.after(limit), || {
@@ -194,7 +197,7 @@ impl Course<'_> {
 
     /// The alarm is the metric that the rules look at, as a scrape would read it now.
     fn show_alarm(&self, leak: &Leak) -> Result<(), Failed> {
-        let policy = &self.drill.observed.policy;
+        let policy = &self.observed.policy;
         let label = policy.label(Some(policy.drill()));
         let class = self.class.name();
         let series = format!("counterfoil_discrepancy_sockets{{backend=\"{label}\",class=\"{class}\"}}");
@@ -210,7 +213,7 @@ impl Course<'_> {
 
     /// Until the reaping is over; the verdict of the drill.
     async fn follow_reaping(&self, leak: &Leak, finding: &Finding) -> Result<Result<String, Failed>, Failed> {
-        let watchdog = &self.drill.observed.config.watchdog;
+        let watchdog = &self.observed.config.watchdog;
         let reap = if watchdog.classes.contains(&self.class) { watchdog.reap } else { ReapMode::Off };
         if reap == ReapMode::Off {
             self.say("reaping", json!({"message": "off for this class: found and reported only"}))?;
@@ -239,7 +242,7 @@ impl Course<'_> {
 
     /// A descriptor still holds a socket that was severed, so there must be a finding of it after as before.
     async fn wait_for_remains(&self, leak: &Leak, record: &ReapRecord) -> Result<(), Failed> {
-        let watchdog = &self.drill.observed.config.watchdog;
+        let watchdog = &self.observed.config.watchdog;
         let limit = watchdog.grace.max(watchdog.interval * watchdog.sweeps) + watchdog.interval + MARGIN;
         let found = self
             .until(record.at.after(limit), || {
@@ -267,7 +270,7 @@ impl Course<'_> {
     /// Until neither view has anything of it left.
     async fn wait_until_clear(&self, leak: &Leak) -> Result<(), Failed> {
         let released = clock::now();
-        let limit = self.drill.observed.config.watchdog.interval + MARGIN;
+        let limit = self.observed.config.watchdog.interval + MARGIN;
         self.drill.hurry();
         let over = self
             .until(released.after(limit), || {

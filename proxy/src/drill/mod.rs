@@ -25,7 +25,7 @@ pub(crate) use follow::Drill;
 
 use crate::control::Control;
 use crate::metrics::Metrics;
-use crate::watchdog::{Handle, Observed};
+use crate::watchdog::{Handle, Live};
 use holder::Holder;
 
 /// Drills at once, each with one connection.
@@ -70,9 +70,10 @@ impl Setup {
     }
 
     /// Takes the drill's shard and begins to answer requests to its owner. On a `LocalSet` only.
-    pub(crate) fn start(self, observed: Observed, watchdog: Handle, metrics: Arc<Metrics>) -> io::Result<Rc<Drill>> {
+    pub(crate) fn start(self, live: Live, watchdog: Handle, metrics: Arc<Metrics>) -> io::Result<Rc<Drill>> {
         let address = self.address()?;
         let listener = Mutex::new(tokio::net::TcpListener::from_std(self.listener)?);
+        let observed = live.now();
         let shard = observed.ledger.shards().saturating_sub(1);
         let writer = observed
             .ledger
@@ -82,6 +83,6 @@ impl Setup {
         tokio::task::spawn_local(Rc::clone(&holder).answer(self.controls));
         let backend = observed.policy.drill();
         let site = leak::Site { listener, address, writer, backend, holder };
-        Ok(Rc::new(Drill { observed, watchdog, metrics, site, running: Cell::new(0) }))
+        Ok(Rc::new(Drill { live, watchdog, metrics, site, running: Cell::new(0) }))
     }
 }

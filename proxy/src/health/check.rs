@@ -112,11 +112,21 @@ pub(super) struct Cancel {
     pub(super) reason: std::cell::Cell<CloseReason>,
     /// The connection's place in the ledger while there is one.
     pub(super) row: std::cell::Cell<Option<crate::ledger::RowId>>,
+    /// There are to be no more checks.
+    pub(super) ended: std::cell::Cell<bool>,
+}
+
+impl Cancel {
+    /// The check that is under way, if one is, ends for this reason.
+    pub(super) fn break_off(&self, reason: CloseReason) {
+        self.reason.set(reason);
+        self.notify.notify_waiters();
+    }
 }
 
 impl Default for Cancel {
     fn default() -> Self {
-        Self { notify: Notify::new(), reason: CloseReason::Drained.into(), row: None.into() }
+        Self { notify: Notify::new(), reason: CloseReason::Drained.into(), row: None.into(), ended: false.into() }
     }
 }
 

@@ -11,12 +11,15 @@ mod check;
 mod judge;
 mod task;
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 pub(crate) use task::{Health, start};
 
-use crate::config::{Config, HealthMode};
+use crate::config::{Config, HealthMode, Numbers};
 use crate::ledger::BackendIndex;
+use crate::table::Table;
+use task::Target;
 
 /// What is known of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,16 +75,14 @@ impl CheckResult {
 /// The states of all backends: written by the thread that checks, read by the workers for each query.
 #[derive(Debug)]
 pub struct Board {
-    places: Box<[Place]>,
+    places: Table<Place>,
 }
 
 /// One backend on the board.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Place {
-    /// The backend's name.
-    pub name: String,
-    /// How it is checked.
-    pub mode: HealthMode,
+    /// How it is checked, as a place in [`MODES`] and one more; zero: the configuration does not have it.
+    mode: AtomicU8,
     state: AtomicU8,
     /// Queries that failed since the last one that was answered; counted under `lazy` only.
     failures: AtomicU32,
@@ -90,26 +91,50 @@ pub struct Place {
     changes: [AtomicU64; 2],
 }
 
+const MODES: [HealthMode; 4] = [HealthMode::Auto, HealthMode::Lazy, HealthMode::Up, HealthMode::Down];
+
 impl Board {
     /// All backends of a configuration, by index.
     pub fn new(config: &Config) -> Self {
-        let backends = config.pools.iter().flat_map(|pool| &pool.backends);
-        let place = |backend: &crate::config::Backend| {
+        let numbers = Numbers::new(config);
+        let board = Self { places: Table::new(numbers.backends()) };
+        board.take(config, &numbers, &[]);
+        board
+    }
+
+    /// Another configuration is in force: a backend that is checked as before keeps its state.
+    pub fn adopt(&self, old: &Config, new: &Config, numbers: &Numbers) {
+        self.places.grow(numbers.backends());
+        self.take(new, numbers, &task::targets(old, numbers));
+    }
+
+    fn take(&self, config: &Config, numbers: &Numbers, before: &[Target]) {
+        let now = task::targets(config, numbers);
+        let has: HashSet<_> = config.pools.iter().flat_map(|pool| &pool.backends).map(|it| it.name.as_str()).collect();
+        for (place, name) in self.places.iter().zip(numbers.names()) {
+            if !has.contains(name) {
+                place.mode.store(0, Ordering::Relaxed);
+                place.state.store(State::Unknown as u8, Ordering::Relaxed);
+            }
+        }
+        for backend in config.pools.iter().flat_map(|pool| &pool.backends) {
+            let Some(number) = numbers.backend(&backend.name) else { continue };
+            let place = &self.places[usize::from(number)];
+            let mode = MODES.iter().position(|mode| *mode == backend.health.mode).map_or(0, |at| at + 1);
+            // Fewer than 256.
+            place.mode.store(mode as u8, Ordering::Relaxed);
+            let target = now.iter().find(|target| target.backend == number);
+            if target.is_some_and(|target| before.contains(target)) {
+                continue;
+            }
             let state = match backend.health.mode {
                 HealthMode::Auto => State::Unknown,
                 HealthMode::Lazy | HealthMode::Up => State::Up,
                 HealthMode::Down => State::Down,
             };
-            Place {
-                name: backend.name.clone(),
-                mode: backend.health.mode,
-                state: AtomicU8::new(state as u8),
-                failures: AtomicU32::new(0),
-                checks: Default::default(),
-                changes: Default::default(),
-            }
-        };
-        Self { places: backends.map(place).collect() }
+            place.state.store(state as u8, Ordering::Relaxed);
+            place.failures.store(0, Ordering::Relaxed);
+        }
     }
 
     /// A backend's place.
@@ -117,9 +142,9 @@ impl Board {
         self.places.get(usize::from(backend))
     }
 
-    /// All places, by index.
-    pub fn places(&self) -> &[Place] {
-        &self.places
+    /// All places, by index, those of backends too that the configuration had before.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.places.iter()
     }
 
     /// Whether queries may go to it.
@@ -134,7 +159,7 @@ impl Board {
 
     /// A query to it failed for a reason that is the backend's: no answer in time, no connection, a connection that died.
     pub fn query_failed(&self, backend: BackendIndex) {
-        if let Some(place) = self.get(backend).filter(|place| place.mode == HealthMode::Lazy) {
+        if let Some(place) = self.get(backend).filter(|place| place.mode() == Some(HealthMode::Lazy)) {
             place.failures.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -151,6 +176,12 @@ impl Board {
 }
 
 impl Place {
+    /// How it is checked; none: the configuration does not have it.
+    pub fn mode(&self) -> Option<HealthMode> {
+        let mode = usize::from(self.mode.load(Ordering::Relaxed));
+        mode.checked_sub(1).and_then(|at| MODES.get(at)).copied()
+    }
+
     /// Its state.
     pub fn state(&self) -> State {
         State::ALL.get(usize::from(self.state.load(Ordering::Relaxed))).copied().unwrap_or(State::Unknown)

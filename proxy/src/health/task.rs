@@ -16,7 +16,7 @@ use super::check::{self, Cancel, Outcome};
 use super::judge::Judge;
 use super::{Board, CheckResult, State};
 use crate::close::CloseReason;
-use crate::config::{self, Config, HealthMode};
+use crate::config::{self, Config, HealthMode, Numbers};
 use crate::control::{Control, Controls};
 use crate::dns::frame;
 use crate::ledger::caps::AtCap;
@@ -44,9 +44,10 @@ impl Drop for Health {
 }
 
 /// What a check needs to know of a backend.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Target {
     pub(super) backend: BackendIndex,
+    name: String,
     pub(super) address: SocketAddr,
     pub(super) timeout: Duration,
     /// A LOCAL header if the pool sends headers, and the query with its length.
@@ -70,38 +71,30 @@ pub(crate) fn start(
     requests: mpsc::UnboundedReceiver<Control>,
     workers: Controls,
 ) -> io::Result<Health> {
-    let targets = targets(config);
+    let targets = targets(config, &Numbers::new(config));
     let count = config.server.workers;
     let (stop, stopped) = watch::channel(());
     let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
     let thread = std::thread::Builder::new().name("health".to_owned()).spawn(move || {
         let ledger = claim.writer();
         let local = LocalSet::new();
-        let mut cancels = Vec::with_capacity(targets.len());
-        for target in targets {
-            let cancel = Rc::new(Cancel::default());
-            cancels.push(Rc::clone(&cancel));
-            let checks = Checks {
-                target,
-                ledger: ledger.clone(),
-                board: Arc::clone(&board),
-                workers: workers.clone(),
-                count,
-                cancel,
-                turn: 0,
-            };
-            local.spawn_local(checks.run(stopped.clone()));
-        }
-        local.spawn_local(obey(requests, cancels, stopped));
+        let mut checks = AllChecks { running: Vec::new(), ledger, board, workers, count, stopped };
+        local.spawn_local(async move {
+            checks.begin(targets);
+            checks.obey(requests).await;
+        });
         runtime.block_on(local);
     })?;
     Ok(Health { stop: Some(stop), thread: Some(thread) })
 }
 
-fn targets(config: &Config) -> Vec<Target> {
+/// The backends of a configuration that are checked.
+pub(super) fn targets(config: &Config, numbers: &Numbers) -> Vec<Target> {
     let mut targets = Vec::new();
     let backends = config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
-    for (index, (pool, backend)) in backends.enumerate() {
+    for (pool, backend) in backends {
+        // All names of the configuration have numbers.
+        let Some(number) = numbers.backend(&backend.name) else { continue };
         let health = &backend.health;
         if matches!(health.mode, HealthMode::Up | HealthMode::Down) {
             continue;
@@ -115,8 +108,8 @@ fn targets(config: &Config) -> Vec<Target> {
         let query = bytes.len();
         frame::append(&mut bytes, &question(health.name.wire()));
         targets.push(Target {
-            // The configuration allows at most 65,534 backends.
-            backend: BackendIndex::try_from(index).unwrap_or(BackendIndex::MAX),
+            backend: number,
+            name: backend.name.clone(),
             address: backend.address,
             timeout: health.timeout,
             bytes,
@@ -136,31 +129,77 @@ fn question(name: &[u8]) -> Vec<u8> {
     query
 }
 
-/// Requests to the owner of the shard: the reaper's, to close a connection.
-async fn obey(
-    mut requests: mpsc::UnboundedReceiver<Control>,
-    cancels: Vec<Rc<Cancel>>,
-    mut stopped: watch::Receiver<()>,
-) {
-    loop {
-        let request = tokio::select! {
-            request = requests.recv() => request,
-            _ = stopped.changed() => None,
-        };
-        match request {
-            Some(Control::Close { row, reason }) => {
-                if let Some(cancel) = cancels.iter().find(|cancel| cancel.row.get() == Some(row)) {
-                    cancel.reason.set(reason);
-                    cancel.notify.notify_waiters();
-                }
+/// The checks of all backends.
+struct AllChecks {
+    running: Vec<(Target, Rc<Cancel>)>,
+    ledger: ShardWriter,
+    board: Arc<Board>,
+    workers: Controls,
+    count: usize,
+    stopped: watch::Receiver<()>,
+}
+
+impl AllChecks {
+    fn begin(&mut self, targets: Vec<Target>) {
+        for target in targets {
+            let cancel = Rc::new(Cancel::default());
+            self.running.push((target.clone(), Rc::clone(&cancel)));
+            let checks = Checks {
+                target,
+                ledger: self.ledger.clone(),
+                board: Arc::clone(&self.board),
+                workers: self.workers.clone(),
+                count: self.count,
+                cancel,
+                turn: 0,
+            };
+            tokio::task::spawn_local(checks.run(self.stopped.clone()));
+        }
+    }
+
+    /// Goes on with those that are as before, ends the others and begins the new ones.
+    fn change(&mut self, mut targets: Vec<Target>) {
+        self.ledger.use_new_slots();
+        self.running.retain(|(running, cancel)| match targets.iter().position(|target| target == running) {
+            Some(same) => {
+                targets.swap_remove(same);
+                true
             }
-            Some(_) => {}
             None => {
-                for cancel in cancels {
-                    cancel.reason.set(CloseReason::Drained);
-                    cancel.notify.notify_waiters();
+                cancel.ended.set(true);
+                cancel.break_off(CloseReason::Reconfigured);
+                false
+            }
+        });
+        self.begin(targets);
+    }
+
+    /// Requests to the owner of the shard: the reaper's, to close a connection, and another configuration.
+    async fn obey(mut self, mut requests: mpsc::UnboundedReceiver<Control>) {
+        let mut stopped = self.stopped.clone();
+        loop {
+            let request = tokio::select! {
+                request = requests.recv() => request,
+                _ = stopped.changed() => None,
+            };
+            match request {
+                Some(Control::Close { row, reason }) => {
+                    if let Some((_, cancel)) = self.running.iter().find(|(_, cancel)| cancel.row.get() == Some(row)) {
+                        cancel.break_off(reason);
+                    }
                 }
-                return;
+                Some(Control::Reconfigure { config, numbers, done }) => {
+                    self.change(targets(&config, &numbers));
+                    // Who has asked may not wait any more.
+                    let _ = done.send(());
+                }
+                Some(_) => {}
+                None => {
+                    for (_, cancel) in &self.running {
+                        cancel.break_off(CloseReason::Drained);
+                    }
+                    return;
+                }
             }
         }
     }
@@ -184,9 +223,10 @@ impl Checks {
         let mut judge = Judge::new(begin, rise, fall);
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        while !self.cancel.ended.get() {
             tokio::select! {
                 _ = stopped.changed() => return,
+                () = self.cancel.notify.notified() => continue,
                 _ = ticks.tick() => {}
             }
             if mode == HealthMode::Lazy && judge.state() == State::Up && !self.is_suspect(fall) {
@@ -210,7 +250,7 @@ impl Checks {
         self.turn = self.turn.wrapping_add(1);
         let outcome = check::run(&self.ledger, &self.target, source, &self.cancel).await;
         let Some(place) = self.board.get(self.target.backend) else { return };
-        let (name, address) = (place.name.as_str(), self.target.address);
+        let (name, address) = (self.target.name.as_str(), self.target.address);
         let (result, failure) = match outcome {
             Outcome::Passed => (CheckResult::Passed, None),
             Outcome::Failed(failure) => (CheckResult::Failed, Some(failure)),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::BackendIndex;
+use crate::table::Table;
 
 /// Which limit is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,30 +15,33 @@ pub enum AtCap {
     Total,
 }
 
-/// The limits and their use.
+/// The limits and their use. A limit that is set below its use closes nothing by itself, and lets nothing new in.
 #[derive(Debug)]
 pub struct Caps {
-    backends: Box<[Counted]>,
+    backends: Table<Counted>,
     total: Counted,
-    /// Backends from this index on are not part of the total.
-    beside: usize,
+    /// This backend's connections are not part of the total.
+    beside: Option<usize>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Counted {
-    limit: usize,
+    limit: AtomicUsize,
     used: AtomicUsize,
 }
 
 impl Counted {
-    fn new(limit: usize) -> Self {
-        Self { limit, used: AtomicUsize::new(0) }
+    fn set(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    fn read(&self) -> (usize, usize) {
+        (self.limit.load(Ordering::Relaxed), self.used.load(Ordering::Relaxed))
     }
 
     fn take(&self) -> bool {
-        self.used
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < self.limit).then_some(used + 1))
-            .is_ok()
+        let room = |used| (used < self.limit.load(Ordering::Relaxed)).then_some(used + 1);
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_ok()
     }
 
     fn give(&self) {
@@ -48,17 +52,30 @@ impl Counted {
 impl Caps {
     /// Limits per backend, in the order of the backend indexes, and in total.
     pub fn new(backends: impl IntoIterator<Item = usize>, total: usize) -> Self {
-        let backends: Box<[Counted]> = backends.into_iter().map(Counted::new).collect();
-        let beside = backends.len();
-        Self { backends, total: Counted::new(total), beside }
+        let caps = Self { backends: Table::new(0), total: Counted::default(), beside: None };
+        for (index, limit) in backends.into_iter().enumerate() {
+            caps.backends[index].set(limit);
+        }
+        caps.total.set(total);
+        caps
     }
 
-    /// One more backend, the last, whose connections are not part of the total: drills must not take what is the
-    /// clients', nor leave them more.
+    /// With a backend whose connections are not part of the total: drills must not take what is the clients', nor leave
+    /// them more.
     #[must_use]
-    pub fn with_drill(self, limit: usize) -> Self {
-        let backends = self.backends.into_iter().chain([Counted::new(limit)]).collect();
-        Self { backends, ..self }
+    pub fn with_drill(self, backend: BackendIndex, limit: usize) -> Self {
+        self.set_backend(backend, limit);
+        Self { beside: Some(usize::from(backend)), ..self }
+    }
+
+    /// Changes the limit of a backend.
+    pub fn set_backend(&self, backend: BackendIndex, limit: usize) {
+        self.backends[usize::from(backend)].set(limit);
+    }
+
+    /// Changes the limit in total.
+    pub fn set_total(&self, limit: usize) {
+        self.total.set(limit);
     }
 
     /// Counts one more connection, or says which limit forbids it.
@@ -67,7 +84,7 @@ impl Caps {
         if !counted.take() {
             return Err(AtCap::Backend);
         }
-        if usize::from(backend) < self.beside && !self.total.take() {
+        if self.beside != Some(usize::from(backend)) && !self.total.take() {
             counted.give();
             return Err(AtCap::Total);
         }
@@ -76,12 +93,12 @@ impl Caps {
 
     /// Limit and use of a backend.
     pub fn backend(&self, backend: BackendIndex) -> Option<(usize, usize)> {
-        self.backends.get(usize::from(backend)).map(|counted| (counted.limit, counted.used.load(Ordering::Relaxed)))
+        self.backends.get(usize::from(backend)).map(Counted::read)
     }
 
     /// Limit and use in total.
     pub fn total(&self) -> (usize, usize) {
-        (self.total.limit, self.total.used.load(Ordering::Relaxed))
+        self.total.read()
     }
 }
 
@@ -104,7 +121,7 @@ impl Drop for Permit {
         if let Some(counted) = self.caps.backends.get(usize::from(self.backend)) {
             counted.give();
         }
-        if usize::from(self.backend) < self.caps.beside {
+        if self.caps.beside != Some(usize::from(self.backend)) {
             self.caps.total.give();
         }
     }
@@ -133,8 +150,25 @@ mod tests {
     }
 
     #[test]
+    fn limits_change_while_they_are_in_use() {
+        let caps = Arc::new(Caps::new([2], 9));
+        let held = [caps.acquire(0), caps.acquire(0)];
+        caps.set_backend(0, 1);
+        assert_eq!((caps.backend(0), caps.acquire(0).err()), (Some((1, 2)), Some(AtCap::Backend)));
+        drop(held);
+        let held = caps.acquire(0);
+        assert!(held.is_ok() && caps.acquire(0).is_err());
+        caps.set_backend(0, 2);
+        caps.set_total(1);
+        assert_eq!(caps.acquire(0).err(), Some(AtCap::Total));
+        caps.set_backend(40, 1);
+        caps.set_total(2);
+        assert!(caps.acquire(40).is_ok(), "a backend that came later");
+    }
+
+    #[test]
     fn drills_are_beside_the_total() {
-        let caps = Arc::new(Caps::new([5], 2).with_drill(1));
+        let caps = Arc::new(Caps::new([5], 2).with_drill(1, 1));
         let drill = caps.acquire(1);
         assert!(drill.is_ok());
         assert_eq!(caps.acquire(1).err(), Some(AtCap::Backend));

@@ -48,22 +48,34 @@ struct Writer {
     shard: Arc<Shard>,
     caps: Arc<Caps>,
     free: RefCell<Vec<u32>>,
+    /// Slots below this one are in use or free.
+    known: Cell<u32>,
     #[cfg(feature = "test-hooks")]
     forget: ForgetHook,
 }
 
 impl ShardWriter {
     pub(super) fn new(shard: Arc<Shard>, caps: Arc<Caps>) -> Self {
-        let slots = u32::try_from(shard.len()).unwrap_or(u32::MAX);
-        Self {
+        let writer = Self {
             inner: Rc::new(Writer {
                 shard,
                 caps,
-                free: RefCell::new((0..slots).rev().collect()),
+                free: RefCell::default(),
+                known: Cell::new(0),
                 #[cfg(feature = "test-hooks")]
                 forget: ForgetHook::default(),
             }),
-        }
+        };
+        writer.use_new_slots();
+        writer
+    }
+
+    /// Uses what [`Ledger::grow`](super::Ledger::grow) has made.
+    pub fn use_new_slots(&self) {
+        let slots = u32::try_from(self.inner.shard.len()).unwrap_or(u32::MAX);
+        let known = self.inner.known.replace(slots);
+        // Those that have been used before come first: their memory is warm.
+        self.inner.free.borrow_mut().splice(0..0, (known..slots).rev());
     }
 
     /// Shows that the owner of this shard runs.

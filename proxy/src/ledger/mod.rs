@@ -62,6 +62,14 @@ impl Ledger {
         self.claim(shard).map(Claim::writer)
     }
 
+    /// Makes room for this many rows per shard, of this many backends, at least. A writer uses them when it is told:
+    /// [`ShardWriter::use_new_slots`].
+    pub fn grow(&self, slots: usize, backends: usize) {
+        for shard in &self.shards {
+            shard.grow(slots, backends);
+        }
+    }
+
     /// The limits of connections, and their use.
     pub fn caps(&self) -> &Caps {
         &self.caps

@@ -10,6 +10,7 @@ use socket2::Socket;
 use super::{BackendIndex, BackendTotals, LedgerRow, LedgerSnapshot, OpenInfo, Pause, RowId, Tombstone};
 use crate::clock::{Mono, nanos};
 use crate::close::CloseReason;
+use crate::table::Table;
 
 /// Who may share a connection (section 2 of the design).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -119,7 +120,7 @@ struct Grave {
     what: AtomicU32,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Counters {
     opened: [AtomicU64; ConnKind::COUNT],
     closed: [AtomicU64; CloseReason::ALL.len()],
@@ -129,10 +130,12 @@ struct Counters {
 #[derive(Debug)]
 pub(super) struct Shard {
     index: usize,
-    slots: Box<[Slot]>,
+    slots: Table<Slot>,
+    /// How many of them are in use or free.
+    len: AtomicUsize,
     graves: Box<[Grave]>,
     next_grave: AtomicUsize,
-    counters: Box<[Counters]>,
+    counters: Table<Counters>,
     heartbeat: AtomicU64,
     pauses: Mutex<VecDeque<Pause>>,
 }
@@ -146,15 +149,11 @@ impl Shard {
     pub(super) fn new(index: usize, slots: usize, backends: usize) -> Self {
         Self {
             index,
-            slots: (0..slots).map(|_| Slot::default()).collect(),
+            slots: Table::new(slots),
+            len: AtomicUsize::new(slots),
             graves: (0..TOMBSTONES).map(|_| Grave::default()).collect(),
             next_grave: AtomicUsize::new(0),
-            counters: (0..backends)
-                .map(|_| Counters {
-                    opened: std::array::from_fn(|_| AtomicU64::new(0)),
-                    closed: std::array::from_fn(|_| AtomicU64::new(0)),
-                })
-                .collect(),
+            counters: Table::new(backends),
             heartbeat: AtomicU64::new(0),
             pauses: Mutex::default(),
         }
@@ -165,7 +164,14 @@ impl Shard {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.slots.len()
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Makes room for this many rows at least, of this many backends. Which rows are free is the writer's business.
+    pub(super) fn grow(&self, slots: usize, backends: usize) {
+        self.slots.grow(slots);
+        self.counters.grow(backends);
+        self.len.fetch_max(slots, Ordering::Release);
     }
 
     /// Shows that the owner runs. Only the shard's writer calls this.
@@ -346,8 +352,11 @@ impl Shard {
     }
 
     pub(super) fn add_totals(&self, totals: &mut Vec<BackendTotals>) {
-        totals.resize_with(totals.len().max(self.counters.len()), BackendTotals::default);
-        for (total, counters) in totals.iter_mut().zip(&self.counters) {
+        for (index, counters) in self.counters.iter().enumerate() {
+            if totals.len() <= index {
+                totals.push(BackendTotals::default());
+            }
+            let total = &mut totals[index];
             for (sum, counter) in total.opened.iter_mut().zip(&counters.opened) {
                 *sum += counter.load(Ordering::Relaxed);
             }

@@ -2,19 +2,24 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 
 use super::encode::Families;
+use super::kernel::Kernel;
 use crate::kernel::TcpState;
 use crate::watch::Watched;
-use crate::watchdog::Handle;
 use crate::watchdog::report::Report;
+use crate::watchdog::{Handle, Policy};
 
 /// Reads what the watch has seen last.
 #[derive(Debug)]
 pub(super) struct Beside {
+    pub(super) policy: Arc<Policy>,
+    /// Between sweeps.
+    pub(super) interval: Duration,
     pub(super) watched: Arc<Watched>,
     pub(super) watchdog: Handle,
 }
@@ -22,6 +27,7 @@ pub(super) struct Beside {
 impl Collector for Beside {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut families = Families(encoder);
+        Kernel { policy: &self.policy, interval: self.interval, watchdog: &self.watchdog }.encode(&mut families)?;
         let processes = self.watched.processes();
         families.gauge("watched_processes", "Processes that are watched now", processes.count as f64)?;
         families.counter(

@@ -1,11 +1,7 @@
 //! The kernel's view, and what the watchdog makes of both.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
-
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
 
 use super::encode::{Durations, Families};
 use crate::clock::{self, Mono};
@@ -29,25 +25,22 @@ const SHOWN: [TcpState; 8] = [
 
 /// Reads the last sweep's report: a scrape never touches the kernel view itself.
 #[derive(Debug)]
-pub(super) struct Kernel {
-    pub(super) policy: Arc<Policy>,
+pub(super) struct Kernel<'a> {
+    pub(super) policy: &'a Policy,
     /// Between sweeps.
     pub(super) interval: Duration,
-    pub(super) watchdog: Handle,
+    pub(super) watchdog: &'a Handle,
 }
 
-impl Collector for Kernel {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+impl Kernel<'_> {
+    pub(super) fn encode(&self, families: &mut Families<'_>) -> fmt::Result {
         let report = self.watchdog.report();
-        let mut families = Families(encoder);
-        self.view(&mut families, &report)?;
-        self.findings(&mut families, &report)?;
-        sweeps(&mut families, &report)?;
+        self.view(families, &report)?;
+        self.findings(families, &report)?;
+        sweeps(families, &report)?;
         families.gauge("watchdog_interval_seconds", "Time between sweeps, as configured", self.interval.as_secs_f64())
     }
-}
 
-impl Kernel {
     /// All backends, the drill's peer, and the sockets whose peer is none of them.
     fn backends(&self) -> impl Iterator<Item = (Option<BackendIndex>, &str)> {
         let known = (0..self.policy.backends.len()).map(|index| u16::try_from(index).ok());

@@ -7,9 +7,6 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
-
 use super::encode::Families;
 use crate::clock::{self, Mono};
 use crate::config::Backend;
@@ -23,15 +20,25 @@ const COUNTED_FOR: Duration = Duration::from_secs(2);
 
 /// Reads everything when it is scraped.
 #[derive(Debug)]
-pub(super) struct Limits {
-    observed: Observed,
-    /// Local ports by backend, and when they were counted; none: the kernel did not say.
-    ports: Mutex<Option<(Mono, Option<Vec<u64>>)>>,
+pub(super) struct Limits<'a> {
+    pub(super) observed: &'a Observed,
+    pub(super) ports: &'a Ports,
 }
 
-impl Collector for Limits {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut families = Families(encoder);
+/// The last count of local ports, kept from one scrape to the next.
+#[derive(Debug, Default)]
+pub(super) struct Ports(Mutex<Option<Counted>>);
+
+#[derive(Debug)]
+struct Counted {
+    at: Mono,
+    towards: Vec<SocketAddr>,
+    /// By backend; none: the kernel did not say.
+    ports: Option<Vec<u64>>,
+}
+
+impl Limits<'_> {
+    pub(super) fn encode(&self, families: &mut Families<'_>) -> fmt::Result {
         families.gauge(
             "client_connections_limit",
             "Client connections allowed",
@@ -44,13 +51,7 @@ impl Collector for Limits {
             used as f64,
         )?;
         families.gauge("total_connections_limit", "Backend connections allowed in total", limit as f64)?;
-        self.ports(&mut families)
-    }
-}
-
-impl Limits {
-    pub(super) fn new(observed: Observed) -> Self {
-        Self { observed, ports: Mutex::default() }
+        self.ports(families)
     }
 
     /// Each configured backend, with the number of source addresses that its connections come from.
@@ -85,18 +86,19 @@ impl Limits {
     }
 
     fn used_ports(&self) -> Option<Vec<u64>> {
-        let mut counted = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = self.ports.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::now();
-        if let Some((at, used)) = &*counted
-            && now.since(*at) < COUNTED_FOR
-        {
-            return used.clone();
-        }
         let peers: Vec<SocketAddr> = self.backends().map(|(backend, _)| backend.address).collect();
-        let used =
+        if let Some(counted) = &*counted
+            && now.since(counted.at) < COUNTED_FOR
+            && counted.towards == peers
+        {
+            return counted.ports.clone();
+        }
+        let ports =
             ports_in_use(&peers).inspect_err(|error| tracing::debug!(%error, "local ports are not counted")).ok();
-        *counted = Some((now, used.clone()));
-        used
+        *counted = Some(Counted { at: now, towards: peers, ports: ports.clone() });
+        ports
     }
 }
 
@@ -116,7 +118,8 @@ mod tests {
              [[pool.backend]]\nname = \"c\"\naddress = \"127.0.0.1:10\"\n"
         );
         let (observed, _setup, _worker) = fixture::observed(config::from_str("f.toml", &text).unwrap());
-        Limits::new(observed).backends().map(|(_, sources)| sources).collect()
+        let limits = Limits { observed: &observed, ports: &Ports::default() };
+        limits.backends().map(|(_, sources)| sources).collect()
     }
 
     #[test]

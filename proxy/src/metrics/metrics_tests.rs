@@ -74,7 +74,7 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     let (observed, _setup, _worker) = fixture::observed(fixture::config(ReapMode::Off, None));
     let (view, ..) = kernel::open(View::None, &[], 10).unwrap();
     let watchdog = watchdog::start(observed.subject(), view).unwrap();
-    let metrics = registry(observed.clone(), watchdog.handle());
+    let metrics = registry(Live::new(observed.clone()), watchdog.handle());
     let stats = &observed.stats[0];
     stats.listeners[0].queries.add(7);
     stats.pools[0].latency.record(Duration::from_micros(60));

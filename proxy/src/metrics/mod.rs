@@ -8,6 +8,7 @@ mod encode;
 mod kernel;
 mod limits;
 mod process;
+mod reload;
 mod traffic;
 
 use std::fmt;
@@ -19,11 +20,11 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use crate::watch::Watched;
-use crate::watchdog::{Handle, Observed, Subject};
+use crate::watchdog::{Handle, Live, Subject};
 use beside::Beside;
 use encode::Families;
 use kernel::Kernel;
-use limits::Limits;
+use limits::{Limits, Ports};
 use process::Process;
 use traffic::Traffic;
 
@@ -37,14 +38,11 @@ pub struct Metrics {
 }
 
 /// The metrics of what is observed.
-pub fn registry(observed: Observed, watchdog: Handle) -> Metrics {
+pub fn registry(live: Live, watchdog: Handle) -> Metrics {
     let mut registry = Registry::default();
     let own = registry.sub_registry_with_prefix("counterfoil");
     own.register_collector(Box::new(Build));
-    own.register_collector(Box::new(Traffic { observed: observed.clone() }));
-    own.register_collector(Box::new(Limits::new(observed.clone())));
-    let (policy, interval) = (Arc::clone(&observed.policy), observed.config.watchdog.interval);
-    own.register_collector(Box::new(Kernel { policy, interval, watchdog }));
+    own.register_collector(Box::new(Own { live, watchdog, ports: Ports::default() }));
     registry.register_collector(Box::new(Process));
     Metrics { registry }
 }
@@ -55,8 +53,7 @@ pub fn beside(subject: &Subject, watched: Arc<Watched>, watchdog: Handle) -> Met
     let own = registry.sub_registry_with_prefix("counterfoil");
     let (policy, interval) = (Arc::clone(&subject.policy), subject.settings.interval);
     own.register_collector(Box::new(Build));
-    own.register_collector(Box::new(Kernel { policy, interval, watchdog: watchdog.clone() }));
-    own.register_collector(Box::new(Beside { watched, watchdog }));
+    own.register_collector(Box::new(Beside { policy, interval, watched, watchdog }));
     registry.register_collector(Box::new(Process));
     Metrics { registry }
 }
@@ -70,6 +67,26 @@ impl Metrics {
             tracing::error!(%error, "metrics cannot be encoded");
         }
         text
+    }
+}
+
+/// All that is the forwarder's own, as of the configuration in force when it is scraped.
+#[derive(Debug)]
+struct Own {
+    live: Live,
+    watchdog: Handle,
+    ports: Ports,
+}
+
+impl Collector for Own {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let observed = &self.live.now();
+        let families = &mut Families(encoder);
+        Traffic { observed }.encode(families)?;
+        Limits { observed, ports: &self.ports }.encode(families)?;
+        let interval = observed.config.watchdog.interval;
+        Kernel { policy: &observed.policy, interval, watchdog: &self.watchdog }.encode(families)?;
+        reload::encode(observed, families)
     }
 }
 

@@ -3,9 +3,6 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
-
 use super::encode::{Durations, Families};
 use crate::clock;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
@@ -14,25 +11,23 @@ use crate::ledger::{ConnKind, RowState};
 use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal};
 use crate::watchdog::Observed;
 
-/// Reads everything when it is scraped.
+/// Reads everything when it is scraped. What the configuration had before a reload goes on being shown, so that no
+/// counter ever goes back.
 #[derive(Debug)]
-pub(super) struct Traffic {
-    pub(super) observed: Observed,
+pub(super) struct Traffic<'a> {
+    pub(super) observed: &'a Observed,
 }
 
-impl Collector for Traffic {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut families = Families(encoder);
-        self.clients(&mut families)?;
-        self.queries(&mut families)?;
-        self.connections(&mut families)?;
-        self.backends(&mut families)?;
-        self.health(&mut families)?;
-        self.pools(&mut families)
+impl Traffic<'_> {
+    pub(super) fn encode(&self, families: &mut Families<'_>) -> fmt::Result {
+        self.clients(families)?;
+        self.queries(families)?;
+        self.connections(families)?;
+        self.backends(families)?;
+        self.health(families)?;
+        self.pools(families)
     }
-}
 
-impl Traffic {
     /// A counter of a listener, summed over the workers.
     fn listener(&self, index: usize, counter: impl Fn(&ListenerStats) -> &Counter) -> u64 {
         self.observed.stats.iter().filter_map(|worker| worker.listeners.get(index)).map(|l| counter(l).get()).sum()
@@ -152,10 +147,12 @@ impl Traffic {
         families.gauges(
             "backend_connections_limit",
             "Backend connections allowed",
-            self.backend_names().filter_map(|(i, name)| {
-                let (limit, _) = caps.backend(u16::try_from(i).ok()?)?;
-                Some(([("backend", name)], limit as f64))
-            }),
+            self.backend_names().filter(|(i, _)| self.observed.policy.backends[*i].configured).filter_map(
+                |(i, name)| {
+                    let (limit, _) = caps.backend(u16::try_from(i).ok()?)?;
+                    Some(([("backend", name)], limit as f64))
+                },
+            ),
         )?;
         let totals = self.observed.ledger.totals();
         families.counters(
@@ -198,11 +195,18 @@ impl Traffic {
 
     /// What the health checks say.
     fn health(&self, families: &mut Families<'_>) -> fmt::Result {
-        let places = || self.observed.health.places().iter().map(|place| (place.name.as_str(), place));
+        let drill = self.observed.policy.drill();
+        let places = || {
+            let names = self.observed.policy.backends.iter().map(|backend| backend.name.as_str());
+            let places = names.zip(self.observed.health.places()).enumerate();
+            places.filter(move |(at, _)| *at != usize::from(drill)).map(|(_, place)| place)
+        };
         families.gauges(
             "backend_up",
             "Whether the backend is known to be up",
-            places().map(|(name, place)| ([("backend", name)], f64::from(u8::from(place.state() == State::Up)))),
+            places()
+                .filter(|(_, place)| place.mode().is_some())
+                .map(|(name, place)| ([("backend", name)], f64::from(u8::from(place.state() == State::Up)))),
         )?;
         families.counters(
             "backend_health_checks",
@@ -225,7 +229,7 @@ impl Traffic {
     }
 
     fn pools(&self, families: &mut Families<'_>) -> fmt::Result {
-        let names = || self.observed.config.pools.iter().map(|pool| pool.name.as_str()).enumerate();
+        let names = || self.observed.numbers.pools().iter().map(String::as_str).enumerate();
         families.counters(
             "pool_retries",
             "Queries sent again on a fresh connection",

@@ -83,7 +83,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
 
 /// One worker that is nobody's, and the drill's shard. The receiver is the worker's.
 pub(crate) fn observed(config: Config) -> (Observed, Setup, UnboundedReceiver<Control>) {
-    let caps = Arc::new(Caps::new([100], 100).with_drill(AT_ONCE));
+    let caps = Arc::new(Caps::new([100], 100).with_drill(1, AT_ONCE));
     let ledger = Arc::new(Ledger::new(2, 100, 2, caps));
     let (worker, received) = unbounded_channel();
     let (drill, drill_received) = unbounded_channel();

@@ -21,9 +21,9 @@ mod task;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
@@ -33,23 +33,50 @@ pub use ladder::{Outcome, Rung};
 pub use policy::Policy;
 pub use report::Report;
 
-use crate::config::{self, Config, Pool};
+use crate::clock;
+use crate::config::{self, Config, Numbers, Pool};
 use crate::control::Controls;
 use crate::health::Board;
 use crate::kernel::{KernelSnapshot, KernelView};
 use crate::ledger::caps::Caps;
 use crate::ledger::{Ledger, LedgerSnapshot};
-use crate::stats::WorkerStats;
+use crate::stats::{Reloads, WorkerStats};
 use report::Published;
 use task::{Request, Task};
 
-/// What watchdog, metrics and admin look at. They change nothing in it but the ledger's tombstones and ghosts.
+/// What is observed, as of the configuration in force.
+#[derive(Clone, Debug)]
+pub struct Live(Arc<Mutex<Observed>>);
+
+impl Live {
+    /// Begins with the first configuration.
+    pub fn new(observed: Observed) -> Self {
+        Self(Arc::new(Mutex::new(observed)))
+    }
+
+    /// As it is now, for one answer or one scrape.
+    pub fn now(&self) -> Observed {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another configuration is in force from now on.
+    pub fn put(&self, observed: Observed) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = observed;
+    }
+}
+
+/// What watchdog, metrics and admin look at, with one configuration. They change nothing in it but the ledger's
+/// tombstones and ghosts.
 #[derive(Clone, Debug)]
 pub struct Observed {
     /// The configuration.
     pub config: Arc<Config>,
+    /// The numbers of its pools and backends, and of those before.
+    pub numbers: Arc<Numbers>,
     /// The thresholds taken from it.
     pub policy: Arc<Policy>,
+    /// How often the configuration was changed.
+    pub reloads: Arc<Reloads>,
     /// The ledger, with one shard per worker and the drill's last.
     pub ledger: Arc<Ledger>,
     /// The counters of each worker.
@@ -73,10 +100,23 @@ impl Observed {
         controls: Controls,
         drill: SocketAddr,
     ) -> Self {
+        let numbers = Arc::new(Numbers::new(&config));
         let policy = Arc::new(Policy::new(&config, drill));
         let serving = Arc::new(AtomicBool::new(false));
+        let reloads = Arc::new(Reloads::new(clock::unix_seconds()));
         let health = Arc::new(Board::new(&config));
-        Self { config, policy, ledger, stats: stats.into(), controls, serving, view_reason: Arc::from(""), health }
+        Self {
+            config,
+            numbers,
+            policy,
+            reloads,
+            ledger,
+            stats: stats.into(),
+            controls,
+            serving,
+            view_reason: Arc::from(""),
+            health,
+        }
     }
 
     /// With the board that the workers read, instead of one of its own.
@@ -96,7 +136,14 @@ impl Observed {
         let types = |pool: &Pool| -> Vec<u8> {
             pool.proxy_protocol.iter().flat_map(|proxy| proxy.tlvs.iter()).map(|(kind, _)| kind).collect()
         };
-        self.config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |_| types(pool))).collect()
+        let mut by_number = vec![Vec::new(); self.numbers.backends()];
+        for (pool, backend) in self.config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |it| (pool, it)))
+        {
+            if let Some(of) = self.numbers.backend(&backend.name).and_then(|it| by_number.get_mut(usize::from(it))) {
+                *of = types(pool);
+            }
+        }
+        by_number
     }
 
     /// What the watchdog works with.
@@ -180,6 +227,11 @@ impl Handle {
     pub fn sweep_now(&self) {
         // It has ended: then there is nothing to sweep either.
         let _ = self.requests.send(Request::Sweep);
+    }
+
+    /// From now on it works with this; what it has seen so far counts on.
+    pub fn adopt(&self, subject: Subject) {
+        let _ = self.requests.send(Request::Adopt(Box::new(subject)));
     }
 
     /// Reads both halves now, without counting as a sweep. Nothing comes if the watchdog has ended.

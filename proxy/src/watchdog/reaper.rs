@@ -132,6 +132,16 @@ impl Reaper {
         Self { tlv_types, ..self }
     }
 
+    /// Goes by another configuration from now on; what is under way goes on.
+    pub fn adopt(&mut self, config: &Watchdog, tlv_types: Vec<Vec<u8>>) {
+        self.mode = config.reap;
+        self.classes.clone_from(&config.classes);
+        self.per_minute = config.max_reaps_per_minute as usize;
+        self.tlv_types = tlv_types;
+        // What was only rehearsed so far may be acted on now.
+        self.rehearsed.clear();
+    }
+
     /// Whether a reaping is under way.
     pub fn is_busy(&self) -> bool {
         !self.active.is_empty()

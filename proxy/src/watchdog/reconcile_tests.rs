@@ -15,6 +15,8 @@ pub(super) fn policy() -> Policy {
     let backend = |name: &str, address: &str| BackendPolicy {
         name: name.to_owned(),
         address: address.parse().unwrap(),
+        former: Vec::new(),
+        configured: true,
         hoard_after: Duration::from_secs(31),
         spent_after: Duration::from_secs(1),
         spare_after: Duration::from_secs(2),
@@ -23,6 +25,7 @@ pub(super) fn policy() -> Policy {
     };
     Policy {
         backends: vec![backend("unbound", BACKEND), backend("drill", "127.0.0.1:1")],
+        drill: 1,
         workers: 1,
         grace: Duration::from_secs(3),
         sweeps: 3,

@@ -41,6 +41,8 @@ pub(super) enum Request {
         /// Whether it has begun.
         answer: oneshot::Sender<Result<Ordered, String>>,
     },
+    /// Work with another configuration.
+    Adopt(Box<Subject>),
     /// End.
     Stop,
 }
@@ -84,7 +86,6 @@ impl Task {
 
     /// Until somebody says stop, or nobody is left who could.
     pub(super) fn run(mut self, requests: &Receiver<Request>) {
-        let interval = self.subject.settings.interval;
         let mut next_sweep = clock::now();
         loop {
             let now = clock::now();
@@ -95,6 +96,10 @@ impl Task {
                 // Who asked may be gone: then nobody needs to know.
                 Ok(Request::Look(answer)) => drop(answer.send(self.look())),
                 Ok(Request::Reap { cookie, answer }) => drop(answer.send(self.order(cookie))),
+                Ok(Request::Adopt(subject)) => {
+                    self.reaper.adopt(&subject.settings, subject.tlv_types.clone());
+                    self.subject = *subject;
+                }
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -102,7 +107,7 @@ impl Task {
             if requested || now >= next_sweep {
                 self.sweep();
                 // From now, not from when it was due: sweeps do not bunch up after a pause.
-                next_sweep = now.after(interval);
+                next_sweep = now.after(self.subject.settings.interval);
             }
             if self.reaper.is_busy() {
                 self.reap();

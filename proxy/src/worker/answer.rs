@@ -170,6 +170,13 @@ impl Core {
         for (id, query) in conn.pending.drain() {
             let Some(entry) = self.queries.get_mut(query) else { continue };
             entry.place = Place::Nowhere;
+            // A reload may have given its listener another pool.
+            entry.pool = self.sessions[entry.session.0].pool;
+            if reason == CloseReason::Reconfigured {
+                // It was not even opened: that was no try.
+                self.reroute(query, now);
+                continue;
+            }
             self.shared.health.query_failed(backend);
             let answer_began = match partial {
                 Partial::None => false,

@@ -76,13 +76,15 @@ pub struct Core {
     pub(crate) sessions: Slab<Session>,
     pub(crate) pool: Pool,
     pub(crate) queries: Queries,
+    /// By pool: where its queries wait for their deadlines.
+    pub(crate) lines: Vec<u16>,
     pub(crate) timers: Timers,
-    pub(crate) waits: Box<[WaitQueue]>,
-    pub(crate) backoff: Box<[Backoff]>,
+    pub(crate) waits: Vec<WaitQueue>,
+    pub(crate) backoff: Vec<Backoff>,
     /// The same for spare connections that backends close unused.
-    pub(crate) spare_backoff: Box<[Backoff]>,
+    pub(crate) spare_backoff: Vec<Backoff>,
     /// By pool.
-    pub(crate) choosers: Box<[Chooser]>,
+    pub(crate) choosers: Vec<Chooser>,
     /// Connections opened for a client address in the current second, if `max_opens_per_client` limits them.
     pub(crate) opens: HashMap<IpAddr, u32, foldhash::fast::RandomState>,
     pub(crate) opens_since: Mono,
@@ -100,8 +102,10 @@ impl Core {
     /// A worker without connections.
     pub fn new(plan: Rc<Plan>, stats: Arc<WorkerStats>, shared: Arc<Shared>, seed: u64, now: Mono) -> Self {
         let backends = plan.backends.len();
+        let mut queries = Queries::default();
         Self {
-            queries: Queries::new(plan.pools.len()),
+            lines: queries.lines(plan.pools.iter().map(|pool| pool.query_timeout)),
+            queries,
             choosers: plan.pools.iter().map(|pool| Chooser::new(pool.policy, pool.backends.len())).collect(),
             next_cleanup: now.after(plan.connections.cleanup_interval),
             plan,
@@ -136,6 +140,7 @@ impl Core {
         let plan = &self.plan.listeners[usize::from(listener)];
         let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
         let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits(pace), now);
+        session.pace = pace;
         if let Some(via) = via {
             tracing::debug!(session = serial, client = %session.client, peer = %via.peer, "client behind PROXY");
             session.via = Some(via);
@@ -244,6 +249,7 @@ impl Core {
                 session: key,
                 client_id: peek.id,
                 pool,
+                line: self.lines[usize::from(pool)],
                 listener,
                 arrived: now,
                 deadline: now.after(plan.query_timeout),

@@ -1,5 +1,6 @@
 //! What only time brings about: deadlines, and the one clean-up that walks every connection of every kind.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::Core;
@@ -178,6 +179,24 @@ impl Core {
             self.pool.iter().filter_map(|(key, conn)| due(conn).map(|reason| (key, reason))).collect();
         for (key, reason) in due {
             self.pool.retire(key, reason, now);
+        }
+        self.keep_caps(now);
+    }
+
+    /// A limit may have been set below its use: idle connections go until it is kept.
+    fn keep_caps(&mut self, now: Mono) {
+        let caps = Arc::clone(&self.shared.caps);
+        let excess = |(limit, used): (usize, usize)| used.saturating_sub(limit);
+        for backend in 0..self.waits.len() as u16 {
+            let excess = caps.backend(backend).map_or(0, excess).saturating_sub(self.pool.closing(backend));
+            for _ in 0..excess {
+                let Some(idle) = self.pool.longest_idle(backend) else { break };
+                self.pool.close(idle, CloseReason::Evicted, now);
+            }
+        }
+        for _ in 0..excess(caps.total()).saturating_sub(self.pool.all_closing()) {
+            let Some(idle) = self.pool.longest_idle_of_all() else { break };
+            self.pool.close(idle, CloseReason::Evicted, now);
         }
     }
 

@@ -15,6 +15,7 @@ pub(crate) mod links;
 mod place;
 pub mod plan;
 pub mod queries;
+mod reconfigure;
 pub(crate) mod route;
 pub(crate) mod shell;
 #[cfg(test)]
@@ -88,13 +89,7 @@ impl Worker {
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
         for Accepting { listener, socket, inherited } in self.listeners {
-            let config = &self.config.listeners[usize::from(listener)];
-            let door = Rc::new(Door {
-                shell: Rc::clone(&shell),
-                index: listener,
-                limits: Arc::clone(&self.limits),
-                accept_proxy: config.accept_proxy.clone().map(Rc::new),
-            });
+            let door = Rc::new(Door { shell: Rc::clone(&shell), index: listener, limits: Arc::clone(&self.limits) });
             let listener = tokio::net::TcpListener::from_std(socket)?;
             let acceptor = Acceptor { listener, leaves_queue: inherited, door };
             tokio::task::spawn_local(acceptor.run(stopped.clone()));
@@ -159,6 +154,14 @@ impl Keeper {
                 for backend in 0..core.waits.len() {
                     core.serve_waiting(backend as u16, now);
                 }
+            }
+            Control::Reconfigure { config, numbers, done } => {
+                self.shell.ledger.use_new_slots();
+                let mut core = self.shell.core.borrow_mut();
+                let plan = core.plan.next(&config, &numbers, crate::backend::connect::own_side);
+                core.reconfigure(Rc::new(plan), now);
+                // Who has asked may not wait any more.
+                let _ = done.send(());
             }
             Control::Drain { over, spread } => {
                 let _ = self.stop.send(true);

@@ -246,6 +246,8 @@ impl Core {
         while let Some((session, query)) = self.waits[usize::from(backend)].pop() {
             let Some((message, pool, how)) = self.queries.get_mut(query).map(|entry| {
                 let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
+                // A reload may have given its listener another pool.
+                entry.pool = self.sessions[session.0].pool;
                 (std::mem::take(&mut entry.message), entry.pool, how)
             }) else {
                 continue;
@@ -274,6 +276,8 @@ impl Core {
     pub(crate) fn reroute(&mut self, query: QueryKey, now: Mono) {
         let Some(entry) = self.queries.get_mut(query) else { return };
         entry.place = Place::Nowhere;
+        // A reload may have given its listener another pool.
+        entry.pool = self.sessions[entry.session.0].pool;
         let (session, pool) = (entry.session, entry.pool);
         let how = if entry.fresh_only {
             How::Again { tried: entry.tried }

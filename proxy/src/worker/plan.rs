@@ -1,4 +1,4 @@
-//! The configuration as a worker uses it: flat, with backends numbered over all pools.
+//! The configuration as a worker uses it: flat, with backends numbered over all pools ([`Numbers`]).
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use crate::backend::choose;
 use crate::client::session::{Limits, Pace};
-use crate::config::{Config, Connections, Listener, OnFailure, OneShotClose, Overload, Policy};
+use crate::config::{
+    AcceptProxy, Backend, Config, Connections, Listener, Numbers, OnFailure, OneShotClose, Overload, Policy, Pool,
+    ProxyProtocol,
+};
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::{Class, TlvSet};
 
-/// Everything a worker needs to know that never changes.
+/// Everything a worker needs to know that changes with the configuration only.
 #[derive(Debug)]
 pub struct Plan {
     pub(crate) listeners: Vec<ListenerPlan>,
@@ -25,12 +28,14 @@ pub(crate) struct ListenerPlan {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
     pub(crate) pool: u16,
+    /// Whose word on the client is taken.
+    pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
     limits: Rc<Limits>,
     restricted: Rc<Limits>,
 }
 
 impl ListenerPlan {
-    fn new(listener: &Listener, overload: &Overload) -> Self {
+    fn new(listener: &Listener, pool: u16, overload: &Overload) -> Self {
         let limits = Limits {
             max_in_flight: listener.max_in_flight,
             max_queries: listener.max_queries_per_connection,
@@ -48,7 +53,8 @@ impl ListenerPlan {
         Self {
             name: listener.name.clone(),
             address: listener.address,
-            pool: u16::try_from(listener.pool).unwrap_or(u16::MAX),
+            pool,
+            accept_proxy: listener.accept_proxy.clone().map(Rc::new),
             restricted: Rc::new(Limits { max_duration, idle_timeout, ..limits.clone() }),
             limits: Rc::new(limits),
         }
@@ -62,7 +68,7 @@ impl ListenerPlan {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct PoolPlan {
     pub(crate) query_timeout: Duration,
     pub(crate) retries: u8,
@@ -73,7 +79,7 @@ pub(crate) struct PoolPlan {
     pub(crate) backends: Vec<BackendIndex>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct ProxyPlan {
     pub(crate) identity: Identity,
     pub(crate) tlvs: TlvSet,
@@ -90,7 +96,7 @@ pub(crate) struct ProxyPlan {
     pub(crate) per_backend: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct BackendPlan {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
@@ -104,63 +110,159 @@ pub(crate) struct BackendPlan {
     pub(crate) one_shot_close: OneShotClose,
     /// This host's address on the way to the backend, for `identity = "forwarder"`.
     pub(crate) own_side: SocketAddr,
+    /// What its pool's headers say.
+    pub(crate) header: Option<ProxyProtocol>,
+    /// Queries may go to it.
+    pub(crate) in_use: bool,
 }
 
 impl Plan {
     /// Flattens the configuration. `own_side` finds this host's address on the way to a backend.
     pub fn new(config: &Config, own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr) -> Self {
-        let mut backends = Vec::new();
-        let mut pools = Vec::new();
+        Self::build(config, &Numbers::new(config), &[], &[], own_side)
+    }
+
+    /// The plan after a reload. What the configuration has no more keeps its place, for connections and queries that are
+    /// under way, and gets no new ones.
+    pub fn next(
+        &self,
+        config: &Config,
+        numbers: &Numbers,
+        own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr,
+    ) -> Self {
+        Self::build(config, numbers, &self.pools, &self.backends, own_side)
+    }
+
+    fn build(
+        config: &Config,
+        numbers: &Numbers,
+        old_pools: &[PoolPlan],
+        old_backends: &[BackendPlan],
+        own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr,
+    ) -> Self {
+        let mut pools: Vec<PoolPlan> = old_pools.iter().map(PoolPlan::without_backends).collect();
+        pools.resize_with(numbers.pools().len(), PoolPlan::default);
+        let mut backends: Vec<BackendPlan> = old_backends.iter().map(BackendPlan::unused).collect();
+        backends.resize_with(numbers.backends(), BackendPlan::default);
         for pool in &config.pools {
             let mut of_pool = Vec::new();
             for backend in &pool.backends {
-                // The configuration allows at most 65,534 backends.
-                let index = BackendIndex::try_from(backends.len()).unwrap_or(BackendIndex::MAX);
-                if backend.health.mode != crate::config::HealthMode::Down {
+                // All names of the configuration have numbers.
+                let Some(index) = numbers.backend(&backend.name) else { continue };
+                let in_use = backend.health.mode != crate::config::HealthMode::Down;
+                if in_use {
                     of_pool.push(index);
                 }
-                let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);
-                backends.push(BackendPlan {
-                    name: backend.name.clone(),
-                    address: backend.address,
-                    weight: backend.weight,
-                    digest: choose::digest(backend.name.as_bytes()),
-                    max_in_flight: backend.max_in_flight,
-                    connect_timeout: backend.connect_timeout,
-                    write_timeout: backend.write_timeout,
-                    // The header names the source of the connection, so it must be the same for all that share it.
-                    source: if forwarder {
-                        backend.source.iter().copied().take(1).collect()
-                    } else {
-                        backend.source.clone()
-                    },
-                    one_shot_close: backend.one_shot_close,
-                    own_side: own_side(backend.address, &backend.source),
-                });
-            }
-            let proxy = pool.proxy_protocol.as_ref().map(|proxy| {
-                let class = proxy.tlvs.class();
-                ProxyPlan {
-                    identity: proxy.identity,
-                    tlvs: proxy.tlvs.clone(),
-                    max_header: proxy.max_header,
-                    pass_incoming: proxy.pass_incoming_tlvs,
-                    owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
-                    per_query: class >= Class::PerQuery,
-                    unique: class == Class::Unique,
-                    per_backend: proxy.identity == Identity::Forwarder,
+                if let Some(plan) = backends.get_mut(usize::from(index)) {
+                    *plan = BackendPlan { in_use, ..BackendPlan::new(pool, backend, &own_side) };
                 }
-            });
-            pools.push(PoolPlan {
-                query_timeout: pool.query_timeout,
-                retries: pool.retries,
-                on_failure: pool.on_failure,
-                policy: pool.policy,
-                proxy,
-                backends: of_pool,
-            });
+            }
+            if let Some(plan) = numbers.pool(&pool.name).and_then(|index| pools.get_mut(usize::from(index))) {
+                *plan = PoolPlan {
+                    query_timeout: pool.query_timeout,
+                    retries: pool.retries,
+                    on_failure: pool.on_failure,
+                    policy: pool.policy,
+                    proxy: pool.proxy_protocol.as_ref().map(ProxyPlan::new),
+                    backends: of_pool,
+                };
+            }
         }
-        let listeners = config.listeners.iter().map(|listener| ListenerPlan::new(listener, &config.overload)).collect();
+        let listener = |listener: &Listener| {
+            let pool = config.pools.get(listener.pool).and_then(|pool| numbers.pool(&pool.name));
+            ListenerPlan::new(listener, pool.unwrap_or(u16::MAX), &config.overload)
+        };
+        let listeners = config.listeners.iter().map(listener).collect();
         Self { listeners, pools, backends, connections: config.connections.clone() }
+    }
+}
+
+impl PoolPlan {
+    fn without_backends(&self) -> Self {
+        Self { backends: Vec::new(), ..self.clone() }
+    }
+}
+
+impl ProxyPlan {
+    fn new(proxy: &ProxyProtocol) -> Self {
+        let class = proxy.tlvs.class();
+        Self {
+            identity: proxy.identity,
+            tlvs: proxy.tlvs.clone(),
+            max_header: proxy.max_header,
+            pass_incoming: proxy.pass_incoming_tlvs,
+            owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
+            per_query: class >= Class::PerQuery,
+            unique: class == Class::Unique,
+            per_backend: proxy.identity == Identity::Forwarder,
+        }
+    }
+}
+
+impl BackendPlan {
+    fn new(pool: &Pool, backend: &Backend, own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr) -> Self {
+        let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);
+        Self {
+            name: backend.name.clone(),
+            address: backend.address,
+            weight: backend.weight,
+            digest: choose::digest(backend.name.as_bytes()),
+            max_in_flight: backend.max_in_flight,
+            connect_timeout: backend.connect_timeout,
+            write_timeout: backend.write_timeout,
+            // The header names the source of the connection, so it must be the same for all that share it.
+            source: if forwarder { backend.source.iter().copied().take(1).collect() } else { backend.source.clone() },
+            one_shot_close: backend.one_shot_close,
+            own_side: own_side(backend.address, &backend.source),
+            header: pool.proxy_protocol.clone(),
+            in_use: true,
+        }
+    }
+
+    fn unused(&self) -> Self {
+        Self { in_use: false, ..self.clone() }
+    }
+
+    /// Whether a connection that was opened by the other plan is what this one would open.
+    pub(crate) fn opens_like(&self, other: &Self) -> bool {
+        self.in_use
+            && other.in_use
+            && (self.address, &self.source, self.own_side) == (other.address, &other.source, other.own_side)
+            && self.header == other.header
+    }
+}
+
+impl Default for PoolPlan {
+    /// One that is in no use.
+    fn default() -> Self {
+        Self {
+            query_timeout: Duration::from_secs(5),
+            retries: 0,
+            on_failure: OnFailure::default(),
+            policy: Policy::default(),
+            proxy: None,
+            backends: Vec::new(),
+        }
+    }
+}
+
+impl Default for BackendPlan {
+    /// One that no pool has, such as the drill's peer.
+    fn default() -> Self {
+        let nowhere = SocketAddr::new(IpAddr::from([0; 4]), 0);
+        Self {
+            name: String::new(),
+            address: nowhere,
+            weight: 1,
+            digest: 0,
+            max_in_flight: 1,
+            connect_timeout: Duration::ZERO,
+            write_timeout: Duration::ZERO,
+            source: Vec::new(),
+            one_shot_close: OneShotClose::default(),
+            own_side: nowhere,
+            header: None,
+            in_use: false,
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! The queries of a worker: table entries, never tasks. Entries and their buffers are used again, so a query in steady
 //! state allocates nothing.
 
+use std::time::Duration;
+
 use super::links::{Links, List};
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
@@ -49,6 +51,8 @@ pub(crate) struct Query {
     /// The client's ID, put back into the answer (I12).
     pub(crate) client_id: u16,
     pub(crate) pool: u16,
+    /// The line of its deadline.
+    line: u16,
     pub(crate) listener: u16,
     pub(crate) arrived: Mono,
     pub(crate) deadline: Mono,
@@ -69,17 +73,37 @@ pub(crate) struct Query {
 /// A buffer above this size is not kept for the next query, bytes.
 const KEEP: usize = 512;
 
-/// The table. Queries of one pool have one timeout, so per pool the order of arrival is the order of deadlines.
-#[derive(Debug)]
+/// The table. Among queries with the same timeout the order of arrival is the order of deadlines: they stand in line.
+#[derive(Debug, Default)]
 pub(crate) struct Queries {
     slots: Vec<Query>,
     free: Vec<u32>,
-    by_pool: Box<[List]>,
+    lines: Vec<(Duration, List)>,
 }
 
 impl Queries {
-    pub(crate) fn new(pools: usize) -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), by_pool: (0..pools).map(|_| List::default()).collect() }
+    /// The line for each of these timeouts.
+    pub(crate) fn lines(&mut self, timeouts: impl Iterator<Item = Duration>) -> Vec<u16> {
+        let mut lines = Vec::new();
+        for timeout in timeouts {
+            let line = self.line(timeout, &lines);
+            lines.push(line);
+        }
+        lines
+    }
+
+    /// The line of the queries with this timeout. A line in which nobody stands is taken over, unless it is one of
+    /// `in_use`.
+    fn line(&mut self, timeout: Duration, in_use: &[u16]) -> u16 {
+        let same = self.lines.iter().position(|(of, _)| *of == timeout);
+        let vacant = |at: &usize| self.lines[*at].1.len() == 0 && !in_use.iter().any(|line| usize::from(*line) == *at);
+        let at = same.or_else(|| (0..self.lines.len()).find(vacant)).unwrap_or_else(|| {
+            self.lines.push((timeout, List::default()));
+            self.lines.len() - 1
+        });
+        self.lines[at].0 = timeout;
+        // One per pool, and those in which queries of before a reload stand: fewer than 65,536.
+        at as u16
     }
 
     /// Enters a query, under its session's list.
@@ -94,6 +118,7 @@ impl Queries {
         slot.session = new.session;
         slot.client_id = new.client_id;
         slot.pool = new.pool;
+        slot.line = new.line;
         slot.listener = new.listener;
         slot.arrived = new.arrived;
         slot.deadline = new.deadline;
@@ -105,7 +130,8 @@ impl Queries {
         slot.message.clear();
         slot.message.extend_from_slice(new.message);
         let generation = slot.generation;
-        self.by_pool[usize::from(new.pool)].push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
+        let line = &mut self.lines[usize::from(new.line)].1;
+        line.push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
         of_session.push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_session);
         QueryKey { index, generation }
     }
@@ -116,8 +142,8 @@ impl Queries {
         if self.get(key).is_none() {
             return;
         }
-        let pool = usize::from(self.slots[at].pool);
-        self.by_pool[pool].remove(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
+        let line = usize::from(self.slots[at].line);
+        self.lines[line].1.remove(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
         if let Some(list) = of_session {
             list.remove(&mut self.slots, at, |query: &mut Query| &mut query.by_session);
         } else {
@@ -132,6 +158,11 @@ impl Queries {
         self.free.push(key.index);
     }
 
+    /// The backends of the pools have changed: what the queries have tried tells nothing any more.
+    pub(crate) fn forget_tries(&mut self) {
+        self.slots.iter_mut().for_each(|query| query.tried = Tried::default());
+    }
+
     pub(crate) fn get(&self, key: QueryKey) -> Option<&Query> {
         self.slots.get(key.index as usize).filter(|query| query.live && query.generation == key.generation)
     }
@@ -142,14 +173,14 @@ impl Queries {
 
     /// The earliest deadline of all queries.
     pub(crate) fn next_deadline(&self) -> Option<Mono> {
-        self.by_pool.iter().filter_map(List::front).map(|at| self.slots[at].deadline).min()
+        self.lines.iter().filter_map(|(_, line)| line.front()).map(|at| self.slots[at].deadline).min()
     }
 
     /// A query whose deadline has come.
     pub(crate) fn expired(&self, now: Mono) -> Option<QueryKey> {
-        self.by_pool
+        self.lines
             .iter()
-            .filter_map(List::front)
+            .filter_map(|(_, line)| line.front())
             .find(|at| self.slots[*at].deadline <= now)
             .map(|at| QueryKey { index: at as u32, generation: self.slots[at].generation })
     }
@@ -172,6 +203,7 @@ pub(crate) struct NewQuery<'a> {
     pub(crate) session: SessionKey,
     pub(crate) client_id: u16,
     pub(crate) pool: u16,
+    pub(crate) line: u16,
     pub(crate) listener: u16,
     pub(crate) arrived: Mono,
     pub(crate) deadline: Mono,
@@ -187,6 +219,7 @@ impl Query {
             session: SessionKey(usize::MAX),
             client_id: 0,
             pool: 0,
+            line: 0,
             listener: 0,
             arrived: Mono::ZERO,
             deadline: Mono::ZERO,

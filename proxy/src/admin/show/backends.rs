@@ -78,7 +78,6 @@ pub(super) fn page(context: &Context<'_>) -> Page {
 /// What the configuration and the counters say.
 fn describe(index: usize, context: &Context<'_>) -> Backend {
     let observed = context.observed;
-    let pools = observed.config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |_| &pool.name));
     let caps = BackendIndex::try_from(index).ok().and_then(|index| observed.ledger.caps().backend(index));
     let totals = observed.ledger.totals();
     let totals = totals.get(index);
@@ -86,9 +85,9 @@ fn describe(index: usize, context: &Context<'_>) -> Backend {
     let stats = || observed.stats.iter().filter_map(|worker| worker.backends.get(index));
     Backend {
         backend: observed.policy.backends.get(index).map(|backend| backend.name.clone()).unwrap_or_default(),
-        pool: pools.map(String::clone).nth(index),
+        pool: observed.numbers.pool_of(index).map(str::to_owned),
         address: observed.policy.backends.get(index).map(|backend| backend.address.to_string()),
-        health: place.map(|place| place.mode.word()),
+        health: place.and_then(|place| place.mode()).map(|mode| mode.word()),
         state: place.map(|place| place.state().label()),
         limit: caps.map(|(limit, _)| limit),
         used: caps.map(|(_, used)| used),

@@ -113,7 +113,7 @@ pub(super) async fn show(what: What, after: u64, served: &Served, events: &Unbou
             return send(json!({"event": "done", "ok": false, "message": "the watchdog does not answer"}));
         }
     };
-    let context = Context { look: &look, observed: &served.observed, now: clock::now() };
+    let context = Context { look: &look, observed: &served.live.now(), now: clock::now() };
     let page = page(what, after, &context);
     page.rows.into_iter().for_each(send);
     let uncertain = match &look.kernel {

@@ -50,8 +50,10 @@ pub(super) fn page(context: &Context<'_>) -> Page {
     let mut page = Page::default();
     let pools = context.observed.config.pools.iter();
     let backends = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend.name.as_str())));
-    for (index, (pool, backend)) in backends.enumerate() {
-        page.push(headers(index, pool, backend, context));
+    for (pool, backend) in backends {
+        // All names of the configuration have numbers.
+        let Some(number) = context.observed.numbers.backend(backend) else { continue };
+        page.push(headers(usize::from(number), pool, backend, context));
     }
     page
 }
