@@ -24,7 +24,8 @@ fn the_driver_finds_the_leak_of_dnsdist() {
     let outcome = load.run(&mut client);
     let observed = sampler.finish();
     assert!(outcome.ended.is_some() && !outcome.missing.is_empty(), "it hangs: {outcome:?}");
-    assert!((100..200).contains(&outcome.answered), "after about 129 answers: {outcome:?}");
+    // 129; on a slow machine another 128 for each time that the Recursor has given up clients that were idle for 2 s.
+    assert!((100..1000).contains(&outcome.answered), "after about 129 answers: {outcome:?}");
     assert!(observed.most >= 100, "it piles up sockets: {observed:?}");
 }
 
