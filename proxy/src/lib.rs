@@ -14,6 +14,7 @@ pub mod config;
 pub mod control;
 pub mod ctl;
 pub mod demo;
+pub mod distinct;
 pub mod dns;
 pub mod drill;
 #[cfg(any(test, fuzzing))]

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::close::{ClientCloseReason, FailReason};
+use crate::distinct::Distinct;
 use crate::table::Table;
 
 /// A counter with one writer.
@@ -208,6 +209,8 @@ pub struct PoolStats {
     pub acquired: [Counter; Acquired::ALL.len()],
     /// Queries sent again on a fresh connection.
     pub retries: Counter,
+    /// The PROXY headers that queries needed.
+    pub headers: Distinct,
 }
 
 /// Counters of one backend.

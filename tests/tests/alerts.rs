@@ -138,7 +138,7 @@ fn each_alert_has_a_runbook_and_each_runbook_an_alert() {
             assert!(known, "{name}: no drill for {class}");
         }
         for what in names_after(&text, "counterfoil ctl show ") {
-            assert!(["leaks", "tlvs", "clients", "view"].contains(&what), "{name}: {what} cannot be shown");
+            assert!(["backends", "leaks", "tlvs", "clients", "view"].contains(&what), "{name}: {what} cannot be shown");
         }
         for test in names_after(&text, "deploy/prometheus/tests/") {
             assert!(tests.iter().any(|path| stem(path) == test), "{name}: {test}");

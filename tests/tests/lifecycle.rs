@@ -184,7 +184,7 @@ fn a_bad_configuration_is_refused_with_file_line_and_key() {
         (good.replace("workers", "werkers"), "werkers", 2),
         (good.replace("workers = 1", "workers = \"one\""), "workers", 2),
         (format!("{good}max_wurst = 1\n"), "max_wurst", good.lines().count() + 1),
-        (good.replace("[connections]", "[connections]\nspares_per_backend = 3"), "spares_per_backend", {
+        (good.replace("[connections]", "[connections]\nspares_per_backend = -3"), "spares_per_backend", {
             good.lines().position(|line| line == "[connections]").unwrap() + 2
         }),
     ];

@@ -81,6 +81,7 @@ impl App {
             caps,
             waiting: AtomicUsize::new(0),
             health: Arc::clone(&board),
+            digests: foldhash::fast::RandomState::default(),
             serial: AtomicU64::new(0),
         });
         let limits = ClientLimits::new(&config);

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::order::Reloaded;
 use crate::client::limits::ClientLimits;
 use crate::clock;
-use crate::config::check::{self, forecast};
+use crate::config::check::{self, warnings};
 use crate::config::{self, Config, Numbers, ReapMode};
 use crate::control::Control;
 use crate::drill;
@@ -83,7 +83,7 @@ impl Reloader {
     /// From counters and limits to those who use them, so that nobody meets a number that is not there yet.
     async fn apply(&mut self, before: Observed, config: Config, numbers: Numbers) -> Vec<String> {
         let mut notes: Vec<String> =
-            forecast(&config, check::Limits::read()).iter().map(|warning| warning.to_string()).collect();
+            warnings(&config, check::Limits::read()).iter().map(|warning| warning.to_string()).collect();
         notes.extend(cannot_sever(&before, &config, self.watchdog.report().source));
         let slots = config.connections.max_total + drill::AT_ONCE;
         before.ledger.grow(slots, numbers.backends());

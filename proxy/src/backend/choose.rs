@@ -60,6 +60,9 @@ impl Chooser {
         random: &mut fastrand::Rng,
     ) -> Option<usize> {
         let count = self.credit.len();
+        if count == 1 {
+            return of(0).rank.map(|_| 0);
+        }
         let best = best_rank(count, &of)?;
         let eligible = || (0..count).map(|at| (at, of(at))).filter(|(_, candidate)| candidate.rank == Some(best));
         match self.policy {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use rustix::process::{Resource, getrlimit};
 
 use super::units::format_size;
-use super::{Backend, Config, HealthMode, OneShotClose, ProxyProtocol, defaults, load, print};
+use super::{Backend, Config, HealthMode, OneShotClose, ProxyProtocol, defaults, forecast, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -26,7 +26,7 @@ const OWN_DESCRIPTORS: usize = 64;
 const PER_WORKER: usize = 4;
 
 /// How long the kernel keeps TIME_WAIT, seconds (TCP_TIMEWAIT_LEN).
-const TIME_WAIT_SECONDS: u64 = 60;
+pub(super) const TIME_WAIT_SECONDS: u64 = 60;
 
 /// What the machine allows.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,16 +68,21 @@ impl fmt::Display for Warning {
     }
 }
 
-/// Checks a file: the configuration in effect goes to standard output, warnings and errors to standard error.
+/// Checks a file: the configuration in effect and the forecast go to standard output, warnings and errors to standard error.
 /// 0 if it can be used, else [`EX_USAGE`].
 pub fn run(path: &Path) -> ExitCode {
     let (out, err) = (&mut io::stdout().lock(), &mut io::stderr().lock());
     match load(path) {
         Ok(config) => {
-            for warning in forecast(&config, Limits::read()) {
+            let limits = Limits::read();
+            for warning in warnings(&config, limits) {
                 drop(writeln!(err, "warning: {}: {warning}", path.display()));
             }
-            match out.write_all(print::to_toml(&config).as_bytes()).and_then(|()| out.flush()) {
+            let mut text = print::to_toml(&config);
+            for line in forecast::lines(&config, limits) {
+                text.push_str(&format!("# forecast: {line}\n"));
+            }
+            match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(_) => ExitCode::FAILURE,
             }
@@ -91,8 +96,8 @@ pub fn run(path: &Path) -> ExitCode {
     }
 }
 
-/// What the configuration will cost on a machine with these limits.
-pub fn forecast(config: &Config, limits: Limits) -> Vec<Warning> {
+/// What of the configuration will not be as hoped on a machine with these limits.
+pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
     let mut warnings = Vec::new();
     warnings.extend(descriptors(config, limits));
     clients::forecast(config, limits, &mut warnings);
@@ -112,9 +117,13 @@ pub fn forecast(config: &Config, limits: Limits) -> Vec<Warning> {
     warnings
 }
 
+/// Descriptors that are no connections.
+pub(super) fn reserve(config: &Config) -> usize {
+    OWN_DESCRIPTORS + config.server.workers * (PER_WORKER + config.listeners.len())
+}
+
 fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
-    let workers = config.server.workers;
-    let reserve = OWN_DESCRIPTORS + workers * (PER_WORKER + config.listeners.len());
+    let reserve = reserve(config);
     let (clients, backends) = (config.server.max_connections, config.connections.max_total);
     let needed = clients + backends + reserve;
     let limit = limits.descriptors.filter(|limit| *limit < needed as u64)?;
@@ -223,9 +232,9 @@ mod tests {
     const ROOMY: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30) };
 
     /// The warnings for the minimal configuration with two workers and this behind it.
-    fn warnings(text: &str, limits: Limits) -> Vec<String> {
+    fn warned(text: &str, limits: Limits) -> Vec<String> {
         let config = from_str("f.toml", &format!("server.workers = 2\n{MINIMAL}{text}")).unwrap();
-        forecast(&config, limits).iter().map(ToString::to_string).collect()
+        warnings(&config, limits).iter().map(ToString::to_string).collect()
     }
 
     fn tlv(identity: &str, value: &str) -> String {
@@ -234,20 +243,20 @@ mod tests {
 
     #[test]
     fn nothing_to_warn_of() {
-        assert_eq!(warnings("", ROOMY), [""; 0]);
-        assert_eq!(warnings("", Limits::default()), [""; 0]);
-        assert_eq!(warnings(&tlv("connection", "static"), ROOMY), [""; 0]);
-        assert_eq!(warnings(&tlv("connection", "{client_port}"), ROOMY), [""; 0]);
-        assert_eq!(warnings(&tlv("address", "{qname}"), ROOMY), [""; 0]);
+        assert_eq!(warned("", ROOMY), [""; 0]);
+        assert_eq!(warned("", Limits::default()), [""; 0]);
+        assert_eq!(warned(&tlv("connection", "static"), ROOMY), [""; 0]);
+        assert_eq!(warned(&tlv("connection", "{client_port}"), ROOMY), [""; 0]);
+        assert_eq!(warned(&tlv("address", "{qname}"), ROOMY), [""; 0]);
     }
 
     #[test]
     fn more_connections_than_descriptors() {
         let limits = |descriptors| Limits { descriptors: Some(descriptors), ..Limits::default() };
         // 10,000 + 8,192 + 64 + 2 * (4 + 1)
-        assert_eq!(warnings("", limits(18_266)), [""; 0]);
+        assert_eq!(warned("", limits(18_266)), [""; 0]);
         assert_eq!(
-            warnings("", limits(18_265)),
+            warned("", limits(18_265)),
             [
                 "key `server.max_connections`: 10000 client connections, 8192 to backends (`connections.max_total`) and 74 \
               other descriptors are 18266, but RLIMIT_NOFILE allows 18265: clients will be refused before the limit here \
@@ -259,7 +268,7 @@ mod tests {
     #[test]
     fn a_header_per_query() {
         assert_eq!(
-            warnings(&tlv("forwarder", "{uuid}"), ROOMY),
+            warned(&tlv("forwarder", "{uuid}"), ROOMY),
             ["key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection"]
         );
     }
@@ -268,38 +277,38 @@ mod tests {
     fn ports_in_time_wait() {
         let text = "one_shot_close = \"fin\"\nsource = [\"127.0.0.1\", \"127.0.0.2\"]\n".to_owned();
         assert_eq!(
-            warnings(&(text.clone() + &tlv("address", "{uuid}")), ROOMY),
+            warned(&(text.clone() + &tlv("address", "{uuid}")), ROOMY),
             [
                 "key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection",
                 "key `pool.backend.one_shot_close`: with \"fin\" and a connection per query, 28232 ports on 2 source \
                  address(es) last for 941 queries a second: each stays in TIME_WAIT for 60 s"
             ]
         );
-        assert_eq!(warnings(&(text + &tlv("address", "{qname}")), ROOMY), [""; 0]);
+        assert_eq!(warned(&(text + &tlv("address", "{qname}")), ROOMY), [""; 0]);
     }
 
     #[test]
     fn one_source_for_the_forwarder() {
         let text = "source = [\"127.0.0.1\", \"127.0.0.2\"]\n".to_owned();
         assert_eq!(
-            warnings(&(text.clone() + &tlv("forwarder", "{qname}")), ROOMY),
+            warned(&(text.clone() + &tlv("forwarder", "{qname}")), ROOMY),
             ["key `pool.backend.source`: `identity = \"forwarder\"` names the source, so only the first is used: \
               127.0.0.1"]
         );
-        assert_eq!(warnings(&(text + &tlv("subnet", "{qname}")), ROOMY), [""; 0]);
+        assert_eq!(warned(&(text + &tlv("subnet", "{qname}")), ROOMY), [""; 0]);
     }
 
     #[test]
     fn owned_connections_and_headers_that_change() {
         assert_eq!(
-            warnings(&(tlv("connection", "{qname_label:1}") + "[connections]\nmax_owned_per_client = 3\n"), ROOMY),
+            warned(&(tlv("connection", "{qname_label:1}") + "[connections]\nmax_owned_per_client = 3\n"), ROOMY),
             ["key `pool.proxy_protocol.tlv`: queries with different TLVs cannot share a connection, and `identity = \
               \"connection\"` forbids to share with other clients: at most 3 connections per client connection \
               (`connections.max_owned_per_client`) are open at a time, and more sets of TLVs than that are reused in \
               part only"]
         );
         assert_eq!(
-            warnings(&tlv("subnet", "{client_port}"), ROOMY),
+            warned(&tlv("subnet", "{client_port}"), ROOMY),
             ["key `pool.proxy_protocol.tlv`: `{client_port}` names one client connection: no other client shares its \
               connections, whatever `identity` says"]
         );
@@ -307,9 +316,9 @@ mod tests {
 
     #[test]
     fn long_headers() {
-        assert_eq!(warnings("[pool.proxy_protocol]\nmax_header = \"512B\"\n", ROOMY), [""; 0]);
+        assert_eq!(warned("[pool.proxy_protocol]\nmax_header = \"512B\"\n", ROOMY), [""; 0]);
         assert_eq!(
-            warnings("[pool.proxy_protocol]\nmax_header = \"4KiB\"\n", ROOMY),
+            warned("[pool.proxy_protocol]\nmax_header = \"4KiB\"\n", ROOMY),
             ["key `pool.proxy_protocol.max_header`: headers may have 4KiB: PowerDNS Recursor and dnsdist refuse more \
               than 512B by default"]
         );
@@ -320,7 +329,7 @@ mod tests {
         let second = "[[pool]]\nname = \"two\"\nproxy_protocol.max_header = \"1KiB\"\n[[pool.backend]]\nname = \"b\"\n\
                       address = \"192.0.2.1:53\"\n";
         assert_eq!(
-            warnings(second, ROOMY),
+            warned(second, ROOMY),
             [
                 "key `pool[1].name`: no listener uses this pool",
                 "key `pool[1].proxy_protocol.max_header`: headers may have 1KiB: PowerDNS Recursor and dnsdist refuse \
@@ -332,7 +341,7 @@ mod tests {
     #[test]
     fn a_pool_that_cannot_answer() {
         assert_eq!(
-            warnings("health.mode = \"down\"\n", ROOMY),
+            warned("health.mode = \"down\"\n", ROOMY),
             ["key `pool.backend`: all backends of this pool are down: every query fails"]
         );
     }

@@ -9,6 +9,7 @@ use super::{
     Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::TlvSet;
 
 /// Prefix length of a client network under `identity = "subnet"`, IPv4.
@@ -108,6 +109,7 @@ impl Default for ProxyProtocol {
         Self {
             identity: Identity::Connection,
             max_header: MAX_HEADER,
+            seal: Seal::default(),
             pass_incoming_tlvs: true,
             tlvs: TlvSet::default(),
         }

@@ -8,6 +8,7 @@ pub mod check;
 pub mod choices;
 pub mod defaults;
 pub mod error;
+pub mod forecast;
 mod listeners;
 pub mod network;
 pub mod numbers;
@@ -32,6 +33,7 @@ use std::time::Duration;
 
 use crate::dns::name::DomainName;
 use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::TlvSet;
 
 pub use error::{ConfigError, ConfigErrors};
@@ -167,6 +169,8 @@ pub struct ProxyProtocol {
     pub identity: Identity,
     /// A longer header is an error, bytes.
     pub max_header: usize,
+    /// `crc32c` and `unique_id`: what each connection's header gets.
+    pub seal: Seal,
     /// TLVs of the client's own header come before those below.
     pub pass_incoming_tlvs: bool,
     /// `[[pool.proxy_protocol.tlv]]`, in the order of the file.

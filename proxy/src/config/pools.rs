@@ -9,8 +9,9 @@ use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
 use super::section::{Section, Value};
 use super::{Backend, Health, Listener, Pool, ProxyProtocol, defaults, units};
 use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::{Context, Template, TlvSet, check_type};
-use crate::proxy_protocol::{FIXED_LEN, MAX_LEN};
+use crate::proxy_protocol::{FIXED_LEN, IPV4_ADDRESSES, IPV6_ADDRESSES, MAX_LEN};
 
 /// Most queries in flight on one connection: as many as a message ID can tell apart (RFC 1035 section 4.1.1).
 pub(super) const MAX_IN_FLIGHT: usize = 1 << 16;
@@ -29,12 +30,6 @@ const MAX_RETRIES: u8 = 10;
 
 /// Names of backends that metrics use as labels for something else.
 const RESERVED_NAMES: [&str; 2] = ["drill", "unknown"];
-
-/// Source and destination of an IPv4 header, address and port each.
-const IPV4_ADDRESSES: usize = 12;
-
-/// Source and destination of an IPv6 header, address and port each.
-const IPV6_ADDRESSES: usize = 36;
 
 /// The pools as read, with their places in the file for the checks that need more than one table.
 pub(super) struct Pools<'a, 'i> {
@@ -122,7 +117,7 @@ fn shortest_header(proxy: &ProxyProtocol, pool: &Pool, listener: &Listener) -> u
     let client = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     let context = Context { client, listener: &listener.name, question: None, incoming: &[], random: 0 };
     proxy.tlvs.render(&context, &mut header);
-    header.len()
+    header.len() + proxy.seal.len()
 }
 
 fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
@@ -142,6 +137,10 @@ fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
             IdentityWord::Forwarder => Identity::Forwarder,
         },
         max_header: max_header.unwrap_or(default.max_header),
+        seal: Seal {
+            crc32c: section.boolean("crc32c", default.seal.crc32c),
+            unique_id: section.boolean("unique_id", default.seal.unique_id),
+        },
         pass_incoming_tlvs: section.boolean("pass_incoming_tlvs", default.pass_incoming_tlvs),
         tlvs: read_tlvs(section),
     })

@@ -134,6 +134,8 @@ fn proxy_protocol(out: &mut Writer, proxy: &ProxyProtocol) {
         out.bare("subnet_v6", v6);
     }
     out.text("max_header", units::format_size(proxy.max_header));
+    out.bare("crc32c", proxy.seal.crc32c);
+    out.bare("unique_id", proxy.seal.unique_id);
     out.bare("pass_incoming_tlvs", proxy.pass_incoming_tlvs);
     for (kind, template) in proxy.tlvs.iter() {
         out.heading("[[pool.proxy_protocol.tlv]]");

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::contract_tests::FULL;
 use super::*;
+use crate::proxy_protocol::seal::Seal;
 
 /// Strings that may be names.
 fn name() -> impl Strategy<Value = String> {
@@ -26,6 +27,7 @@ fn template() -> impl Strategy<Value = String> {
         Just("{qname_label:127}".to_owned()),
         Just("{qtype}".to_owned()),
         Just("{uuid}".to_owned()),
+        Just("{edns:65001}".to_owned()),
         any::<u8>().prop_map(|kind| format!("{{incoming:{kind:#04X}}}")),
         Just("{{}}".to_owned()),
         "[^{}]{0,8}",
@@ -51,6 +53,7 @@ prop_compose! {
     fn proxy_protocol()(
         identity in identity(),
         max_header in 4096..=65_551usize,
+        (crc32c, unique_id) in any::<(bool, bool)>(),
         pass_incoming_tlvs in any::<bool>(),
         tlvs in prop::collection::vec((0xe0..=0xefu8, template()), 0..4),
     ) -> ProxyProtocol {
@@ -58,7 +61,7 @@ prop_compose! {
         for (kind, template) in tlvs {
             set.push(kind, template.parse().unwrap()).unwrap();
         }
-        ProxyProtocol { identity, max_header, pass_incoming_tlvs, tlvs: set }
+        ProxyProtocol { identity, max_header, seal: Seal { crc32c, unique_id }, pass_incoming_tlvs, tlvs: set }
     }
 }
 

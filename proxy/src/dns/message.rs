@@ -6,6 +6,7 @@ use std::fmt;
 
 use thiserror::Error;
 
+use super::edns;
 use super::frame::MIN_MESSAGE;
 
 /// Opcode of a standard query (RFC 1035); the only one that may be sent a second time (RFC 7766, section 6.2.4).
@@ -57,6 +58,8 @@ pub struct Question<'a> {
     pub qclass: u16,
     /// Where the question ends, in octets from the start of the message.
     pub end: usize,
+    /// What follows the question section; empty if there are several questions.
+    pub rest: &'a [u8],
 }
 
 /// Why the first question cannot be read.
@@ -120,7 +123,10 @@ fn read_question(message: &[u8]) -> Result<Question<'_>, QuestionError> {
     let name_wire = message.get(MIN_MESSAGE..name_end).ok_or(QuestionError::Truncated)?;
     match message.get(name_end..end) {
         Some(&[t1, t0, c1, c0]) => {
-            Ok(Question { name_wire, qtype: u16::from_be_bytes([t1, t0]), qclass: u16::from_be_bytes([c1, c0]), end })
+            let only = peek(message).is_some_and(|peek| peek.qdcount == 1);
+            let rest = message.get(end..).filter(|_| only).unwrap_or_default();
+            let (qtype, qclass) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
+            Ok(Question { name_wire, qtype, qclass, end, rest })
         }
         _ => Err(QuestionError::Truncated),
     }
@@ -160,6 +166,11 @@ impl<'a> Question<'a> {
     pub fn matches(&self, other: &Question<'_>) -> bool {
         // The length octets take part in the comparison; being below 64 they are not letters.
         self.qtype == other.qtype && self.qclass == other.qclass && self.name_wire.eq_ignore_ascii_case(other.name_wire)
+    }
+
+    /// The value of the first EDNS option of this code in the query's OPT record (RFC 6891, section 6.1.2).
+    pub fn edns_option(&self, code: u16) -> Option<&'a [u8]> {
+        edns::option(self.rest, code)
     }
 
     /// The labels from left to right, without the root.

@@ -4,6 +4,7 @@
 //! forwarder must know and leave the rest of a message unread, so that it passes unchanged.
 //! [`synth`] builds the answers that the program gives itself, with `hickory-proto`.
 
+pub(crate) mod edns;
 pub mod frame;
 pub mod message;
 pub mod name;

@@ -2,14 +2,16 @@
 //! version 1 (section 2.1) from clients.
 //!
 //! [`encode`] writes the header that opens a backend connection, with the endpoints that [`identity`] chooses and
-//! the TLVs that [`template`] renders: the hot path, without allocation once the caller's buffer is large enough.
+//! the TLVs that [`template`] renders, and that [`seal`] completes for the connection: the hot path, without allocation once the caller's buffer is large enough.
 //! [`parse`] reads headers of version 2, with the `ppp` crate, and [`parse_v1`] those of version 1. [`tlv`] walks TLVs
 //! as they were received.
 
+mod crc32c;
 pub mod encode;
 pub mod identity;
 pub mod parse;
 pub mod parse_v1;
+pub mod seal;
 pub mod template;
 pub mod tlv;
 
@@ -21,6 +23,12 @@ pub const FIXED_LEN: usize = 16;
 
 /// Octets of the longest header: the length field counts what follows the first 16.
 pub const MAX_LEN: usize = FIXED_LEN + u16::MAX as usize;
+
+/// Octets of source and destination of an IPv4 header, address and port each.
+pub const IPV4_ADDRESSES: usize = 12;
+
+/// The same of an IPv6 header.
+pub const IPV6_ADDRESSES: usize = 36;
 
 /// Octets before the value of a TLV: type and length.
 pub const TLV_OVERHEAD: usize = 3;

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use ppp::v2::{Addresses, Command as PppCommand, Header, ParseError as PppError, TypeLengthValues};
 use thiserror::Error;
 
+pub(crate) use super::crc32c::crc32c;
 use super::parse_v1::parse_v1;
 use super::{FIXED_LEN, tlv_type};
 
@@ -215,18 +216,6 @@ fn checksum_of(header: &Header<'_>) -> u32 {
     }
     let octets = bytes.iter().enumerate().map(|(index, octet)| if zeroed.contains(&index) { 0 } else { *octet });
     crc32c(octets)
-}
-
-/// CRC32C (RFC 9260, appendix A): reflected polynomial 0x82F63B78, bit by bit, since headers are short and rare.
-pub(crate) fn crc32c(octets: impl Iterator<Item = u8>) -> u32 {
-    let mut crc = u32::MAX;
-    for octet in octets {
-        crc ^= u32::from(octet);
-        for _ in 0..8 {
-            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
-        }
-    }
-    !crc
 }
 
 fn translate(error: PppError) -> ParseError {

@@ -10,12 +10,13 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use super::{tlv, tlv_type};
+use super::seal::ID_LEN;
+use super::{FIXED_LEN, IPV4_ADDRESSES, IPV6_ADDRESSES, TLV_OVERHEAD, tlv, tlv_type};
 use crate::dns::message::Question;
 use crate::dns::rtype;
 
 /// Fields that the configuration format has and that a later version will fill in.
-const LATER: &[&str] = &["sni", "edns", "unique_id"];
+const LATER: &[&str] = &["sni"];
 
 /// What a value depends on, from what changes least to what changes most. A set is of its worst member's class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,8 +61,10 @@ enum Part {
     Qname,
     QnameLabel(usize),
     Qtype,
+    Edns(u16),
     Incoming(u8),
     Uuid,
+    UniqueId,
 }
 
 /// A template that cannot be parsed.
@@ -86,9 +89,15 @@ pub enum TemplateErrorKind {
     /// A field that nobody knows.
     #[error(
         "there is no field {{{0}}}; the fields are client_ip, client_port, listener, qname, qname_label:N, qtype, \
-         incoming:TYPE and uuid"
+         edns:N, incoming:TYPE, uuid and unique_id"
     )]
     Unknown(String),
+    /// `{edns:N}` without the code of an option, 0 to 65535.
+    #[error("{{edns:N}} needs the code of an option from 0 to 65535, not {0:?}")]
+    Edns(String),
+    /// `{unique_id}` beside something else.
+    #[error("{{unique_id}} must be the whole value: it is filled in when a connection is opened")]
+    NotAlone,
     /// A field of the configuration format that does not work yet.
     #[error("the field {{{0}}} is not supported yet")]
     NotSupportedYet(String),
@@ -173,6 +182,11 @@ fn parse_text(text: &str) -> Result<Template, TemplateError> {
     if !literal.is_empty() {
         parts.push(Part::Bytes(literal));
     }
+    if parts.len() > 1 && parts.contains(&Part::UniqueId) {
+        let before = text.find("{unique_id").unwrap_or_default();
+        let at = text.get(..before).unwrap_or_default().chars().count() + 1;
+        return Err(TemplateError { at, kind: TemplateErrorKind::NotAlone });
+    }
     Ok(Template { parts })
 }
 
@@ -188,6 +202,13 @@ fn parse_field(field: &str) -> Result<Part, TemplateErrorKind> {
         "qname" => Part::Qname,
         "qtype" => Part::Qtype,
         "uuid" => Part::Uuid,
+        "unique_id" => Part::UniqueId,
+        "edns" => {
+            let argument = argument.unwrap_or_default();
+            let plain = argument.bytes().all(|octet| octet.is_ascii_digit());
+            let code = argument.parse().ok().filter(|_| plain);
+            return code.map(Part::Edns).ok_or_else(|| TemplateErrorKind::Edns(argument.to_owned()));
+        }
         "qname_label" => {
             let argument = argument.unwrap_or_default();
             let plain = argument.bytes().all(|octet| octet.is_ascii_digit());
@@ -224,7 +245,12 @@ impl Template {
         self.parts.contains(&Part::ClientPort)
     }
 
-    /// Appends the value. Allocates only if `out` has no room.
+    /// Whether the value is the identifier of the connection, which is not known when the template is rendered.
+    fn is_unique_id(&self) -> bool {
+        self.parts == [Part::UniqueId]
+    }
+
+    /// Appends the value. `{unique_id}` takes its place only. Allocates only if `out` has no room.
     pub fn render(&self, context: &Context<'_>, out: &mut Vec<u8>) {
         for part in &self.parts {
             part.render(context, out);
@@ -235,9 +261,10 @@ impl Template {
 impl Part {
     fn class(&self) -> Class {
         match self {
-            Self::Bytes(_) | Self::Listener => Class::Static,
+            // The same for all who share a connection: it is not part of what decides that.
+            Self::Bytes(_) | Self::Listener | Self::UniqueId => Class::Static,
             Self::ClientIp | Self::ClientPort | Self::Incoming(_) => Class::PerClient,
-            Self::Qname | Self::QnameLabel(_) | Self::Qtype => Class::PerQuery,
+            Self::Qname | Self::QnameLabel(_) | Self::Qtype | Self::Edns(_) => Class::PerQuery,
             Self::Uuid => Class::Unique,
         }
     }
@@ -268,6 +295,11 @@ impl Part {
                 let found = tlv::iter(context.incoming).find(|(of, _)| of == kind);
                 out.extend_from_slice(found.map_or(&[], |(_, value)| value));
             }
+            Self::Edns(code) => {
+                let value = context.question.as_ref().and_then(|question| question.edns_option(*code));
+                out.extend_from_slice(value.unwrap_or_default());
+            }
+            Self::UniqueId => out.extend_from_slice(&[b'0'; ID_LEN]),
             Self::Uuid => {
                 let uuid = uuid::Builder::from_random_bytes(context.random.to_be_bytes()).into_uuid();
                 let mut text = uuid::Uuid::encode_buffer();
@@ -337,6 +369,33 @@ impl TlvSet {
         self.tlvs.iter().map(|(_, template)| template.class()).max().unwrap_or(Class::Static)
     }
 
+    /// Whether a member is `{unique_id}`.
+    pub fn has_ids(&self) -> bool {
+        self.tlvs.iter().any(|(_, template)| template.is_unique_id())
+    }
+
+    /// Fills in `{unique_id}` in the header that `out` holds from `start` on, whose last TLVs are those of this set.
+    pub(super) fn fill_in_ids(&self, out: &mut [u8], start: usize, id: &[u8; ID_LEN]) {
+        if !self.has_ids() {
+            return;
+        }
+        let family = out.get(start + FIXED_LEN - 3).map(|octet| octet >> 4);
+        let first = start + FIXED_LEN + if family == Some(1) { IPV4_ADDRESSES } else { IPV6_ADDRESSES };
+        let others = tlv::iter(out.get(first..).unwrap_or_default()).count().saturating_sub(self.tlvs.len());
+        let mut at = first;
+        for place in 0.. {
+            let Some([_, high, low]) = out.get(at..).and_then(<[u8]>::first_chunk::<TLV_OVERHEAD>) else { return };
+            let value = at + TLV_OVERHEAD..at + TLV_OVERHEAD + usize::from(u16::from_be_bytes([*high, *low]));
+            at = value.end;
+            let own: Option<&(u8, Template)> = usize::checked_sub(place, others).and_then(|own| self.tlvs.get(own));
+            if own.is_some_and(|(_, template)| template.is_unique_id())
+                && let Some(value) = out.get_mut(value).filter(|value| value.len() == ID_LEN)
+            {
+                value.copy_from_slice(id);
+            }
+        }
+    }
+
     /// Whether a member names one client connection.
     pub fn is_per_connection(&self) -> bool {
         self.tlvs.iter().any(|(_, template)| template.is_per_connection())
@@ -385,7 +444,9 @@ impl fmt::Display for Part {
             Self::QnameLabel(n) => write!(f, "{{qname_label:{n}}}"),
             Self::Qtype => f.write_str("{qtype}"),
             Self::Incoming(kind) => write!(f, "{{incoming:{kind:#04X}}}"),
+            Self::Edns(code) => write!(f, "{{edns:{code}}}"),
             Self::Uuid => f.write_str("{uuid}"),
+            Self::UniqueId => f.write_str("{unique_id}"),
         }
     }
 }

@@ -48,6 +48,8 @@ fn every_field() {
         ("{incoming:0xE1}", "in"),
         ("{incoming:224}-{incoming:0xe1}", "one-in"),
         ("{incoming:0x05}", ""),
+        ("{edns:65001}", ""),
+        ("{unique_id}", "000000000000000000000000000000000000"),
         ("{uuid}", "01234567-89ab-4def-8123-456789abcdef"),
         ("a{listener}b{{c}}{qtype}d", "adnsb{c}HTTPSd"),
         ("{{{listener}}}", "{dns}"),
@@ -81,9 +83,7 @@ fn errors_say_where() {
         assert_eq!(error(&format!("{{incoming:{argument}}}")), (1, Incoming(argument.to_owned())));
     }
     assert_eq!(error("{incoming}"), (1, Incoming(String::new())));
-    for field in ["sni", "edns:65001", "unique_id"] {
-        assert_eq!(error(&format!("-{{{field}}}")), (2, NotSupportedYet(field.to_owned())));
-    }
+    assert_eq!(error("-{sni}"), (2, NotSupportedYet("sni".to_owned())));
     for number in ["", "0", "128", "+1", "x", "99999999999999999999"] {
         assert_eq!(error(&format!("{{qname_label:{number}}}")), (1, Label(number.to_owned())));
     }
@@ -185,5 +185,31 @@ proptest! {
         prop_assume!(!text.starts_with("hex:"));
         let escaped = text.replace('{', "{{").replace('}', "}}");
         prop_assert_eq!(rendered(&escaped), text.as_bytes());
+    }
+}
+
+/// `a.` with an OPT record that has option 65001.
+const WITH_EDNS: &[u8] =
+    b"\0\x01\x01\0\0\x01\0\0\0\0\0\x01\x01a\0\0\x01\0\x01\0\0\x29\x04\xd0\0\0\0\0\0\x07\xfd\xe9\0\x03\0\xffz";
+
+#[test]
+fn an_option_of_the_query() {
+    let question = first_question(WITH_EDNS).and_then(Result::ok);
+    let mut out = Vec::new();
+    template("[{edns:65001}|{edns:10}]").render(&Context { question, ..context() }, &mut out);
+    assert_eq!(out, b"[\0\xffz|]");
+    assert_eq!(template("{edns:65001}").class(), Class::PerQuery);
+    for code in ["", "65536", "-1", "+1", "0x10", "a"] {
+        assert_eq!(error(&format!("x{{edns:{code}}}")), (2, TemplateErrorKind::Edns(code.to_owned())));
+    }
+}
+
+#[test]
+fn the_identifier_of_the_connection_stands_alone() {
+    assert_eq!(template("{unique_id}").class(), Class::Static);
+    assert_eq!(template("{unique_id}").to_string(), "{unique_id}");
+    assert_eq!(error("{unique_id:1}"), (1, TemplateErrorKind::Argument("unique_id".to_owned())));
+    for (text, at) in [("a{unique_id}", 2), ("{unique_id}-{qname}", 1), ("{listener}{unique_id}", 11)] {
+        assert_eq!(error(text), (at, TemplateErrorKind::NotAlone), "{text}");
     }
 }

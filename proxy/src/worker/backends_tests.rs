@@ -12,6 +12,7 @@ use super::sim::Sim;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::close::ClientCloseReason;
+use crate::health::State;
 
 const OWNED: &str = "[pool.proxy_protocol]\nidentity = \"connection\"\n";
 
@@ -175,6 +176,55 @@ fn each_backend_is_tried_once_and_then_it_is_servfail() {
     }
     assert_eq!(sim.clients[&client].answers[0][3] & 15, 2);
     assert_eq!(sim.opened, 3);
+    sim.assert_quiescent();
+}
+
+/// What is in flight may still be answered; nothing new comes, not even over connections that are open.
+#[test]
+fn a_backend_that_is_down_gets_nothing_new() {
+    for proxy in ["", OWNED] {
+        let mut sim = Sim::new(&configuration("", proxy, &["", ""]));
+        let client = sim.connect_client("192.0.2.1:1000");
+        ask(&mut sim, client, 4);
+        sim.accept_all();
+        let set = |sim: &Sim, backend: u16, state| sim.core.shared.health.get(backend).unwrap().set(state);
+        set(&sim, 0, State::Down);
+        let before = outstanding(&sim, 2);
+        for n in 10..20 {
+            sim.ask(client, n, "b.test");
+        }
+        assert_eq!(outstanding(&sim, 2), [before[0], before[1] + 10], "{proxy}");
+        set(&sim, 1, State::Down);
+        sim.ask(client, 20, "c.test");
+        let answers = &sim.clients[&client].answers;
+        assert_eq!((answers.len(), answers[0][3] & 15), (1, 2), "no backend is up");
+        sim.answer_all();
+        assert_eq!(sim.clients[&client].answers.len(), 15);
+        set(&sim, 0, State::Up);
+        sim.ask(client, 21, "d.test");
+        sim.answer_all();
+        assert_eq!(sim.clients[&client].answers[15][3] & 15, 0);
+        sim.assert_quiescent();
+    }
+}
+
+/// Under `lazy` the failures in a row are counted, by all kinds of failure, and one answer ends them.
+#[test]
+fn failures_in_a_row_are_counted_for_lazy_checks() {
+    let mut sim = Sim::new(&configuration("retries = 0", OWNED, &["health.mode = \"lazy\""]));
+    let failures = |sim: &Sim| sim.core.shared.health.get(0).unwrap().failures();
+    let client = sim.connect_client("192.0.2.1:1000");
+    ask(&mut sim, client, 1);
+    let refused = *sim.wires.keys().next().unwrap();
+    sim.hang_up(refused);
+    assert_eq!(failures(&sim), 1);
+    ask(&mut sim, client, 1);
+    sim.accept_all();
+    sim.pass(Duration::from_secs(6));
+    assert_eq!(failures(&sim), 2, "no answer in time");
+    ask(&mut sim, client, 1);
+    sim.answer_all();
+    assert_eq!(failures(&sim), 0);
     sim.assert_quiescent();
 }
 

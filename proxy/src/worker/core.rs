@@ -42,6 +42,8 @@ pub struct Shared {
     pub waiting: AtomicUsize,
     /// Which backends are up.
     pub health: Arc<Board>,
+    /// What digests of headers are made with: the same in all workers, so that they can be compared.
+    pub digests: foldhash::fast::RandomState,
     /// The next client connection's serial number.
     pub serial: AtomicU64,
 }
@@ -91,7 +93,6 @@ pub struct Core {
     pub(crate) spares: Spares,
     /// The header of the query that is being routed.
     pub(crate) header: Vec<u8>,
-    pub(crate) digests: foldhash::fast::RandomState,
     pub(crate) wakes: Wakes,
     pub(crate) next_cleanup: Mono,
     pub(crate) random: fastrand::Rng,
@@ -121,7 +122,6 @@ impl Core {
             opens_since: now,
             spares: Spares::default(),
             header: Vec::new(),
-            digests: foldhash::fast::RandomState::default(),
             wakes: Wakes::default(),
             random: fastrand::Rng::with_seed(seed),
             draining: false,

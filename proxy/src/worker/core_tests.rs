@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::sim::{Sim, answer_to, query};
 use crate::client::session::SessionKey;
 use crate::close::{ClientCloseReason, CloseReason};
+use crate::health::State;
 use crate::ledger::ConnKind;
 
 fn configuration(proxy: &str, extra: &str) -> String {
@@ -365,6 +366,7 @@ pub(super) enum Op {
     Accept(usize),
     Answer { wire: usize, nth: usize },
     HangUp(usize),
+    Health { backend: usize, up: bool },
     Pass(u16),
 }
 
@@ -376,6 +378,7 @@ pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
         5 => any::<usize>().prop_map(Op::Accept),
         10 => (any::<usize>(), any::<usize>()).prop_map(|(wire, nth)| Op::Answer { wire, nth }),
         1 => any::<usize>().prop_map(Op::HangUp),
+        1 => (any::<usize>(), prop::bool::weighted(0.7)).prop_map(|(backend, up)| Op::Health { backend, up }),
         2 => (0u16..3000).prop_map(Op::Pass),
     ];
     prop::collection::vec(op, 0..400)
@@ -418,6 +421,11 @@ pub(super) fn run(proxy: &str, extra: &str, ops: Vec<Op>) {
                 if unanswered > 0 {
                     sim.answer(key, nth % unanswered);
                 }
+            }
+            Op::Health { backend, up } => {
+                let health = &sim.core.shared.health;
+                let place = health.get((backend % health.places().count()) as u16).unwrap();
+                place.set(if up { State::Up } else { State::Down });
             }
             Op::HangUp(wire) if !wires.is_empty() => sim.hang_up(wires[wire % wires.len()]),
             Op::Pass(millis) => sim.pass(Duration::from_millis(u64::from(millis))),

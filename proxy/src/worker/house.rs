@@ -159,6 +159,7 @@ impl Core {
     /// it is next idle. Idle time counts from the last byte, as the watchdog counts it, not from the moment at which a
     /// query without an answer was given up.
     fn clean_up(&mut self, now: Mono) {
+        self.stats.pools.iter().for_each(|pool| pool.headers.turn(now));
         let connections = &self.plan.connections;
         let idle_timeout = |kind: ConnKind| match kind {
             ConnKind::Spare => connections.spare_idle_timeout,

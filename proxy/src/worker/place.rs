@@ -12,6 +12,7 @@ use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
 use crate::ledger::caps::{AtCap, Permit};
 use crate::ledger::{BackendIndex, ConnKind};
+use crate::proxy_protocol::seal;
 use crate::stats::Acquired;
 
 impl Core {
@@ -63,13 +64,24 @@ impl Core {
                 session.probation = Some(conn);
             }
         }
-        if self.plan.pools[usize::from(pool)].proxy.is_some()
-            && let Some(opened) = self.pool.get_mut(conn)
-        {
-            opened.out.append(&mut self.spares).extend_from_slice(&self.header);
-        }
+        self.write_first(conn, pool);
         self.keep_spares(backend, now);
         Route::Use(conn)
+    }
+
+    /// Puts the header, complete for this connection, in front of all that goes over it.
+    fn write_first(&mut self, key: ConnKey, pool: u16) {
+        let Some(proxy) = &self.plan.pools[usize::from(pool)].proxy else { return };
+        let Some(conn) = self.pool.get_mut(key) else { return };
+        let out = conn.out.append(&mut self.spares);
+        let start = out.len();
+        out.extend_from_slice(&self.header);
+        if !proxy.seal.is_empty() || proxy.tlvs.has_ids() {
+            let id = seal::identifier(self.random.u128(..));
+            proxy.seal.apply(out, start, &proxy.tlvs, &id);
+            let id = String::from_utf8_lossy(&id);
+            tracing::debug!(backend = self.plan.backends[usize::from(conn.backend)].name, %id, "unique ID of a connection");
+        }
     }
 
     /// A spare connection, or a new one if the caps allow. One that must be fresh is never spare: its peer may have

@@ -12,6 +12,7 @@ use crate::config::{
 };
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
+use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::{Class, TlvSet};
 
 /// Everything a worker needs to know that changes with the configuration only.
@@ -84,6 +85,8 @@ pub(crate) struct ProxyPlan {
     pub(crate) identity: Identity,
     pub(crate) tlvs: TlvSet,
     pub(crate) max_header: usize,
+    /// What each connection's header gets beside what decides who shares it.
+    pub(crate) seal: Seal,
     /// TLVs of the client's own header are passed on.
     pub(crate) pass_incoming: bool,
     /// The connection ends with the client's.
@@ -189,7 +192,9 @@ impl ProxyPlan {
         Self {
             identity: proxy.identity,
             tlvs: proxy.tlvs.clone(),
-            max_header: proxy.max_header,
+            // The rest is the seal's.
+            max_header: proxy.max_header.saturating_sub(proxy.seal.len()),
+            seal: proxy.seal,
             pass_incoming: proxy.pass_incoming_tlvs,
             owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
             per_query: class >= Class::PerQuery,

@@ -149,6 +149,7 @@ impl Core {
             && let Some((_, header)) = session.headers.iter().find(|(of, _)| *of == backend)
         {
             self.header.extend_from_slice(&header.bytes);
+            self.stats.pools[usize::from(session.pool)].headers.record(header.digest);
             return Ok(header.digest);
         }
         let listener = &self.plan.listeners[usize::from(session.listener)];
@@ -165,7 +166,7 @@ impl Core {
         let context = Context { client: session.client, listener: &listener.name, question, incoming, random };
         let mut header = HeaderWriter::proxy(&mut self.header, source, destination);
         if proxy.pass_incoming {
-            for tlv in tlv::passable(incoming, proxy.owned) {
+            for tlv in tlv::passable(incoming, proxy.owned && !proxy.seal.unique_id) {
                 header = header.raw_tlvs(tlv);
             }
         }
@@ -174,7 +175,8 @@ impl Core {
             tracing::debug!(client = %session.client, %error, "PROXY header");
             return Err(FailReason::HeaderTooLong);
         }
-        let digest = self.digests.hash_one(self.header.as_slice()).max(1);
+        let digest = self.shared.digests.hash_one(self.header.as_slice()).max(1);
+        self.stats.pools[usize::from(session.pool)].headers.record(digest);
         if !proxy.per_query {
             session.headers.push((backend, Header { digest, bytes: Rc::from(self.header.as_slice()) }));
         }

@@ -78,6 +78,7 @@ impl Sim {
             caps: Arc::new(Caps::new(caps, config.connections.max_total)),
             waiting: AtomicUsize::new(0),
             health: Arc::new(Board::new(&config)),
+            digests: foldhash::fast::RandomState::default(),
             serial: AtomicU64::new(0),
         });
         let plan = Rc::new(Plan::new(&config, |_, _| SocketAddr::from(([127, 0, 0, 9], 0))));
@@ -152,6 +153,8 @@ impl Sim {
             if let Some(key) = self.core.wakes.open.pop() {
                 let permit = self.core.pool.get_mut(key).and_then(|conn| conn.permit.take());
                 assert!(permit.is_some(), "a connection is opened under the caps");
+                let backend = permit.as_ref().map_or(0, Permit::backend);
+                assert!(self.core.shared.health.is_usable(backend), "none is opened to a backend that is down");
                 self.wires.insert(key, Wire { _permit: permit, ..Wire::default() });
                 self.opened += 1;
             } else if let Some(key) = self.core.wakes.conns.pop() {
