@@ -111,6 +111,44 @@ fn a_ban_is_for_the_client_and_ends() {
     counterfoil.assert_quiescent();
 }
 
+/// One client connects as fast as it can: it is banned, which costs little, and others are served all the while.
+#[test]
+fn a_flood_of_connections_hurts_nobody_else() {
+    const FLOOD: usize = 5000;
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener", "connection_rate_per_client", 20).set(
+        "listener",
+        "ban_duration",
+        "\"1h\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    let mut other = counterfoil.client_from("127.0.0.3");
+    expect_served(&mut other);
+    let before = counterfoil.process.resident_bytes();
+    std::thread::scope(|scope| {
+        let flood = scope.spawn(|| {
+            let source = Some("127.0.0.2".parse().unwrap());
+            (0..FLOOD).filter(|_| Client::try_connect(counterfoil.address, source).is_ok()).count()
+        });
+        while !flood.is_finished() {
+            let start = Instant::now();
+            expect_served(&mut other);
+            expect_served(&mut counterfoil.client_from("127.0.0.4"));
+            assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+            // Not too often either.
+            std::thread::sleep(Duration::from_millis(150));
+        }
+        assert!(flood.join().unwrap() > FLOOD / 2);
+    });
+    counterfoil.wait_metrics("the flood is turned away", SOON, |metrics| {
+        metrics.sum("client_connections_refused_total", &[("reason", "banned")]) > FLOOD as f64 / 2.0
+    });
+    let grown = counterfoil.process.resident_bytes().saturating_sub(before);
+    assert!(grown < 8 << 20, "{grown} octets");
+    drop(other);
+    counterfoil.assert_quiescent();
+}
+
 /// From 90 % of a limit on, new connections get short times; those from before keep theirs.
 #[test]
 fn near_a_limit_new_connections_are_short() {

@@ -380,6 +380,70 @@ fn b37_fifty_connections_with_four_queries_each_interleaved() {
     assert_eq!(counterfoil.metrics().sum("answers_total", &[]), 200.0);
 }
 
+/// A backend that answers only when it has so many queries of a connection, the last one first, or nothing came for a
+/// while; it notes the most that it had.
+fn reversing(at_once: usize) -> FakeBackend {
+    FakeBackend::start(move |connection| {
+        let mut held = Vec::new();
+        loop {
+            match connection.query_within(Duration::from_millis(50)) {
+                Ok(Some(query)) => held.push(query),
+                Ok(None) => return,
+                Err(_) if held.is_empty() => {}
+                Err(_) => held.drain(..).rev().for_each(|query| {
+                    connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+                }),
+            }
+            assert!(held.len() <= at_once, "{} at once", held.len());
+        }
+    })
+}
+
+/// A backend that takes one query at a time gets more connections; a client waits for none of them in particular.
+#[test]
+fn b39_five_at_once_and_a_backend_that_takes_one() {
+    let backend = reversing(1);
+    let counterfoil = Counterfoil::start(&config(backend.address).backend_key("max_in_flight", 1));
+    let mut client = counterfoil.client();
+    Load { count: 5, in_flight: 5, ..Load::default() }.run(&mut client).assert_all_answered(5);
+    assert!(backend.accepted() <= 5, "{}", backend.accepted());
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b40_a_hundred_with_ten_in_flight_and_a_backend_that_takes_one() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address).backend_key("max_in_flight", 1));
+    let mut client = counterfoil.client();
+    Load { count: 100, in_flight: 10, ..Load::default() }.run(&mut client).assert_all_answered(100);
+    assert!(backend.most_open() <= 10, "{}", backend.most_open());
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b41_answers_in_reverse_over_one_connection() {
+    let backend = reversing(5);
+    let counterfoil = Counterfoil::start(&config(backend.address).backend_key("max_in_flight", 5));
+    let mut client = counterfoil.client();
+    Load { count: 5, in_flight: 5, ..Load::default() }.run(&mut client).assert_all_answered(5);
+    assert_eq!(backend.accepted(), 1);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+#[test]
+fn b42_a_hundred_with_ten_in_flight_and_five_per_connection() {
+    let backend = reversing(5);
+    let counterfoil = Counterfoil::start(&config(backend.address).backend_key("max_in_flight", 5));
+    let mut client = counterfoil.client();
+    Load { count: 100, in_flight: 10, ..Load::default() }.run(&mut client).assert_all_answered(100);
+    assert_eq!(backend.accepted(), 2);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 /// The length in two writes and the message in two, both ways, 7,680 octets.
 #[test]
 fn b43_short_reads() {
@@ -403,6 +467,30 @@ fn b43_short_reads() {
         }
         assert_eq!(client.receive(SOON).message().len(), 7680);
     }
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// The client goes before its answer has come: the answer is nobody's, and the connection is used again.
+#[test]
+fn b70_a_client_that_leaves_before_the_answer() {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let slow = message::question_name(&query).is_some_and(|name| name.starts_with("slow"));
+            std::thread::sleep(Duration::from_millis(if slow { 200 } else { 0 }));
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address).set("connections", "idle_timeout", "\"2s\""));
+    let mut leaving = counterfoil.client();
+    leaving.ask(1, "slow.example.test", qtype::A);
+    wait::until("the backend has it", SOON, || backend.queries() == 1);
+    leaving.reset();
+    counterfoil
+        .wait_metrics("the query is abandoned", SOON, |metrics| metrics.sum("queries_abandoned_total", &[]) == 1.0);
+    let mut client = counterfoil.client();
+    client.exchange(1, "quick.example.test", qtype::A);
+    assert_eq!(backend.accepted(), 1);
     drop(client);
     counterfoil.assert_quiescent();
 }

@@ -242,6 +242,52 @@ fn malformed_headers_are_refused() {
     counterfoil.assert_quiescent();
 }
 
+/// As many TLVs as a header can hold, and garbage of that length: refused at once, whatever `max_header` allows.
+#[test]
+fn the_longest_headers_cost_little() {
+    // Tells the length of the first TLV.
+    let backend = FakeBackend::start(|connection| {
+        let Some(header) = connection.header() else { return };
+        let told = header.tlvs[0].1.len().to_string();
+        while let Some(query) = connection.query() {
+            connection.send(&message::text_answer_to(&query, &told));
+        }
+    });
+    let config = config(backend.address)
+        .set("listener.accept_proxy", "max_header", "\"65551B\"")
+        .set("pool.proxy_protocol", "max_header", "\"65551B\"")
+        .identity("connection");
+    let counterfoil = Counterfoil::start(&config);
+    let empty_tlvs = [&[9; 12][..], &b"\xe0\0\0".repeat(21_841)].concat();
+    let start = Instant::now();
+    for header in [raw(0x21, 0x11, &empty_tlvs), raw(0x21, 0x11, &[0xff; 65_535])] {
+        expect_closed(&mut behind(&counterfoil, &header));
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert_eq!(refused(&counterfoil, "proxy_invalid"), 2.0);
+    // One TLV that fills it is passed on whole.
+    let long = vec![b'x'; 65_520];
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(0xe0, &long)]));
+    assert_eq!(told(&mut client), "65520");
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Nothing inside a TLV is read: one that lies about what it holds is its receiver's business.
+#[test]
+fn tlvs_are_passed_on_unread() {
+    let backend = telling();
+    let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
+    // An SSL TLV whose inner one says that it has 255 octets.
+    let lying = b"\x01\0\0\0\0\x21\0\xffTLS";
+    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(0x20, lying), (0x02, b"\xff\0")]));
+    let told = told(&mut client);
+    let expected = format!("{CLIENT} {SERVICE} 20={} 02={}", String::from_utf8_lossy(lying), "\u{fffd}\0");
+    assert_eq!(told, expected);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 #[test]
 fn from_a_trusted_peer_a_header_is_required() {
     let backend = FakeBackend::answering(false);

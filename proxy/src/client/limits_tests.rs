@@ -112,3 +112,31 @@ fn connections_are_restricted_near_any_limit() {
     assert_eq!(counts("[overload]\nthreshold = 50", "max_connections_per_client = 20"), (10, 10));
     assert_eq!(counts("[overload]\nthreshold = 100", "max_connections_per_client = 20"), (20, 0), "never");
 }
+
+#[test]
+fn limits_hold_over_threads() {
+    let limits = limits("[server]\nmax_connections = 50", "max_connections = 40\nmax_connections_per_client = 15");
+    let most = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..4_usize {
+            let (limits, most) = (&limits, &most);
+            scope.spawn(move || {
+                let mut held = Vec::new();
+                for round in 0..2000_usize {
+                    let client = format!("192.0.2.{}", (thread + round) % 5);
+                    held.extend(limits.come((round % 2) as u16, &client).ok());
+                    most.fetch_max(limits.open(), Ordering::Relaxed);
+                    for listener in &limits.listeners {
+                        assert!(listener.all.open.load(Ordering::Relaxed) <= 40);
+                        assert!(listener.clients.lock().unwrap().open.values().all(|open| *open <= 15));
+                    }
+                    if round % 7 == 0 {
+                        held.clear();
+                    }
+                }
+            });
+        }
+    });
+    assert!((1..=50).contains(&most.into_inner()));
+    limits.assert_empty();
+}

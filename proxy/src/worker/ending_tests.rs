@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::plan::Plan;
 use super::sim::Sim;
-use crate::client::session::Pace;
+use crate::client::session::{Pace, Session};
 use crate::close::ClientCloseReason;
 use crate::config::from_str;
 
@@ -62,6 +62,13 @@ fn a_connection_ends_after_its_time_once_all_is_answered() {
     assert_eq!(closed(&sim, ClientCloseReason::MaxDuration), 2);
     assert_eq!(sim.core.stats.listeners[0].answers.get(), 9);
     sim.assert_quiescent();
+}
+
+/// There may be very many idle clients: what is rare is in a box.
+#[test]
+fn a_session_is_small() {
+    let size = size_of::<Session>();
+    assert!(size <= 320, "{size} octets");
 }
 
 #[test]
