@@ -1,16 +1,16 @@
 //! The command line.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
-use tracing_subscriber::EnvFilter;
+use clap::{Parser, Subcommand};
 
 use crate::app::App;
 use crate::config;
 use crate::ctl::CtlArgs;
 use crate::demo::Demo;
+use crate::logging::{self, Format};
 use crate::query::QueryArgs;
 use crate::watch::WatchArgs;
 
@@ -72,24 +72,18 @@ struct LogArgs {
     #[arg(long)]
     log: Option<String>,
     /// How it is logged.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    log_format: Format,
 }
 
 impl LogArgs {
     /// Starts the log; `default` unless `--log` is given.
     fn start(&self, default: &str) -> Result<(), ExitCode> {
-        start_log(self.log.as_deref().unwrap_or(default), self.log_format).map_err(|error| {
+        logging::start(self.log.as_deref(), default, self.log_format).map_err(|error| {
             complain(&format_args!("error: --log: {error}\n"));
             ExitCode::from(EX_USAGE)
         })
     }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
 }
 
 /// Runs the program and returns its exit code.
@@ -184,19 +178,6 @@ fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>) -> a
         None => None,
     };
     app.run()
-}
-
-fn start_log(filter: &str, format: LogFormat) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(filter)?)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    // Nothing else in the program installs a subscriber, so this can't fail.
-    let _ = match format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
-    Ok(())
 }
 
 fn complain(message: &dyn std::fmt::Display) {

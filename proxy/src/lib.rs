@@ -22,6 +22,7 @@ pub mod fuzzing;
 pub mod health;
 pub mod kernel;
 pub mod ledger;
+pub mod logging;
 pub mod metrics;
 pub mod privilege;
 pub mod proxy_protocol;

@@ -11,6 +11,7 @@ use super::reload::Reloader;
 use crate::clock::{self, Mono};
 use crate::control::Control;
 use crate::ledger::Ledger;
+use crate::logging;
 use crate::stats::Tally;
 use crate::systemd::Notifier;
 use crate::watchdog::Live;
@@ -21,6 +22,8 @@ use crate::worker::HEARTBEAT;
 const LAST_CALL: Duration = Duration::from_secs(5);
 /// The part of `drain_timeout` over which idle client connections are closed; the rest is for the last queries.
 const SPREAD: f64 = 0.8;
+/// Between two looks at what the log has held back.
+const LOOK_AT_LOG: Duration = Duration::from_secs(1);
 /// Between two lines to the service manager on how far draining is.
 const PROGRESS: Duration = Duration::from_secs(1);
 
@@ -104,8 +107,10 @@ impl Life {
 
     /// Until the end is asked for; returns by whom.
     async fn serve(&mut self) -> EndedBy {
+        let mut log = interval(LOOK_AT_LOG);
         loop {
             tokio::select! {
+                _ = log.tick() => logging::tell_held_back(),
                 wish = self.signals.next() => match wish {
                     Wish::End(signal) => return EndedBy::Signal(signal),
                     // The log tells how it went.
@@ -172,6 +177,7 @@ impl Life {
                     Order::Reload(answer) => drop(answer.send(Err(vec!["the process drains".to_owned()]))),
                 },
                 _ = progress.tick() => {
+                    logging::tell_held_back();
                     self.notifier.status(&format!("draining: {}", Tally::of(&self.live.now().stats)));
                 }
                 () = self.pulse.next() => self.beat(),

@@ -17,6 +17,7 @@ use crate::config::{self, Config, Numbers, ReapMode};
 use crate::control::Control;
 use crate::drill;
 use crate::kernel::Source;
+use crate::logging;
 use crate::watchdog::{Handle, Live, Observed, Policy};
 
 /// For the workers to take a configuration: one that takes longer hangs, and takes it when it goes on.
@@ -85,6 +86,11 @@ impl Reloader {
         let mut notes: Vec<String> =
             warnings(&config, check::Limits::read()).iter().map(|warning| warning.to_string()).collect();
         notes.extend(cannot_sever(&before, &config, self.watchdog.report().source));
+        if config.server.log != before.config.server.log
+            && let Err(error) = logging::set_filter(&config.server.log)
+        {
+            notes.push(format!("key `server.log`: {error}"));
+        }
         let slots = config.connections.max_total + drill::AT_ONCE;
         before.ledger.grow(slots, numbers.backends());
         for stats in before.stats.iter() {
@@ -164,7 +170,6 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         }
     };
     key("server.workers", &old.server.workers, &new.server.workers);
-    key("server.log", &old.server.log, &new.server.log);
     key("kernel.view", &format_args!("{:?}", old.kernel.view), &format_args!("{:?}", new.kernel.view));
     key("kernel.max_sockets", &old.kernel.max_sockets, &new.kernel.max_sockets);
     let off = || "off".to_owned();

@@ -77,6 +77,8 @@ impl ConnTask {
             });
         match opened {
             Ok(io) => {
+                let (cookie, session) = (io.entry().cookie(), info.owner);
+                tracing::debug!(conn = cookie, session, backend = backend.name, "backend connection opened");
                 self.io = Some(io);
                 if self.connected {
                     core.conn_connected(self.key, now);
@@ -84,7 +86,7 @@ impl ConnTask {
                 Ok(())
             }
             Err(error) => {
-                self.shell.complain(&backend.name, backend.address, &error.to_string());
+                self.shell.complain(&backend.name, backend.address, None, &error.to_string());
                 Err(CloseReason::ConnectFailed)
             }
         }
@@ -233,7 +235,8 @@ impl ConnTask {
         let core = self.shell.core.borrow();
         if let Some(conn) = core.pool.get(self.key) {
             let backend = &core.plan.backends[usize::from(conn.backend)];
-            self.shell.complain(&backend.name, backend.address, &trouble.to_string());
+            let cookie = self.io.as_ref().map(|io| io.entry().cookie());
+            self.shell.complain(&backend.name, backend.address, cookie, &trouble.to_string());
         }
     }
 
@@ -250,6 +253,7 @@ impl ConnTask {
                 // Everything was answered, so nothing can be lost, and no side keeps TIME_WAIT.
                 let _ = io.io().get_ref().set_linger(Some(Duration::ZERO));
             }
+            tracing::debug!(conn = io.entry().cookie(), reason = reason.label(), "backend connection closed");
             io.close(reason);
             self.shell.forget_row(self.key);
         }

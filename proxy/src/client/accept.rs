@@ -100,7 +100,7 @@ impl Door {
     pub(super) fn refuse(&self, peer: SocketAddr, refusal: Refusal) {
         self.stats().refused[refusal as usize].add(1);
         if refusal.is_suspicious() {
-            self.shell.complain_client(peer, refusal.label());
+            self.shell.complain_client(peer, None, refusal.label());
         }
     }
 }

@@ -131,9 +131,9 @@ impl SessionTask {
     /// Closes the connection, at once or after a farewell.
     fn end(&mut self, reason: ClientCloseReason) {
         if reason == ClientCloseReason::ProxyUntrusted
-            && let Some(client) = self.session(|session| session.client)
+            && let Some((client, serial)) = self.session(|session| (session.client, session.serial))
         {
-            self.shell.complain_client(client, reason.label());
+            self.shell.complain_client(client, Some(serial), reason.label());
         }
         let (stream, admitted) = (self.stream.take(), self.admitted.take());
         let written = self.session(|session| session.out.is_empty()).unwrap_or(false);

@@ -145,6 +145,7 @@ impl Core {
             tracing::debug!(session = serial, client = %session.client, peer = %via.peer, "client behind PROXY");
             session.via = Some(via);
         }
+        tracing::debug!(session = serial, client = %session.client, listener = plan.name, "client connection opened");
         let key = SessionKey(self.sessions.insert(session));
         let stats = &self.stats.listeners[usize::from(listener)];
         stats.opened.add(1);
@@ -297,7 +298,8 @@ impl Core {
             }
             self.pool.close(conn, CloseReason::OwnerGone, now);
         }
-        self.sessions.remove(key.0);
+        let serial = self.sessions.remove(key.0).serial;
+        tracing::debug!(session = serial, reason = reason.label(), "client connection closed");
         stats.connections.sub(1);
         stats.closed[reason as usize].add(1);
     }

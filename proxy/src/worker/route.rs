@@ -172,7 +172,7 @@ impl Core {
         }
         let written = header.tlvs(&proxy.tlvs, &context).finish(proxy.max_header);
         if let Err(error) = written {
-            tracing::debug!(client = %session.client, %error, "PROXY header");
+            tracing::debug!(session = session.serial, client = %session.client, %error, "PROXY header");
             return Err(FailReason::HeaderTooLong);
         }
         let digest = self.shared.digests.hash_one(self.header.as_slice()).max(1);

@@ -16,7 +16,7 @@ use super::core::Core;
 use crate::backend::conn::ConnTask;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
-use crate::clock::{self, Mono};
+use crate::clock::Mono;
 use crate::control::{Control, Controls};
 use crate::ledger::{RowId, ShardWriter};
 use crate::stats::WorkerStats;
@@ -28,8 +28,6 @@ const LONGEST_REST: usize = 2 + u16::MAX as usize;
 /// Deadlines that are closer to each other than this are seen to at one go: each waking of the housekeeper costs a
 /// system call.
 pub(crate) const GRAIN: Duration = Duration::from_millis(5);
-/// Between two log lines about the same kind of trouble.
-const QUIET: Duration = Duration::from_secs(1);
 
 /// What the tasks of a worker share.
 pub(crate) struct Shell {
@@ -47,8 +45,6 @@ pub(crate) struct Shell {
     conns: RefCell<Vec<Option<Waker>>>,
     rows: RefCell<Vec<Option<RowId>>>,
     sources: Cell<usize>,
-    complained: Cell<Mono>,
-    held_back: Cell<u64>,
     leaving: Cell<usize>,
     this: std::rc::Weak<Shell>,
 }
@@ -87,8 +83,6 @@ impl Shell {
             conns: RefCell::default(),
             rows: RefCell::default(),
             sources: Cell::new(0),
-            complained: Cell::new(Mono::ZERO),
-            held_back: Cell::new(0),
             leaving: Cell::new(0),
             this: this.clone(),
         })
@@ -182,36 +176,20 @@ impl Shell {
         }
     }
 
-    /// Logs trouble with a backend, at most once per second.
-    pub(crate) fn complain(&self, backend: &str, address: SocketAddr, trouble: &str) {
-        if let Some(more) = self.may_complain() {
-            tracing::warn!(backend, %address, trouble, more, "backend connection");
-        }
+    /// Logs trouble with a backend: on a connection with this cookie, or before there is one.
+    pub(crate) fn complain(&self, backend: &str, address: SocketAddr, conn: Option<u64>, trouble: &str) {
+        tracing::warn!(conn, backend, %address, trouble, "backend connection");
     }
 
-    /// Logs that no descriptor is left, at most once per second.
+    /// Logs that no descriptor is left.
     pub(crate) fn complain_accept(&self, error: &std::io::Error) {
-        if let Some(more) = self.may_complain() {
-            tracing::error!(%error, more, "no descriptor left: shedding client connections");
-        }
+        tracing::error!(%error, "no descriptor left: shedding client connections");
     }
 
-    /// Logs that a peer and the listener do not agree on PROXY headers, at most once per second.
-    pub(crate) fn complain_client(&self, peer: SocketAddr, trouble: &str) {
-        if let Some(more) = self.may_complain() {
-            tracing::warn!(%peer, trouble, more, "client connection refused");
-        }
-    }
-
-    /// How many lines were held back since the last, or none if this one is to be held back too.
-    fn may_complain(&self) -> Option<u64> {
-        let now = clock::now();
-        if now.since(self.complained.get()) < QUIET && self.complained.get() != Mono::ZERO {
-            self.held_back.set(self.held_back.get() + 1);
-            return None;
-        }
-        self.complained.set(now);
-        Some(self.held_back.replace(0))
+    /// Logs that a peer and the listener do not agree on PROXY headers; `session` is the client connection's number if it
+    /// has one already.
+    pub(crate) fn complain_client(&self, peer: SocketAddr, session: Option<u64>, trouble: &str) {
+        tracing::warn!(session, %peer, trouble, "client connection refused");
     }
 }
 
