@@ -77,3 +77,16 @@ fn its_metrics_are_those_of_the_code() {
     assert!(in_code.len() > 30, "{in_code:?}");
     assert_eq!(in_readme, in_code);
 }
+
+#[test]
+fn its_reasons_of_refusals_are_those_of_the_code() {
+    let (_, list) = README.split_once("\nReasons in `client_connections_refused_total`: ").unwrap();
+    let (refusals, closes) = list.split_once("In `client_connections_closed_total`").unwrap();
+    let in_readme: Vec<&str> = quoted(refusals).collect();
+    let in_code = counterfoil::stats::Refusal::ALL.map(counterfoil::stats::Refusal::label);
+    assert_eq!(BTreeSet::from_iter(in_readme), BTreeSet::from(in_code));
+    let (closes, _) = closes.split_once("\n\n").unwrap();
+    for reason in quoted(closes) {
+        assert!(counterfoil::close::ClientCloseReason::ALL.iter().any(|known| known.label() == reason), "{reason}");
+    }
+}
