@@ -55,7 +55,12 @@ fn configurations([x, y, z]: [SocketAddr; 3]) -> [Config; 4] {
         config.set("watchdog", "interval", "\"200ms\"").set("watchdog", "grace", "\"1s\"")
     };
     let a = base(x).identity("connection").tlv(0xe0, "A{qname_label:2}");
-    let b = base(x).backend(y, &[]).identity("address").tlv(0xe0, "B").backend_key("max_in_flight", 4);
+    let b = base(x)
+        .set("connections", "spares_per_backend", 2)
+        .backend(y, &[])
+        .identity("address")
+        .tlv(0xe0, "B")
+        .backend_key("max_in_flight", 4);
     // The first backend has another address, and the pool another name.
     let c =
         base(y).backend(z, &[]).identity("subnet").tlv(0xe0, "C{qname_label:1}").set("pool", "query_timeout", "\"4s\"");
@@ -319,4 +324,31 @@ fn sighup_reloads_too() {
     assert_eq!(new.queries(), 2);
     drop(client);
     counterfoil.assert_quiescent();
+}
+
+/// Checks begin with the configuration that has them and end with it; a backend that goes on keeps its state.
+#[test]
+fn health_checks_follow() {
+    const AUTO: [(&str, &str); 2] = [("health.mode", "\"auto\""), ("health.interval", "\"100ms\"")];
+    let (first, second) = (FakeBackend::answering(false), FakeBackend::answering(false));
+    let one = |backend: &FakeBackend| Config::default().set("server", "workers", 1).backend(backend.address, &AUTO);
+    let counterfoil = Counterfoil::start(&one(&first));
+    let up = |metrics: &Metrics, backend: &str| metrics.sum("backend_up", &[("backend", backend)]) == 1.0;
+    counterfoil.wait_metrics("it is up", SOON, |metrics| up(metrics, "backend-0"));
+    // One more.
+    counterfoil.rewrite_with(&one(&first).backend(second.address, &AUTO));
+    reload(&counterfoil);
+    assert!(up(&counterfoil.metrics(), "backend-0"), "nothing has changed for it");
+    counterfoil.wait_metrics("the other one is up", SOON, |metrics| up(metrics, "backend-1"));
+    // The first name has the second address, and the first backend nobody any more.
+    counterfoil.rewrite_with(&one(&second));
+    reload(&counterfoil);
+    let (checked, other) = (first.accepted(), second.accepted());
+    wait::until("the checks go on there", SOON, || second.accepted() > other + 5);
+    assert_eq!(first.accepted(), checked, "it is not checked any more");
+    let metrics = counterfoil.metrics();
+    assert!(up(&metrics, "backend-0"));
+    assert!(metrics.samples("backend_up", &[("backend", "backend-1")]).next().is_none(), "nobody knows");
+    assert!(metrics.sum("backend_health_checks_total", &[("backend", "backend-1"), ("result", "passed")]) > 0.0);
+    assert_eq!(metrics.sum("discrepancy_sockets", &[]), 0.0);
 }

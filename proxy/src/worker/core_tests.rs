@@ -361,13 +361,24 @@ fn a_query_goes_to_the_backend_with_the_fewest_outstanding() {
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     Connect(u8),
-    Ask { client: usize, label: u8 },
+    Ask {
+        client: usize,
+        label: u8,
+    },
     Leave(usize),
     Accept(usize),
-    Answer { wire: usize, nth: usize },
+    Answer {
+        wire: usize,
+        nth: usize,
+    },
     HangUp(usize),
-    Health { backend: usize, up: bool },
+    Health {
+        backend: usize,
+        up: bool,
+    },
     Pass(u16),
+    /// Another configuration: a number for each.
+    Reload(usize),
 }
 
 pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -393,7 +404,12 @@ struct Model {
 }
 
 pub(super) fn run(proxy: &str, extra: &str, ops: Vec<Op>) {
-    let mut sim = Sim::new(&configuration(proxy, extra));
+    run_all(&[configuration(proxy, extra)], ops);
+}
+
+/// The same with configurations that replace each other.
+pub(super) fn run_all(configurations: &[String], ops: Vec<Op>) {
+    let mut sim = Sim::new(&configurations[0]);
     let mut model = Model::default();
     for op in ops {
         let clients: Vec<SessionKey> = sim.clients.keys().copied().collect();
@@ -428,6 +444,7 @@ pub(super) fn run(proxy: &str, extra: &str, ops: Vec<Op>) {
                 place.set(if up { State::Up } else { State::Down });
             }
             Op::HangUp(wire) if !wires.is_empty() => sim.hang_up(wires[wire % wires.len()]),
+            Op::Reload(number) => sim.reconfigure(&configurations[number % configurations.len()]),
             Op::Pass(millis) => sim.pass(Duration::from_millis(u64::from(millis))),
             _ => {}
         }

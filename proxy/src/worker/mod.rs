@@ -16,6 +16,8 @@ mod place;
 pub mod plan;
 pub mod queries;
 mod reconfigure;
+#[cfg(test)]
+mod reconfigure_tests;
 pub(crate) mod route;
 pub(crate) mod shell;
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::backend::pool::{ConnKey, Phase};
 use crate::client::session::{Addresses, Pace, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Numbers};
 use crate::dns::frame::Frames;
 use crate::health::Board;
 use crate::ledger::caps::{Caps, Permit};
@@ -68,6 +68,10 @@ pub(crate) struct Sim {
     proxy_len: fn(&[u8]) -> Option<usize>,
     max_owned: usize,
     max_per_backend: Vec<usize>,
+    /// What may have been in flight on a connection before a reload.
+    max_in_flight: usize,
+    config: Config,
+    numbers: Numbers,
 }
 
 impl Sim {
@@ -92,6 +96,9 @@ impl Sim {
             now,
             clients: BTreeMap::new(),
             wires: BTreeMap::new(),
+            numbers: Numbers::new(&config),
+            max_in_flight: 0,
+            config,
             opened: 0,
             closed: HashMap::new(),
             most_owned: 0,
@@ -101,6 +108,28 @@ impl Sim {
                 (bytes.len() >= len).then_some(len)
             },
         }
+    }
+
+    /// Another configuration is in force. What was allowed before may still be there.
+    pub(crate) fn reconfigure(&mut self, configuration: &str) {
+        let config = config::from_str("test", configuration).expect("a good configuration");
+        self.numbers = self.numbers.with(&config).expect("few names");
+        self.max_owned = self.max_owned.max(config.connections.max_owned_per_client);
+        let before = self.config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.max_in_flight);
+        self.max_in_flight = before.fold(self.max_in_flight, usize::max);
+        self.max_per_backend.resize(self.numbers.backends(), 0);
+        for backend in config.pools.iter().flat_map(|pool| &pool.backends) {
+            let number = self.numbers.backend(&backend.name).expect("a number");
+            let limit = &mut self.max_per_backend[usize::from(number)];
+            *limit = backend.max_connections.max(*limit);
+            self.core.shared.caps.set_backend(number, backend.max_connections);
+        }
+        self.core.shared.caps.set_total(config.connections.max_total);
+        self.core.shared.health.adopt(&self.config, &config, &self.numbers);
+        let plan = self.core.plan.next(&config, &self.numbers, |_, _| SocketAddr::from(([127, 0, 0, 9], 0)));
+        self.core.reconfigure(Rc::new(plan), self.now);
+        self.config = config;
+        self.settle();
     }
 
     pub(crate) fn connect_client(&mut self, address: &str) -> SessionKey {
@@ -278,7 +307,7 @@ impl Sim {
     /// What must hold at all times.
     fn check(&mut self) {
         for (_, conn) in self.core.pool.iter() {
-            assert!(conn.pending.in_flight() <= conn.max_in_flight);
+            assert!(conn.pending.in_flight() <= conn.max_in_flight.max(self.max_in_flight));
         }
         for (_, session) in &self.core.sessions {
             assert!(session.owned.len() <= self.max_owned, "a client owns more than it may");
