@@ -64,6 +64,26 @@ impl Namespace {
         ["ip", "netns", "exec", &self.name].iter().chain(command).map(|&word| word.to_owned()).collect()
     }
 
+    /// Runs ip(8) inside, such as `link set veth0 down`.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[track_caller]
+    pub fn ip(&self, command: &str) {
+        let words: Vec<&str> = ["-n", &self.name].into_iter().chain(command.split_whitespace()).collect();
+        ip(&words);
+    }
+
+    /// Sets one of the `net` sysctls, such as `ipv4/ip_local_port_range`; each namespace has its own.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    #[track_caller]
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let path = format!("/proc/sys/net/{name}");
+        self.run(|| std::fs::write(&path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}")));
+    }
+
     /// Runs `work` on a thread that lives inside; sockets it makes belong to the namespace.
     ///
     /// # Panics
