@@ -102,3 +102,24 @@ fn they_stay_below_the_limit_of_the_backend() {
     let (ok, shown) = counterfoil.ctl(&["show", "backends"], SOON);
     assert!(ok, "{shown}");
 }
+
+/// No handshake comes about for those that were opened in advance: seen without a write, and nobody waits for one.
+#[test]
+fn spare_connections_that_are_refused_are_seen() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).backend_key("max_in_flight", 1).set("connections", "idle_timeout", "\"20s\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    Load { count: 2, ..Load::default() }.run(&mut client).assert_all_answered(2);
+    counterfoil.wait_metrics("the spare ones have gone", SOON, |metrics| {
+        metrics.sum("backend_connections", &[("kind", "spare")]) == 0.0
+    });
+    backend.refuse();
+    // The open connection takes one of two at a time, so another one is needed.
+    let outcome = Load { count: 20, in_flight: 2, ..Load::default() }.run(&mut client);
+    assert_eq!(outcome.answered + outcome.failed.values().sum::<usize>(), 20, "{outcome:?}");
+    assert!(outcome.answered >= 1, "those on the open connection: {outcome:?}");
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.sum("backend_connections", &[("state", "connecting")]), 0.0);
+    assert!(metrics.sum("backend_connect_failures_total", &[]) >= 2.0);
+}

@@ -135,8 +135,9 @@ impl ConnTask {
         let Core { pool, spares, .. } = &mut *core;
         let Some(conn) = pool.get_mut(self.key) else { return Ok(Poll::Pending) };
         let failed = if conn.out.is_empty() {
-            // A spare one, or its only query has been given up meanwhile.
-            ready.get_inner().take_error().unwrap_or_else(Some)
+            // A spare one, or its only query has been given up meanwhile. One that failed is closed for writing, too.
+            let closed = ready.ready().is_write_closed();
+            closed.then(|| ready.get_inner().take_error().unwrap_or_else(Some)).flatten()
         } else {
             match ready.try_io(|io| io.get_ref().send(conn.out.pending())) {
                 Ok(Ok(sent)) => {
