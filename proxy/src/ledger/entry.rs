@@ -264,3 +264,33 @@ impl Entry {
         self.reason.set(reason);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::*;
+    use crate::ledger::Ledger;
+
+    #[test]
+    fn it_grows_under_its_writer() {
+        let caps = Arc::new(Caps::new([9, 9], 9));
+        let ledger = Ledger::new(1, 1, 1, caps);
+        let writer = ledger.writer(0).unwrap();
+        let reserve = |backend| writer.reserve(OpenInfo { backend, kind: ConnKind::Shared, owner: 0, header: 0 });
+        let first = reserve(0).unwrap();
+        assert_eq!(reserve(0).err(), Some(ReserveError::LedgerFull));
+        ledger.grow(3, 40);
+        writer.use_new_slots();
+        let more = [reserve(1).unwrap(), reserve(1).unwrap()];
+        assert_eq!(reserve(1).err(), Some(ReserveError::LedgerFull));
+        // A configuration with fewer takes none away.
+        ledger.grow(1, 1);
+        writer.use_new_slots();
+        drop((first, more));
+        let again: Vec<_> = (0..3).map(|_| reserve(0).unwrap()).collect();
+        assert_eq!(reserve(0).err(), Some(ReserveError::LedgerFull));
+        drop(again);
+        assert!(ledger.totals().len() >= 40, "counters for each backend");
+    }
+}
