@@ -7,9 +7,6 @@ pub trait Choice: Copy + 'static {
     /// All that work, in the order in which they are listed.
     const ALL: &'static [Self];
 
-    /// Words that the format has and this version does not.
-    const LATER: &'static [&'static str] = &[];
-
     /// The word.
     fn word(self) -> &'static str;
 }

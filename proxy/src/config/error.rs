@@ -106,14 +106,6 @@ pub enum Problem {
     /// A key that the format has and this version does not.
     #[error("not supported yet")]
     NotSupportedYet,
-    /// A value of a choice that the format has and this version does not.
-    #[error("{value:?} is not supported yet; what works is {choices}")]
-    ValueNotSupportedYet {
-        /// What was given.
-        value: &'static str,
-        /// What works.
-        choices: String,
-    },
     /// A string where a number must be, and the like.
     #[error("expected {expected}, found {found}")]
     WrongType {

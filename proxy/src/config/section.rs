@@ -192,10 +192,7 @@ impl<'a, 'i> Value<'a, 'i> {
         let chosen = T::ALL.iter().copied().find(|choice| choice.word() == text);
         if chosen.is_none() {
             let choices = choices::list::<T>();
-            self.fail(match T::LATER.iter().copied().find(|word| *word == text) {
-                Some(value) => Problem::ValueNotSupportedYet { value, choices },
-                None => Problem::NotAChoice { value: text.to_owned(), choices },
-            });
+            self.fail(Problem::NotAChoice { value: text.to_owned(), choices });
         }
         chosen
     }
