@@ -7,6 +7,7 @@ mod command;
 mod debian;
 mod doctor;
 mod ebpf;
+mod fuzz;
 mod kernels;
 mod lint;
 mod privilege;
@@ -36,8 +37,10 @@ enum Command {
     Lint(lint::Arguments),
     /// Run all tests, unit and end-to-end, with real BPF; gets the servers they run against
     Test(test::Arguments),
-    /// Run the tests that take too long for CI: those named `soak_...`, marked `#[ignore = "soak"]`
+    /// Run what takes too long for CI: the tests named `soak_...`, marked `#[ignore = "soak"]`, the fuzz targets, kernels
     Soak(test::Arguments),
+    /// Run the fuzz targets under libFuzzer, or one of them on one input
+    Fuzz(fuzz::Arguments),
     /// Boot Debian's kernels in emulated machines, and run the tests of the kernel view and the drills in each
     Kernels(kernels::Arguments),
     /// Check licences, sources and duplicates of all dependencies with cargo-deny
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Lint(arguments) => lint::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Soak(arguments) => test::soak(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Audit(arguments) => audit::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::command::{self, EBPF_OBJECT, say};
-use crate::{ebpf, kernels, privilege, tools, workspace};
+use crate::{ebpf, fuzz, kernels, privilege, tools, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -51,7 +51,11 @@ pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
     let mut test = cargo.test();
     test.args(["--no-fail-fast", "--", "--ignored", "--nocapture", "--test-threads=1", filter]);
     command::run(test.args(&arguments.args))?;
-    if arguments.is_all() { kernels::boot(&[], false) } else { Ok(()) }
+    if !arguments.is_all() {
+        return Ok(());
+    }
+    fuzz::soak()?;
+    kernels::boot(&[], false)
 }
 
 /// How to call cargo once everything that the tests need is here.

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|text: &str| counterfoil::fuzzing::template(text));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| counterfoil::fuzzing::template(bytes));

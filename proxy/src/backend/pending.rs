@@ -12,7 +12,7 @@ use crate::worker::queries::QueryKey;
 
 /// IDs that are used before a freed one is used again, as long as fewer than these are in flight. A duplicate of an
 /// answer must come later than this many queries to meet its ID in use again.
-const SPREAD: usize = 256;
+pub(crate) const SPREAD: usize = 256;
 
 /// All IDs of a connection (RFC 1035 section 4.1.1: 16 bits).
 const ALL: usize = 1 << 16;
@@ -201,8 +201,6 @@ fn inverse(odd: u16) -> u16 {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-    use std::collections::{HashMap, VecDeque};
-
     use proptest::prelude::*;
 
     use super::*;
@@ -233,76 +231,14 @@ mod tests {
         assert_eq!(pending.insert(key(7)), Some(id));
     }
 
-    #[derive(Clone, Debug)]
-    enum Op {
-        Insert,
-        Answer(usize),
-        Quarantine(usize),
-        Stray(u16),
-    }
-
-    fn ops() -> impl Strategy<Value = Vec<Op>> {
-        prop::collection::vec(
-            prop_oneof![
-                4 => Just(Op::Insert),
-                3 => any::<usize>().prop_map(Op::Answer),
-                1 => any::<usize>().prop_map(Op::Quarantine),
-                1 => any::<u16>().prop_map(Op::Stray),
-            ],
-            0..1500,
-        )
-    }
-
     proptest! {
-        /// The naive model: a map of what is taken, and the order in which IDs were freed.
         #[test]
-        fn agrees_with_the_model(seed: u32, ops in ops()) {
-            let mut pending = Pending::new(seed);
-            let mut taken: HashMap<u16, Option<QueryKey>> = HashMap::new();
-            let mut order: Vec<u16> = Vec::new();
-            let mut freed: VecDeque<u16> = VecDeque::new();
-            let mut next = 0;
-            for op in ops {
-                match op {
-                    Op::Insert => {
-                        next += 1;
-                        let id = pending.insert(key(next)).unwrap();
-                        prop_assert!(!taken.contains_key(&id), "an ID in use is never given");
-                        if let Some(at) = freed.iter().position(|free| *free == id) {
-                            prop_assert_eq!(at, 0, "the ID freed first is used first");
-                            prop_assert!(taken.len() + freed.len() >= SPREAD);
-                            freed.pop_front();
-                        }
-                        taken.insert(id, Some(key(next)));
-                        order.push(id);
-                    }
-                    Op::Answer(pick) if !order.is_empty() => {
-                        let id = order.swap_remove(pick % order.len());
-                        let expected = match taken.remove(&id).unwrap() {
-                            Some(query) => Answered::Query(query),
-                            None => Answered::Late,
-                        };
-                        prop_assert_eq!(pending.answered(id), expected);
-                        freed.push_back(id);
-                    }
-                    Op::Quarantine(pick) if !order.is_empty() => {
-                        let id = order[pick % order.len()];
-                        let was = taken.insert(id, None).unwrap();
-                        prop_assert_eq!(pending.quarantine(id), was.is_some());
-                    }
-                    Op::Stray(id) if !taken.contains_key(&id) => {
-                        prop_assert_eq!(pending.answered(id), Answered::Unknown);
-                        prop_assert!(!pending.quarantine(id));
-                    }
-                    _ => {}
-                }
-                prop_assert_eq!(pending.in_flight(), taken.values().filter(|query| query.is_some()).count());
-                prop_assert_eq!(pending.quarantined(), taken.values().filter(|query| query.is_none()).count());
-            }
-            let drained: HashMap<u16, Option<QueryKey>> = pending.drain().map(|(id, query)| (id, Some(query))).collect();
-            taken.retain(|_, query| query.is_some());
-            prop_assert_eq!(drained, taken);
-            prop_assert_eq!(pending.in_flight() + pending.quarantined(), 0);
+        fn agrees_with_the_model(
+            seed: [u8; 4],
+            at_first in prop_oneof![60 => 0..=300u16, 1 => 65_500..=u16::MAX],
+            events in prop::collection::vec(any::<u8>(), 0..3000),
+        ) {
+            crate::fuzzing::pending(&[&seed[..], &at_first.to_be_bytes(), &events].concat());
         }
     }
 }

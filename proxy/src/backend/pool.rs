@@ -474,3 +474,15 @@ impl Pool {
 fn group(backend: BackendIndex, digest: u64) -> u64 {
     digest ^ u64::from(backend).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn agrees_with_the_model(events in prop::collection::vec(any::<u8>(), 0..1500)) {
+            crate::fuzzing::pool(&events);
+        }
+    }
+}

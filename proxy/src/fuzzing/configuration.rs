@@ -1,0 +1,40 @@
+//! The configuration's text.
+
+use crate::config::check::{self, Limits};
+use crate::config::error::Problem;
+use crate::config::{forecast, from_str, print};
+
+/// A text is refused with errors that name line and key, or read; then it can be forecast, and the configuration in
+/// effect, printed, is read as the same.
+pub fn configuration(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    match from_str("f", &text) {
+        Ok(config) => {
+            let printed = print::to_toml(&config);
+            match from_str("printed", &printed) {
+                Ok(read) => assert_eq!(read, config, "{printed}"),
+                Err(errors) => panic!("{errors}\n{printed}"),
+            }
+            let limits = Limits { descriptors: Some(1024), ports: Some(28_232), memory: Some(64 << 20) };
+            assert!(forecast::lines(&config, limits).iter().all(|line| !line.contains('\n')));
+            for warning in check::warnings(&config, limits) {
+                assert!(!warning.to_string().is_empty());
+            }
+        }
+        Err(errors) => {
+            assert!(errors.iter().next().is_some());
+            assert!(errors.iter().is_sorted_by_key(|error| error.position));
+            for error in errors.iter() {
+                let Some(position) = error.position else {
+                    assert!(matches!(error.problem, Problem::TooLong(_)), "{error}");
+                    continue;
+                };
+                // One line more than there are: the end of a text that ends with a line feed.
+                assert!((1..=text.lines().count() + 1).contains(&position.line), "{error}");
+                assert!(position.column >= 1);
+                assert!(error.key.is_some() || matches!(error.problem, Problem::Syntax(_)), "{error}");
+                assert!(error.to_string().starts_with(&format!("f:{}:{}: ", position.line, position.column)));
+            }
+        }
+    }
+}
