@@ -4,6 +4,7 @@
 //! only ratios within one run count. A wrong or missing answer fails the benchmark.
 
 mod cost;
+mod curve;
 mod measure;
 mod process;
 mod report;
@@ -19,6 +20,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::command::say;
 use cost::Cost;
+use curve::Point;
 use measure::{Outcome, Plan};
 use scenario::Scenario;
 use subject::Subject;
@@ -49,6 +51,10 @@ pub(crate) struct Arguments {
     /// Measure what the kernel view costs; without scenarios, only that. Part of `all`
     #[arg(long, conflicts_with = "no_ebpf")]
     cost: bool,
+    /// Measure what a query costs Counterfoil as connections, queries in flight and TLV sets grow; without scenarios, only
+    /// that
+    #[arg(long)]
+    curves: bool,
     /// List the scenarios and stop
     #[arg(long)]
     list: bool,
@@ -61,10 +67,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
         return Ok(());
     }
-    let only_cost = arguments.cost && arguments.scenarios.is_empty();
-    let scenarios = if only_cost { Vec::new() } else { scenario::choose(&arguments.scenarios)? };
+    let only_own = (arguments.cost || arguments.curves) && arguments.scenarios.is_empty();
+    let scenarios = if only_own { Vec::new() } else { scenario::choose(&arguments.scenarios)? };
     let subjects = match () {
-        () if only_cost => vec![Subject::Counterfoil],
+        () if only_own => vec![Subject::Counterfoil],
         () if arguments.only.is_empty() => Subject::ALL.to_vec(),
         () => arguments.only.clone(),
     };
@@ -83,11 +89,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(cost) = &cost {
         print!("{}", cost::table(cost, arguments));
     }
+    let curves = if arguments.curves { curve::measure(&plan, arguments) } else { Vec::new() };
+    if arguments.curves {
+        print!("{}", curve::tables(&curves, arguments));
+    }
     let failed = outcomes.iter().filter(|outcome| outcome.sample.is_err()).count();
-    let path = save(&tools, arguments, &outcomes, cost.as_ref())?;
+    let failed = failed + curves.iter().map(Point::failed).sum::<usize>();
+    let path = save(&tools, arguments, &outcomes, cost.as_ref(), &curves)?;
     say(format_args!("all samples are in {}", path.display()));
     if failed > 0 {
-        bail!("{failed} of {} runs failed", outcomes.len());
+        bail!("{failed} runs failed");
     }
     Ok(())
 }
@@ -108,9 +119,15 @@ fn run_scenario(plan: &Plan, scenario: &'static Scenario, subjects: &[Subject], 
     outcomes
 }
 
-fn save(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], cost: Option<&Cost>) -> Result<PathBuf> {
+fn save(
+    tools: &Tools,
+    arguments: &Arguments,
+    outcomes: &[Outcome],
+    cost: Option<&Cost>,
+    curves: &[Point],
+) -> Result<PathBuf> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, cost, now)?)?;
+    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, (cost, curves), now)?)?;
     let directory = tools.target().join("bench");
     std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let path = directory.join(format!("{now}.json"));

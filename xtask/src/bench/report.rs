@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Arguments;
 use super::cost::Cost;
+use super::curve::Point;
 use super::measure::{Outcome, Sample};
 use super::scenario::{Figure, Scenario};
 use super::subject::Subject;
@@ -84,7 +85,7 @@ pub(super) fn json(
     tools: &Tools,
     arguments: &Arguments,
     outcomes: &[Outcome],
-    cost: Option<&Cost>,
+    (cost, curves): (Option<&Cost>, &[Point]),
     time: u64,
 ) -> Result<Value> {
     let runs = outcomes.iter().map(|outcome| {
@@ -115,6 +116,7 @@ pub(super) fn json(
         "seconds": arguments.seconds,
         "runs": runs.collect::<Vec<_>>(),
         "cost": cost,
+        "curves": curves,
     }))
 }
 

@@ -36,7 +36,8 @@ pub(super) enum Figure {
     },
 }
 
-const BASE: Scenario = Scenario {
+/// What a scenario has unless it says otherwise.
+pub(super) const BASE: Scenario = Scenario {
     name: "",
     about: "",
     header: Header::None,
@@ -135,7 +136,8 @@ impl Scenario {
     pub(super) fn checks(&self) -> &'static [&'static str] {
         match (self.header, self.identity) {
             (Header::None, _) => &[],
-            (Header::Address, _) => &["--proxy", "--check-port"],
+            (Header::Address, "connection") => &["--proxy", "--check-port"],
+            (Header::Address, _) => &["--proxy"],
             (Header::Label, "connection") => &["--proxy", "--check-port", "--check-label"],
             (Header::Label, _) => &["--proxy", "--check-label"],
         }

@@ -1,0 +1,157 @@
+//! `cargo xtask bench --curves`: what a query costs Counterfoil as one thing grows. The cost must not grow with it.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::Arguments;
+use super::measure::{self, Plan, Sample};
+use super::report::median;
+use super::scenario::{self, Header, Scenario};
+use super::subject::Subject;
+use crate::command::say;
+
+/// What grows, and under which load.
+struct Curve {
+    about: &'static str,
+    /// Why it ends where it does, if more was wanted.
+    end: &'static str,
+    header: Header,
+    identity: &'static str,
+    /// How much of it, and what the load generator is told.
+    points: &'static [(u32, &'static [&'static str])],
+}
+
+const CURVES: [Curve; 3] = [
+    Curve {
+        about: "client connections, 1 in flight on each, PROXY, identity = address",
+        end: "",
+        header: Header::Address,
+        identity: "address",
+        points: &[
+            (1, &["--clients=1"]),
+            (10, &["--clients=10"]),
+            (100, &["--clients=100"]),
+            (1000, &["--clients=1000"]),
+            (10_000, &["--clients=10000", "--patience=30"]),
+        ],
+    },
+    Curve {
+        about: "queries in flight on each of 10 client connections, PROXY, owned connections",
+        end: "",
+        header: Header::Address,
+        identity: "connection",
+        points: &[
+            (1, &["--clients=10"]),
+            (3, &["--clients=10", "--in-flight=3"]),
+            (10, &["--clients=10", "--in-flight=10"]),
+            (30, &["--clients=10", "--in-flight=30"]),
+            (100, &["--clients=10", "--in-flight=100"]),
+        ],
+    },
+    Curve {
+        about: "TLV sets in rotation over 50 clients, 1 in flight, identity = forwarder",
+        end: "each of two workers has a connection for each set: 14,000 for 7,000 sets. RLIMIT_NOFILE may be 20,000, too \
+              few for 10,000 sets",
+        header: Header::Label,
+        identity: "forwarder",
+        points: &[
+            (1, &["--names=rotate:1", "--shared-names"]),
+            (10, &["--names=rotate:10", "--shared-names"]),
+            (100, &["--names=rotate:100", "--shared-names"]),
+            (1000, &["--names=rotate:1000", "--shared-names"]),
+            // Long enough that opening the connections does not count for much.
+            (7000, &["--names=rotate:7000", "--shared-names", "--seconds=20", "--patience=30"]),
+        ],
+    },
+];
+
+/// The samples of one point of a curve.
+#[derive(Debug, Serialize)]
+pub(super) struct Point {
+    about: &'static str,
+    at: u32,
+    samples: Vec<Sample>,
+    errors: Vec<String>,
+}
+
+impl Point {
+    pub(super) fn failed(&self) -> usize {
+        self.errors.len()
+    }
+}
+
+/// Measures all points. In each round each curve is walked from one end to the other, so that a machine whose speed
+/// drifts bends it elsewhere in each round.
+pub(super) fn measure(plan: &Plan<'_>, arguments: &Arguments) -> Vec<Point> {
+    let mut measured = Vec::new();
+    for curve in &CURVES {
+        let point = |(at, _): &(u32, _)| Point { about: curve.about, at: *at, samples: Vec::new(), errors: Vec::new() };
+        let mut points: Vec<Point> = curve.points.iter().map(point).collect();
+        for round in 1..=arguments.rounds {
+            for (point, (_, load)) in points.iter_mut().zip(curve.points) {
+                say(format_args!("curve round {round} of {}: {} {}", arguments.rounds, point.at, curve.about));
+                let scenario = Scenario { header: curve.header, identity: curve.identity, load, ..scenario::BASE };
+                match measure::sample(plan, &scenario, Subject::Counterfoil) {
+                    Ok(sample) => point.samples.push(sample),
+                    Err(error) => {
+                        say(format_args!("{} {} failed: {error:#}", point.at, curve.about));
+                        point.errors.push(format!("{error:#}"));
+                    }
+                }
+            }
+        }
+        measured.extend(points);
+    }
+    measured
+}
+
+/// The tables.
+pub(super) fn tables(points: &[Point], arguments: &Arguments) -> String {
+    let mut text = String::new();
+    for curve in &CURVES {
+        let _ = writeln!(
+            text,
+            "\nCurve: {}\nmedian of {} rounds of {} s; x: CPU per query / that of the first point",
+            curve.about, arguments.rounds, arguments.seconds,
+        );
+        let _ = writeln!(
+            text,
+            "{:>8}{:>11}{:>10}{:>8}{:>10}{:>10}{:>9}{:>7}{:>8}",
+            "", "qps", "CPU us/q", "x", "p50 us", "p99 us", "conns/q", "most", "others"
+        );
+        let own = || points.iter().filter(|point| point.about == curve.about);
+        let first = own().next().map(cpu);
+        for point in own() {
+            text.push_str(&line(point, first));
+        }
+        if !curve.end.is_empty() {
+            let _ = writeln!(text, "It ends there: {}.", curve.end);
+        }
+    }
+    text
+}
+
+fn cpu(point: &Point) -> f64 {
+    median(point.samples.iter().map(|sample| sample.cpu_us))
+}
+
+fn line(point: &Point, first: Option<f64>) -> String {
+    if point.samples.is_empty() {
+        return format!("{:>8} FAILED in all {} runs\n", point.at, point.errors.len());
+    }
+    let of = |figure: fn(&Sample) -> f64| median(point.samples.iter().map(figure));
+    let failed = if point.errors.is_empty() { String::new() } else { format!("  FAILED {} times", point.errors.len()) };
+    format!(
+        "{:>8}{:>11.0}{:>10.2}{:>8.2}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{:>8.2}{failed}\n",
+        point.at,
+        of(|sample| sample.qps),
+        cpu(point),
+        cpu(point) / first.unwrap_or(f64::NAN),
+        of(|sample| sample.latency_us.p50),
+        of(|sample| sample.latency_us.p99),
+        of(|sample| sample.opened_per_query),
+        of(|sample| sample.max_open as f64),
+        of(|sample| sample.disturbance),
+    )
+}
