@@ -9,7 +9,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::driver::Client;
@@ -263,7 +263,10 @@ impl Counterfoil {
             restless = unrest(&self.metrics());
             restless.is_empty().then_some(())
         });
-        assert!(rested.is_some(), "not at rest: {restless:?}; its log:\n{}", self.process.tail());
+        if rested.is_none() {
+            let connections = self.admin(&json!({"cmd": "show", "what": "connections"}), REST);
+            panic!("not at rest: {restless:?}; {connections:#?}; its log:\n{}", self.process.tail());
+        }
         let panicked = self.process.lines().into_iter().find(|line| line.contains("panicked at"));
         assert!(panicked.is_none(), "{panicked:?}");
     }

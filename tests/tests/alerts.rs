@@ -183,7 +183,7 @@ fn of_a_watch(counterfoil: &Counterfoil, backend: SocketAddr) -> String {
 /// A worker hangs while its backend closes: both are real, last for a while, and reach a real Prometheus as alerts.
 #[test]
 fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
-    const HANG: Duration = Duration::from_secs(15);
+    const HANG: Duration = Duration::from_secs(20);
     let close = Arc::new((Mutex::new(false), Condvar::new()));
     let signal = Arc::clone(&close);
     let backend = FakeBackend::start(move |connection| {
@@ -224,6 +224,8 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     let hang = json!({"cmd": "hang", "worker": 0, "millis": HANG.as_millis() as u64});
     let events = counterfoil.admin(&hang, SOON);
     assert!(events.last().is_some_and(|event| event["ok"] == true), "{events:?}");
+    // Sent is not begun: a worker that still runs would see the backend close.
+    counterfoil.wait_metrics("the worker hangs", HANG, |metrics| metrics.sum("worker_stalled", &[]) == 1.0);
     *close.0.lock().unwrap() = true;
     close.1.notify_all();
     wait::until("both alerts are pending", HANG, || {

@@ -167,7 +167,7 @@ impl Run {
         let expected: &[&str] = if self.identity == "address" { &["keyed"] } else { &["owned", "one_shot"] };
         assert!(expected.iter().all(|kind| kinds.get(*kind).is_some_and(|count| *count > 500.0)), "{kinds:?}");
         let reasons = by(&metrics, "backend_connections_closed_total", "reason");
-        let expected = ["peer_closed", "peer_reset", "connect_failed", "connect_timeout", "idle_timeout"];
+        let expected = ["peer_closed", "unanswered", "connect_failed", "connect_timeout", "idle_timeout"];
         assert!(expected.iter().all(|reason| reasons.contains_key(*reason)), "{reasons:?}");
         assert!(!reasons.contains_key("reaped"), "{reasons:?}");
     }
