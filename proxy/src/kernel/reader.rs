@@ -28,6 +28,15 @@ pub(super) struct Sweep {
     pub(super) ticks: Ticks,
 }
 
+impl Sweep {
+    /// Adds sockets that were found after it. What was open before and after the sweep has a tag and is in it, or has none
+    /// and is among these.
+    pub(super) fn add(&mut self, late: impl IntoIterator<Item = SocketRecord>) {
+        let swept: HashSet<u64> = self.records.iter().map(|record| record.cookie).collect();
+        self.records.extend(late.into_iter().filter(|record| !swept.contains(&record.cookie)));
+    }
+}
+
 /// What the programs did not do, since they were attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Misses {

@@ -153,10 +153,7 @@ impl KernelView for EbpfView {
             let descriptors = self.reader.descriptors()?;
             let taken_up = self.take_up(&descriptors)?;
             self.settle(&taken_up, misses, None)?;
-            // What was open before and after has a tag and is in the sweep, or has none and is here.
-            let swept: HashSet<u64> = sweep.records.iter().map(|record| record.cookie).collect();
-            let late = taken_up.found.into_iter().chain(taken_up.unconnected);
-            sweep.records.extend(late.filter(|record| !swept.contains(&record.cookie)));
+            sweep.add(taken_up.found.into_iter().chain(taken_up.unconnected));
         }
         self.finish(&sweep)
     }

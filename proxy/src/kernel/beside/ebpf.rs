@@ -230,10 +230,7 @@ impl KernelView for EbpfBeside {
         // After the sweep: a socket that it lacks because it was missed is counted by now.
         let misses = self.reader.misses()?;
         if misses != self.searched_at {
-            let found = self.search(misses, None)?;
-            // What was open before and after has a tag and is in the sweep, or has none and is here.
-            let swept: HashSet<u64> = sweep.records.iter().map(|record| record.cookie).collect();
-            sweep.records.extend(found.into_iter().filter(|record| !swept.contains(&record.cookie)));
+            sweep.add(self.search(misses, None)?);
         }
         self.inherit(&mut sweep)?;
         self.finish(&sweep)
