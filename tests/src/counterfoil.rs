@@ -181,6 +181,15 @@ impl Counterfoil {
         Metrics::fetch(admin).unwrap_or_else(|e| panic!("{e}\n{}", self.process.tail()))
     }
 
+    /// How many client connections it has refused for this reason.
+    ///
+    /// # Panics
+    /// As [`metrics`](Self::metrics).
+    #[track_caller]
+    pub fn refused(&self, reason: &str) -> f64 {
+        self.metrics().sum("client_connections_refused_total", &[("reason", reason)])
+    }
+
     /// Waits until its metrics satisfy `condition`.
     ///
     /// # Panics

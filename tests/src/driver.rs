@@ -105,6 +105,16 @@ impl Client {
         answer
     }
 
+    /// Waits until the server has ended the connection.
+    ///
+    /// # Panics
+    /// If anything else comes, or nothing within `patience`.
+    #[track_caller]
+    pub fn assert_closed(&mut self, patience: Duration) {
+        let received = self.receive(patience);
+        assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
+    }
+
     /// Waits up to `timeout` for the next whole message.
     ///
     /// # Panics

@@ -29,17 +29,6 @@ fn expect_served(client: &mut Client) {
 }
 
 #[track_caller]
-fn expect_closed(client: &mut Client) {
-    let received = client.receive(SOON);
-    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
-}
-
-#[track_caller]
-fn refused(counterfoil: &Counterfoil, reason: &str) -> f64 {
-    counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)])
-}
-
-#[track_caller]
 fn closed(counterfoil: &Counterfoil, reason: &str) -> f64 {
     counterfoil.metrics().sum("client_connections_closed_total", &[("reason", reason)])
 }
@@ -72,9 +61,9 @@ fn a_network_counts_as_one_client() {
     .map(|client| behind(&counterfoil, client))
     .into();
     clients.iter_mut().for_each(expect_served);
-    expect_closed(&mut behind(&counterfoil, "192.0.2.3:1"));
-    expect_closed(&mut behind(&counterfoil, "[2001:db8:0:3::1]:1"));
-    assert_eq!(refused(&counterfoil, "per_client"), 2.0);
+    behind(&counterfoil, "192.0.2.3:1").assert_closed(SOON);
+    behind(&counterfoil, "[2001:db8:0:3::1]:1").assert_closed(SOON);
+    assert_eq!(counterfoil.refused("per_client"), 2.0);
     drop(clients);
     counterfoil.assert_quiescent();
 }
@@ -95,12 +84,12 @@ fn a_ban_is_for_the_client_and_ends() {
     // More than five a second, whenever a second begins.
     let mut rest: Vec<Client> = (0..20).map(|_| behind(&counterfoil, "192.0.2.1:1")).collect();
     wait::until("the client is banned", SOON, || {
-        refused(&counterfoil, "connection_rate") + refused(&counterfoil, "banned") >= 8.0
+        counterfoil.refused("connection_rate") + counterfoil.refused("banned") >= 8.0
     });
-    assert_eq!(refused(&counterfoil, "connection_rate"), 1.0, "once: then it is banned");
+    assert_eq!(counterfoil.refused("connection_rate"), 1.0, "once: then it is banned");
     expect_served(&mut behind(&counterfoil, "192.0.2.2:1"));
     expect_served(&mut first);
-    expect_closed(rest.last_mut().unwrap());
+    rest.last_mut().unwrap().assert_closed(SOON);
     wait::until("the ban is over", SOON, || {
         let mut again = behind(&counterfoil, "192.0.2.1:1");
         again.ask(1, "again.example.test", qtype::A);
@@ -163,7 +152,7 @@ fn near_a_limit_new_connections_are_short() {
         clients.iter_mut().for_each(expect_served);
         assert_eq!(counterfoil.metrics().sum("client_connections_restricted_total", &[]), 0.0, "{key}");
         let start = Instant::now();
-        expect_closed(&mut counterfoil.client());
+        counterfoil.client().assert_closed(SOON);
         let idle = start.elapsed();
         assert!(idle >= Duration::from_millis(400) && idle < Duration::from_secs(3), "{key}: {idle:?}");
         assert_eq!(counterfoil.metrics().sum("client_connections_restricted_total", &[]), 1.0, "{key}");

@@ -56,12 +56,6 @@ fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
 }
 
 #[track_caller]
-fn expect_closed(client: &mut Client) {
-    let received = client.receive(SOON);
-    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
-}
-
-#[track_caller]
 fn expect_served(client: &mut Client) {
     Load::default().run(client).assert_all_answered(1);
 }
@@ -72,7 +66,7 @@ fn header_expected_but_missing() {
     let counterfoil = Counterfoil::start(&proxied(backend.address));
     let mut client = counterfoil.client();
     client.ask(1, "missing.example.test", qtype::A);
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     assert_eq!(backend.accepted(), 0);
     counterfoil.assert_quiescent();
 }
@@ -139,7 +133,7 @@ fn not_in_the_acl_but_a_header() {
     let counterfoil = Counterfoil::start(&config(backend.address).accept_proxy(&["127.0.0.99"]));
     let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
     client.ask(1, "sent-with-a-header.example.test", qtype::A);
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     assert_eq!(backend.accepted(), 0);
     counterfoil.assert_quiescent();
 }
@@ -158,7 +152,7 @@ fn disabled_on_the_listener_but_a_header() {
     let counterfoil = Counterfoil::start(&config(backend.address));
     let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
     client.ask(1, "sent-with-a-header.example.test", qtype::A);
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     assert_eq!(backend.accepted(), 0);
     counterfoil.assert_quiescent();
 }
@@ -175,8 +169,8 @@ fn a_header_in_many_reads_an_invalid_one_and_one_that_stops() {
     expect_served(&mut split);
     let mut invalid = header.clone();
     invalid[12] = 0x25;
-    expect_closed(&mut behind(&counterfoil, &invalid));
-    expect_closed(&mut behind(&counterfoil, &header[..20]));
+    behind(&counterfoil, &invalid).assert_closed(SOON);
+    behind(&counterfoil, &header[..20]).assert_closed(SOON);
     let refused = |reason| counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)]);
     assert_eq!((refused("proxy_invalid"), refused("proxy_timeout")), (1.0, 1.0));
     drop(split);
@@ -190,7 +184,7 @@ fn max_queries_per_connection() {
     // One after another, then all at once: five are answered, the sixth is not.
     let mut client = counterfoil.client();
     Load { count: 5, ..Load::default() }.run(&mut client).assert_all_answered(5);
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     let mut client = counterfoil.client();
     let queries: Vec<u8> =
         (0..6).flat_map(|id| message::framed(&message::query(id, "six.example.test", qtype::A))).collect();
@@ -198,7 +192,7 @@ fn max_queries_per_connection() {
     let mut ids = [0; 5].map(|_: u16| message::id(&client.receive(SOON).message()));
     ids.sort_unstable();
     assert_eq!(ids, [0, 1, 2, 3, 4]);
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     drop(client);
     counterfoil.assert_quiescent();
     let metrics = counterfoil.metrics();
@@ -212,7 +206,7 @@ fn max_connections_per_client() {
     let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_connections_per_client", 3));
     let mut clients: Vec<Client> = (0..3).map(|_| counterfoil.client()).collect();
     clients.iter_mut().for_each(expect_served);
-    expect_closed(&mut counterfoil.client());
+    counterfoil.client().assert_closed(SOON);
     clients.iter_mut().for_each(expect_served);
     drop(clients);
     counterfoil.assert_quiescent();
@@ -277,9 +271,9 @@ fn connection_rate() {
     let counterfoil = Counterfoil::start(&config);
     let mut clients: Vec<Client> = (0..12).map(|_| counterfoil.client()).collect();
     expect_served(&mut clients[0]);
-    expect_closed(&mut clients[11]);
+    clients[11].assert_closed(SOON);
     for _ in 0..3 {
-        expect_closed(&mut counterfoil.client());
+        counterfoil.client().assert_closed(SOON);
     }
     expect_served(&mut counterfoil.client_from("127.0.0.2"));
     let refused = |reason| counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)]);
@@ -295,7 +289,7 @@ fn max_connections_of_a_listener() {
     let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_connections", 10));
     let mut clients: Vec<Client> = (0..10).map(|n| counterfoil.client_from(&format!("127.0.0.{}", n + 1))).collect();
     clients.iter_mut().for_each(expect_served);
-    expect_closed(&mut counterfoil.client_from("127.0.0.11"));
+    counterfoil.client_from("127.0.0.11").assert_closed(SOON);
     assert_eq!(counterfoil.metrics().sum("client_connections_refused_total", &[("reason", "per_listener")]), 1.0);
     clients.pop();
     counterfoil.wait_metrics("a place is free", SOON, |metrics| metrics.sum("client_connections", &[]) == 9.0);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{Counterfoil, Options};
-use counterfoil_tests::driver::{Client, Load, Received};
+use counterfoil_tests::driver::{Client, Load};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
 use counterfoil_tests::proxy_header::raw;
@@ -30,12 +30,6 @@ fn config(backend: SocketAddr) -> Config {
 fn expect_served(client: &mut Client) {
     let answer = client.exchange(77, "served.example.test", qtype::A);
     assert_eq!(message::response_code(&answer), rcode::NOERROR);
-}
-
-#[track_caller]
-fn expect_closed(client: &mut Client) {
-    let received = client.receive(SOON);
-    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
 }
 
 /// Its network goes away: no FIN, no RST. Its time runs out, and the connections that it owned go with it.
@@ -142,7 +136,7 @@ fn f09_lengths_and_what_follows_them() {
         if ends {
             client.finish_sending();
         }
-        expect_closed(&mut client);
+        client.assert_closed(SOON);
         assert!(start.elapsed() < Duration::from_secs(5), "{bytes:?}: {:?}", start.elapsed());
     }
     let reason = [("reason", "message_timeout")];
@@ -271,7 +265,7 @@ fn f20_two_checksums() {
     let payload = [&[9; 12][..], &checksum, &checksum].concat();
     let mut client = counterfoil.client_from("127.0.0.2");
     client.send_raw(&raw(0x21, 0x11, &payload)).unwrap();
-    expect_closed(&mut client);
+    client.assert_closed(SOON);
     let reason = [("reason", "proxy_invalid")];
     assert_eq!(counterfoil.metrics().sum("client_connections_refused_total", &reason), 1.0);
     counterfoil.assert_quiescent();

@@ -55,17 +55,6 @@ fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
     client
 }
 
-#[track_caller]
-fn expect_closed(client: &mut Client) {
-    let received = client.receive(SOON);
-    assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
-}
-
-#[track_caller]
-fn refused(counterfoil: &Counterfoil, reason: &str) -> f64 {
-    counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)])
-}
-
 #[test]
 fn both_versions_name_the_client() {
     let backend = telling();
@@ -165,13 +154,13 @@ fn a_truncated_header_is_refused() {
         let mut silent: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
         let mut finished: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
         finished.iter().for_each(Client::finish_sending);
-        finished.iter_mut().for_each(expect_closed);
-        silent.iter_mut().for_each(expect_closed);
+        finished.iter_mut().for_each(|client| client.assert_closed(SOON));
+        silent.iter_mut().for_each(|client| client.assert_closed(SOON));
         let taken = start.elapsed();
         assert!(taken >= Duration::from_millis(700) && taken < SOON, "{taken:?}");
         closed += finished.len() as f64;
         late += silent.len() as f64;
-        assert_eq!((refused(&counterfoil, "proxy_closed"), refused(&counterfoil, "proxy_timeout")), (closed, late));
+        assert_eq!((counterfoil.refused("proxy_closed"), counterfoil.refused("proxy_timeout")), (closed, late));
     }
     counterfoil.assert_quiescent();
     assert_eq!(counterfoil.metrics().sum("client_connections_opened_total", &[]), 0.0);
@@ -197,7 +186,7 @@ fn a_late_header_is_refused() {
     assert!(matches!(ended, Some(Received::Closed | Received::Reset)), "{ended:?}");
     assert!(taken >= Duration::from_millis(450) && taken < Duration::from_millis(2500), "{taken:?}");
     counterfoil.assert_quiescent();
-    assert_eq!(refused(&counterfoil, "proxy_timeout"), 1.0);
+    assert_eq!(counterfoil.refused("proxy_timeout"), 1.0);
 }
 
 #[test]
@@ -227,9 +216,9 @@ fn malformed_headers_are_refused() {
         format!("PROXY UNKNOWN {}\r\n", "x".repeat(107)).into_bytes(),
     ];
     for header in &malformed {
-        expect_closed(&mut behind(&counterfoil, header));
+        behind(&counterfoil, header).assert_closed(SOON);
     }
-    assert_eq!(refused(&counterfoil, "proxy_invalid"), malformed.len() as f64);
+    assert_eq!(counterfoil.refused("proxy_invalid"), malformed.len() as f64);
     counterfoil.process.wait_for_line(SOON, "a warning that names the peer", |line| {
         (line.contains("proxy_invalid") && line.contains("127.0.0.2")).then_some(())
     });
@@ -261,10 +250,10 @@ fn the_longest_headers_cost_little() {
     let empty_tlvs = [&[9; 12][..], &b"\xe0\0\0".repeat(21_841)].concat();
     let start = Instant::now();
     for header in [raw(0x21, 0x11, &empty_tlvs), raw(0x21, 0x11, &[0xff; 65_535])] {
-        expect_closed(&mut behind(&counterfoil, &header));
+        behind(&counterfoil, &header).assert_closed(SOON);
     }
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-    assert_eq!(refused(&counterfoil, "proxy_invalid"), 2.0);
+    assert_eq!(counterfoil.refused("proxy_invalid"), 2.0);
     // One TLV that fills it is passed on whole.
     let long = vec![b'x'; 65_520];
     let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(0xe0, &long)]));
@@ -295,9 +284,9 @@ fn from_a_trusted_peer_a_header_is_required() {
     for peer in [TRUSTED, "127.0.3.9"] {
         let mut client = counterfoil.client_from(peer);
         client.ask(1, "no-header.example.test", qtype::A);
-        expect_closed(&mut client);
+        client.assert_closed(SOON);
     }
-    assert_eq!(refused(&counterfoil, "proxy_missing"), 2.0);
+    assert_eq!(counterfoil.refused("proxy_missing"), 2.0);
     assert_eq!(backend.accepted(), 0);
     counterfoil.assert_quiescent();
 }
@@ -312,7 +301,7 @@ fn from_others_a_header_is_refused() {
         for header in [v2(CLIENT, SERVICE, &[]), v1(CLIENT, SERVICE), raw(0x20, 0, b"")] {
             let mut client = counterfoil.client();
             client.send_raw(&header).unwrap();
-            expect_closed(&mut client);
+            client.assert_closed(SOON);
         }
         let untrusted = [("reason", "proxy_untrusted")];
         counterfoil.wait_metrics("three are closed", SOON, |metrics| {
@@ -331,7 +320,7 @@ fn a_second_header_is_refused() {
     let counterfoil = Counterfoil::start(&config(backend.address));
     let forged = v2("203.0.113.1:1", SERVICE, &[]);
     for header in [v2(CLIENT, SERVICE, &[]), v1(CLIENT, SERVICE)] {
-        expect_closed(&mut behind(&counterfoil, &[header, forged.clone()].concat()));
+        behind(&counterfoil, &[header, forged.clone()].concat()).assert_closed(SOON);
     }
     let untrusted = [("reason", "proxy_untrusted")];
     counterfoil.wait_metrics("both are closed", SOON, |metrics| {
@@ -350,9 +339,9 @@ fn limits_count_the_address_behind() {
     for client in &mut clients {
         client.exchange(1, "limits.example.test", qtype::A);
     }
-    expect_closed(&mut client_at("192.0.2.1"));
-    expect_closed(&mut client_at("192.0.2.2"));
-    assert_eq!(refused(&counterfoil, "per_client"), 2.0);
+    client_at("192.0.2.1").assert_closed(SOON);
+    client_at("192.0.2.2").assert_closed(SOON);
+    assert_eq!(counterfoil.refused("per_client"), 2.0);
     clients.push(client_at("192.0.2.3"));
     clients[4].exchange(1, "limits.example.test", qtype::A);
     drop(clients);
@@ -365,10 +354,10 @@ fn the_total_counts_who_has_not_said_yet() {
     let backend = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&config(backend.address).set("server", "max_connections", 2));
     let waiting = [counterfoil.client_from(TRUSTED), counterfoil.client_from(TRUSTED)];
-    expect_closed(&mut counterfoil.client());
-    assert!(refused(&counterfoil, "max_connections") >= 1.0);
+    counterfoil.client().assert_closed(SOON);
+    assert!(counterfoil.refused("max_connections") >= 1.0);
     drop(waiting);
-    wait::until("both are gone", SOON, || refused(&counterfoil, "proxy_closed") == 2.0);
+    wait::until("both are gone", SOON, || counterfoil.refused("proxy_closed") == 2.0);
     counterfoil.client().exchange(1, "room.example.test", qtype::A);
     counterfoil.assert_quiescent();
 }
