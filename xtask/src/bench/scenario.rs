@@ -11,6 +11,8 @@ pub(super) struct Scenario {
     pub(super) header: Header,
     /// `[pool.proxy_protocol] identity` of Counterfoil.
     pub(super) identity: &'static str,
+    /// `[connections] spares_per_backend` of Counterfoil.
+    pub(super) spares: u32,
     /// What the load generator is told.
     pub(super) load: &'static [&'static str],
     /// What the run is for.
@@ -42,6 +44,7 @@ pub(super) const BASE: Scenario = Scenario {
     about: "",
     header: Header::None,
     identity: "connection",
+    spares: 0,
     load: &[],
     figure: Figure::Speed,
     default: false,
@@ -86,8 +89,9 @@ pub(super) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "Dp",
-        about: "50 clients, a new connection per query, PROXY",
+        about: "50 clients, a new connection per query, PROXY; Counterfoil with spare connections",
         header: Header::Address,
+        spares: 50,
         load: &["--clients=50", "--per-connection=1", "--sources=100"],
         ..BASE
     },

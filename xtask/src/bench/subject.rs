@@ -191,9 +191,10 @@ fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, dire
          [[pool.backend]]\nname = \"answerer\"\naddress = \"{backend}\"\nmax_in_flight = 1000\n\
          max_connections = 15000\n[pool.backend.health]\nmode = \"up\"\n\
          [connections]\nidle_timeout = \"120s\"\nmax_owned_per_client = 64\nmax_total = 15000\n\
-         max_idle_per_backend = 15000\n\
+         max_idle_per_backend = 15000\nspares_per_backend = {}\n\
          [admin]\nhttp = \"127.0.0.1:0\"\nsocket = \"{}\"\n\
          [kernel]\nview = \"{}\"\n",
+        scenario.spares,
         socket.display(),
         plan.kernel_view
     )
