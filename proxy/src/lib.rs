@@ -31,6 +31,7 @@ pub mod responder;
 pub mod stats;
 pub mod systemd;
 pub mod table;
+pub mod tls;
 pub mod watch;
 pub mod watchdog;
 pub mod worker;
