@@ -11,6 +11,7 @@
     reason = "a harness reports by panicking, as its callers are tests"
 )]
 
+pub mod certificates;
 pub mod config;
 pub mod counterfoil;
 pub mod drill;
