@@ -144,6 +144,20 @@ impl Client {
         }
     }
 
+    /// What one read(2) yields, as it came: how the server cut its writes.
+    ///
+    /// # Panics
+    /// If nothing comes within `timeout`.
+    #[track_caller]
+    pub fn read_once(&mut self, timeout: Duration) -> Vec<u8> {
+        assert!(self.received.is_empty(), "octets that were read before");
+        self.stream.set_read_timeout(Some(timeout)).expect("a timeout that is not zero");
+        let mut buffer = vec![0; 1 << 17];
+        let read = self.stream.read(&mut buffer).unwrap_or_else(|e| panic!("reading from the server: {e}"));
+        buffer.truncate(read);
+        buffer
+    }
+
     fn take_frame(&mut self) -> Option<Vec<u8>> {
         let len = usize::from(u16::from_be_bytes(self.received.get(..2)?.try_into().ok()?));
         let message = self.received.get(2..2 + len)?.to_vec();

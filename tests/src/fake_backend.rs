@@ -262,6 +262,16 @@ impl Connection {
         }
     }
 
+    /// What one read(2) yields, as it came: how the peer cut its writes. `None` when the peer closes or the backend is
+    /// being stopped.
+    ///
+    /// # Panics
+    /// If octets that were read before wait to be taken.
+    pub fn read_once(&mut self) -> Option<Vec<u8>> {
+        assert!(self.received.is_empty(), "octets that were read before");
+        (self.fill(Instant::now() + PATIENCE) == Ok(true)).then(|| std::mem::take(&mut self.received))
+    }
+
     fn take_frame(&mut self) -> Option<Vec<u8>> {
         let len = usize::from(u16::from_be_bytes(self.received.get(..2)?.try_into().ok()?));
         let message = self.received.get(2..2 + len)?.to_vec();

@@ -14,6 +14,7 @@
 pub mod certificates;
 pub mod config;
 pub mod counterfoil;
+pub mod documents;
 pub mod drill;
 pub mod driver;
 pub mod fake_backend;

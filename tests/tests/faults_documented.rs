@@ -1,8 +1,10 @@
 //! docs/faults.md is true where a test can tell: every fault has its row, and the tests that a row names exist.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::collections::BTreeSet;
 use std::path::Path;
+
+use counterfoil_tests::documents;
 
 const FAULTS: &str = include_str!("../../docs/faults.md");
 
@@ -11,12 +13,7 @@ const NUMBERS: std::ops::RangeInclusive<u32> = 1..=52;
 
 /// The rows: what stands in each cell.
 fn rows() -> Vec<[&'static str; 3]> {
-    let rows = FAULTS.lines().filter(|line| line.starts_with("| F"));
-    rows.map(|row| {
-        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
-        cells.try_into().unwrap_or_else(|cells| panic!("three cells in a row, not {cells:?}"))
-    })
-    .collect()
+    documents::rows(FAULTS)
 }
 
 fn number(row: [&str; 3]) -> u32 {
@@ -31,33 +28,15 @@ fn every_fault_has_one_row_with_tests_or_a_reason() {
     }
 }
 
-/// The source of a test, and its name.
-fn source(root: &Path, test: &str) -> (String, String) {
-    let (module, function) = test.rsplit_once("::").unwrap_or_else(|| panic!("{test}: no file"));
-    let file = match module.strip_suffix("::tests") {
-        Some(module) => root.join("proxy/src").join(module.replace("::", "/")).with_extension("rs"),
-        None => root.join("tests/tests").join(module).with_extension("rs"),
-    };
-    let source = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-    (source, function.to_owned())
-}
-
 #[test]
 fn the_tests_that_it_names_exist() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let named: BTreeSet<&str> = rows()
         .into_iter()
         .filter(|row| !row[2].starts_with("not tested"))
-        .flat_map(|row| row[2].split('`').skip(1).step_by(2))
+        .flat_map(|row| documents::quoted(row[2]))
         .collect();
     assert!(named.len() > 40, "{}", named.len());
-    for test in named {
-        let (source, function) = source(&root, test);
-        let lines: Vec<&str> = source.lines().map(str::trim).collect();
-        let at = lines.iter().position(|line| line.starts_with(&format!("fn {function}(")));
-        let at = at.unwrap_or_else(|| panic!("{test} does not exist"));
-        assert!(lines[..at].iter().rev().take(3).any(|line| *line == "#[test]"), "{test} is no test");
-    }
+    named.into_iter().for_each(documents::assert_exists);
 }
 
 /// The tests named after a fault are in its row.

@@ -1,4 +1,4 @@
-//! CRC32C (RFC 9260, appendix A): what a header's checksum is (section 2.2.4 of the specification).
+//! CRC32C (RFC 9260, appendix A): what a header's checksum is (section 2.2.3 of the specification).
 
 /// The reflected polynomial.
 const POLYNOMIAL: u32 = 0x82f6_3b78;

@@ -16,7 +16,7 @@ const CRC_LEN: usize = 4;
 pub struct Seal {
     /// A TLV UNIQUE_ID (section 2.2.5).
     pub unique_id: bool,
-    /// A TLV CRC32C, the last one (section 2.2.4).
+    /// A TLV CRC32C, the last one (section 2.2.3).
     pub crc32c: bool,
 }
 
