@@ -5,6 +5,7 @@
 //! other code, so that an error of the one is not hidden by the same error in the other.
 
 pub mod answerer;
+pub mod certificate;
 pub mod histogram;
 pub mod message;
 pub mod poll;
@@ -12,6 +13,7 @@ pub mod proxy_header;
 pub mod relay;
 pub mod slots;
 pub mod stream;
+pub mod tls;
 pub mod tool;
 
 pub mod generator;

@@ -1,5 +1,5 @@
-//! dnsdist 1.7.3 in two roles: as a backend that tells what was in the PROXY header, and as the forwarder whose leak
-//! the scenarios must be able to see.
+//! dnsdist 1.7.3 in three roles: as a backend that tells what was in the PROXY header, as the forwarder whose leak the
+//! scenarios must be able to see, and as one that speaks DNS over TLS.
 
 use std::net::SocketAddr;
 
@@ -110,6 +110,34 @@ impl LeakyFront {
             )
         });
         Self { process, address, web: super::loopback(web), _dir: dir }
+    }
+}
+
+/// dnsdist as a forwarder that speaks DNS over TLS to its clients.
+#[derive(Debug)]
+pub struct DotFront {
+    /// The process.
+    pub process: Process,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    _dir: TempDir,
+}
+
+impl DotFront {
+    /// Starts it in front of `backend`, with a certificate and its key from these files.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start(backend: SocketAddr, certificate: &str, key: &str) -> Self {
+        let dir = TempDir::new("dnsdist-dot");
+        let (process, address) = start("dnsdist (DoT)", "dnsdist", &dir, |port| {
+            format!(
+                "addTLSLocal(\"127.0.0.1:{port}\", \"{certificate}\", \"{key}\", {{maxInFlight=1000}})\n{COMMON}\
+                 newServer({{address=\"{backend}\"}})\ngetServer(0):setUp()\n"
+            )
+        });
+        Self { process, address, _dir: dir }
     }
 }
 

@@ -34,6 +34,23 @@ impl Haproxy {
         })
     }
 
+    /// The same with more lines in the section `global`, and with options of the `bind` line: `ssl crt FILE` ends the
+    /// clients' TLS.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn bound(server: SocketAddr, global: &str, bind: &str) -> Self {
+        Self::configured(|port| {
+            format!(
+                "global\n    log stdout format raw local0\n    {global}\n\
+                 defaults\n    mode tcp\n    log global\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n\
+                 frontend dns\n    bind 127.0.0.1:{port} {bind}\n    default_backend dns\n\
+                 backend dns\n    server dns {server}\n"
+            )
+        })
+    }
+
     /// Starts it in front of a `server` that speaks HTTP: any client's request may go over any connection that is idle, and
     /// is tried again where that was closed meanwhile.
     ///

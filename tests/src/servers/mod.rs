@@ -11,7 +11,7 @@ mod recursor;
 mod unbound;
 
 pub use alertmanager::{Alertmanager, Notified, Webhook};
-pub use dnsdist::{LeakyFront, TlvOracle, Told};
+pub use dnsdist::{DotFront, LeakyFront, TlvOracle, Told};
 pub use haproxy::Haproxy;
 pub use prometheus::Prometheus;
 pub use recursor::{Recursor, Seen};

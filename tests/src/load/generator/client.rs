@@ -9,6 +9,7 @@ use super::super::message;
 use super::super::poll::{self, Poller, READ, WRITE};
 use super::super::stream::{self, Frames, Output, Read};
 use super::names::Names;
+use super::tls::{Handshakes, Tls};
 use super::window::{Fault, Window};
 
 /// Counts of one run.
@@ -24,6 +25,8 @@ pub(super) struct Tally {
     pub(super) missing: u64,
     /// Connections that the other side ended.
     pub(super) closed: u64,
+    /// TLS handshakes.
+    pub(super) handshakes: Handshakes,
     /// The first thing that went wrong, in words.
     pub(super) first_fault: Option<String>,
     /// When the last right answer came, in nanoseconds of the monotonic clock.
@@ -50,6 +53,7 @@ impl Tally {
 pub(super) struct Client {
     token: u64,
     socket: Option<OwnedFd>,
+    tls: Option<Tls>,
     port: u16,
     frames: Frames,
     output: Output,
@@ -61,11 +65,13 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client without a connection, with room for `in_flight` queries. Its epoll token is `token`.
-    pub(super) fn new(token: u64, in_flight: u16) -> Self {
+    /// A client without a connection, with room for `in_flight` queries. Its epoll token is `token`. With `tls` it speaks
+    /// TLS on all its connections.
+    pub(super) fn new(token: u64, in_flight: u16, tls: Option<Tls>) -> Self {
         Self {
             token,
             socket: None,
+            tls,
             port: 0,
             frames: Frames::default(),
             output: Output::default(),
@@ -85,12 +91,25 @@ impl Client {
         target: SocketAddrV4,
         source: Option<Ipv4Addr>,
     ) -> io::Result<()> {
-        self.socket = None;
+        self.close()?;
         let socket = stream::connect(target, source)?;
+        if let Some(tls) = &mut self.tls {
+            tls.connect()?;
+        }
         self.port = stream::local_address(&socket)?.port();
         poller.add(&socket, self.token, READ)?;
         (self.frames, self.output, self.sent_here) = (Frames::default(), Output::default(), 0);
         self.socket = Some(socket);
+        Ok(())
+    }
+
+    /// Ends the connection, if there is one, in TLS by its last record (RFC 8446 section 6.1).
+    fn close(&mut self) -> io::Result<()> {
+        if let (Some(socket), Some(tls)) = (&self.socket, &mut self.tls) {
+            // All answers are there. Whether it can still be sent makes no difference to them.
+            let _ = self.output.send(socket, tls.end()?);
+        }
+        self.socket = None;
         Ok(())
     }
 
@@ -132,7 +151,11 @@ impl Client {
     pub(super) fn send(&mut self, poller: &Poller, batch: &[u8], tally: &mut Tally) -> io::Result<()> {
         let Some(socket) = &self.socket else { return Ok(()) };
         let waited = !self.output.is_empty();
-        if !self.output.send(socket, batch) {
+        let octets = match &mut self.tls {
+            Some(tls) => tls.seal(batch)?,
+            None => batch,
+        };
+        if !self.output.send(socket, octets) {
             self.lose(tally);
         } else if !waited && !self.output.is_empty() {
             poller.modify(socket, self.token, READ | WRITE)?;
@@ -154,29 +177,51 @@ impl Client {
         Ok(())
     }
 
-    /// Reads and checks answers. Returns the time after the read.
-    pub(super) fn receive(&mut self, buffer: &mut [u8], tally: &mut Tally) -> u64 {
-        let Some(socket) = &self.socket else { return poll::now() };
+    /// Reads and checks answers, and sends what TLS has to say to them. Returns the time after the read.
+    ///
+    /// # Errors
+    /// As `epoll_ctl(2)`. A dead connection is no error but is counted.
+    pub(super) fn receive(&mut self, poller: &Poller, buffer: &mut [u8], tally: &mut Tally) -> io::Result<u64> {
+        let Some(socket) = &self.socket else { return Ok(poll::now()) };
         let read = stream::read(socket, buffer);
         let now = poll::now();
         match read {
             Read::Empty => {}
             Read::Closed => self.lose(tally),
             Read::Data(length) => {
-                let window = &mut self.window;
-                let Ok(()) = self.frames.feed(&buffer[..length], |answer| {
-                    match window.answered(answer) {
-                        Ok(since) => {
-                            tally.latency.record(now.saturating_sub(since));
-                            tally.last_answer = now;
-                        }
-                        Err(fault) => tally.fault(&fault),
-                    }
-                    Ok::<(), std::convert::Infallible>(())
-                });
+                self.take(&buffer[..length], now, tally);
+                if self.tls.as_ref().is_some_and(Tls::wants_write) {
+                    self.send(poller, &[], tally)?;
+                }
             }
         }
-        now
+        Ok(now)
+    }
+
+    /// Checks the answers in what was received at `now`.
+    fn take(&mut self, received: &[u8], now: u64, tally: &mut Tally) {
+        let opened = match &mut self.tls {
+            Some(tls) => tls.open(received, &mut tally.handshakes),
+            None => Ok(received),
+        };
+        let octets = match opened {
+            Ok(octets) => octets,
+            Err(error) => {
+                tally.first_fault.get_or_insert_with(|| format!("TLS: {error:#}"));
+                return self.lose(tally);
+            }
+        };
+        let window = &mut self.window;
+        let Ok(()) = self.frames.feed(octets, |answer| {
+            match window.answered(answer) {
+                Ok(since) => {
+                    tally.latency.record(now.saturating_sub(since));
+                    tally.last_answer = now;
+                }
+                Err(fault) => tally.fault(&fault),
+            }
+            Ok::<(), std::convert::Infallible>(())
+        });
     }
 
     /// Gives up what is still in flight.

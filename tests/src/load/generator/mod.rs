@@ -2,12 +2,14 @@
 
 mod client;
 mod names;
+mod tls;
 mod window;
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -18,6 +20,7 @@ use super::poll::{self, Events, Poller, WRITE};
 use super::stream::READ_LEN;
 use client::{Client, Tally};
 pub use names::Names;
+use tls::Tls;
 
 /// Prints its results as one line of JSON. Exit code 0 only if every query got its one right answer.
 #[derive(Debug, Clone, Parser)]
@@ -52,6 +55,13 @@ pub struct Options {
     /// Connect from so many addresses in turn, 127.0.1.1 and following (TIME_WAIT keeps a port of each for a minute).
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=250))]
     pub sources: Option<u8>,
+    /// Speak TLS 1.3, ALPN `dot`, to a server that has exactly the certificate in this file (PEM).
+    #[arg(long, value_name = "CERTIFICATE")]
+    pub tls: Option<PathBuf>,
+    /// Clients keep the tickets that they are given and use each once: a handshake for which there is one must resume the
+    /// session. Without it all handshakes are full.
+    #[arg(long, requires = "tls")]
+    pub resume: bool,
     /// Keep the connections open after the result, until standard input ends.
     #[arg(long)]
     pub hold: bool,
@@ -102,7 +112,12 @@ struct Generator<'a> {
 
 impl<'a> Generator<'a> {
     fn new(options: &'a Options) -> anyhow::Result<Self> {
-        let clients = (0..options.clients).map(|token| Client::new(token as u64, options.in_flight)).collect();
+        let tls = options.tls.as_deref().map(tls::configure).transpose()?;
+        let client = |token| {
+            let tls = tls.as_ref().map(|config| Tls::new(config, options.resume)).transpose()?;
+            anyhow::Ok(Client::new(token as u64, options.in_flight, tls))
+        };
+        let clients = (0..options.clients).map(client).collect::<anyhow::Result<_>>()?;
         let mut generator = Self {
             options,
             poller: Poller::new().context("create an epoll set")?,
@@ -168,7 +183,7 @@ impl<'a> Generator<'a> {
         if !readable {
             return Ok(());
         }
-        let now = client.receive(buffer, &mut self.tally);
+        let now = client.receive(&self.poller, buffer, &mut self.tally).context("send records of TLS")?;
         if self.options.rate.is_some() {
             return self.send_overdue(now);
         }
@@ -267,6 +282,10 @@ impl<'a> Generator<'a> {
         let answers = tally.latency.total();
         let seconds = tally.last_answer.saturating_sub(self.start) as f64 / 1e9;
         let micros = |nanos: u64| nanos as f64 / 1000.0;
+        let handshakes = self.options.tls.as_ref().map(|_| {
+            let tls::Handshakes { new, resumed } = tally.handshakes;
+            json!({ "new": new, "resumed": resumed })
+        });
         json!({
             "queries": self.issued,
             "answers": answers,
@@ -284,6 +303,7 @@ impl<'a> Generator<'a> {
             "unexpected": tally.unexpected,
             "missing": tally.missing,
             "closed": tally.closed,
+            "handshakes": handshakes,
             "first_fault": tally.first_fault,
         })
     }
