@@ -95,6 +95,26 @@ impl Refusal {
     }
 }
 
+/// What a connection that was accepted waits for before its session begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// The PROXY header of a peer that must send one.
+    ProxyHeader,
+}
+
+impl Stage {
+    /// All of them.
+    pub const ALL: [Self; 1] = [Self::ProxyHeader];
+
+    /// The label in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::ProxyHeader => "proxy_header",
+        }
+    }
+}
+
 /// How a query came to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -143,6 +163,8 @@ pub struct ListenerStats {
     pub closed: [Counter; ClientCloseReason::ALL.len()],
     /// By [`Refusal`].
     pub refused: [Counter; Refusal::ALL.len()],
+    /// Accepted, and no session yet, by [`Stage`].
+    pub pending: [Counter; Stage::ALL.len()],
     /// Queries accepted.
     pub queries: Counter,
     /// Queries that a backend answered and whose answer was queued for the client.

@@ -321,8 +321,15 @@ pub(crate) fn ordinary_user(capabilities: &[&str]) -> Vec<String> {
 
 /// Gauges that are not zero, and sums that do not come out.
 fn unrest(metrics: &Metrics) -> Vec<String> {
-    let gauges =
-        ["client_connections", "backend_connections", "queries_in_flight", "queries_waiting", "kernel_backend_sockets"];
+    let gauges = [
+        "client_connections",
+        "client_connections_pending",
+        "listener_connections",
+        "backend_connections",
+        "queries_in_flight",
+        "queries_waiting",
+        "kernel_backend_sockets",
+    ];
     let mut found: Vec<String> = gauges
         .iter()
         .map(|name| (name, metrics.sum(name, &[])))

@@ -195,7 +195,11 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
         let closing = signal.0.lock().unwrap();
         let _closing = signal.1.wait_timeout_while(closing, Duration::from_secs(60), |closing| !*closing).unwrap();
     });
-    let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"on\"");
+    let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"on\"").set(
+        "listener",
+        "max_connections",
+        100,
+    );
     let counterfoil = Counterfoil::start(&config);
     let rules = [file("rules.yml"), file("alerts.yml")];
     let admin = counterfoil.admin.expect("an admin address");
@@ -214,11 +218,13 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     // One connection, one place, one port; and a limit for each.
     let used = |resource: &str| prometheus.query(&format!("counterfoil:resource_used{{resource=\"{resource}\"}}"));
     wait::until("use of all resources is recorded", SOON, || {
-        ["ports", "backend_connections", "total_connections", "client_connections"].iter().all(|it| used(it) == [1.0])
+        ["ports", "backend_connections", "total_connections", "client_connections", "listener_connections"]
+            .iter()
+            .all(|it| used(it) == [1.0])
     });
     assert!(used("descriptors")[0] > 10.0, "{:?}", used("descriptors"));
     let limits = prometheus.query("counterfoil:resource_limit > counterfoil:resource_used");
-    assert_eq!(limits.len(), 5, "{limits:?}");
+    assert_eq!(limits.len(), 6, "{limits:?}");
     assert!(prometheus.alerts("pending").is_empty() && prometheus.alerts("firing").is_empty());
 
     let hang = json!({"cmd": "hang", "worker": 0, "millis": HANG.as_millis() as u64});

@@ -189,6 +189,31 @@ fn a_late_header_is_refused() {
     assert_eq!(counterfoil.refused("proxy_timeout"), 1.0);
 }
 
+/// Whoever has not said for whom it speaks takes a place all the same: gauges show it.
+#[test]
+fn connections_that_wait_for_their_header_are_counted() {
+    let backend = FakeBackend::answering(false);
+    let config = config(backend.address).set("listener.accept_proxy", "timeout", "\"60s\"");
+    let counterfoil = Counterfoil::start(&config.set("listener", "max_connections", 3));
+    let mut clients: Vec<Client> = (0..3).map(|_| counterfoil.client_from(TRUSTED)).collect();
+    let wait = |pending: f64, open: f64| {
+        counterfoil.wait_metrics(&format!("{pending} wait, {open} are open"), SOON, |metrics| {
+            metrics.sum("client_connections_pending", &[("listener", "dns"), ("stage", "proxy_header")]) == pending
+                && metrics.sum("client_connections", &[]) == open
+                && metrics.sum("listener_connections", &[]) == pending + open
+        })
+    };
+    let metrics = wait(3.0, 0.0);
+    assert_eq!(metrics.sum("listener_connections_limit", &[("listener", "dns")]), 3.0);
+    counterfoil.client_from(TRUSTED).assert_closed(SOON);
+    assert_eq!(counterfoil.refused("per_listener"), 1.0);
+    clients[0].send_raw(&v2(CLIENT, SERVICE, &[])).unwrap();
+    wait(2.0, 1.0);
+    drop(clients);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.refused("proxy_closed"), 2.0);
+}
+
 #[test]
 fn malformed_headers_are_refused() {
     let backend = FakeBackend::answering(false);

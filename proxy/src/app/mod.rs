@@ -41,7 +41,6 @@ pub struct App {
     /// Requests to the owner of the health checks' connections.
     health: mpsc::UnboundedReceiver<Control>,
     file: Option<PathBuf>,
-    limits: Arc<ClientLimits>,
     doors: admin::Doors,
     drill: drill::Setup,
     environment: Environment,
@@ -116,7 +115,8 @@ impl App {
         let stats = workers.iter().map(|worker| Arc::clone(&worker.stats)).collect();
         let observed = Observed::new(config, ledger, stats, controls, drill.address()?)
             .with_view_reason(&reason)
-            .with_health(board);
+            .with_health(board)
+            .with_clients(limits);
         let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
         Ok(Self {
@@ -127,7 +127,6 @@ impl App {
             watchdog,
             health,
             file,
-            limits,
             doors,
             drill,
             environment,
@@ -149,7 +148,6 @@ impl App {
             watchdog,
             health,
             file,
-            limits,
             doors,
             drill,
             environment,
@@ -185,7 +183,7 @@ impl App {
                 watchdog.handle().report().source.as_str()
             );
             notifier.ready(&status);
-            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), limits, stricter: None };
+            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), stricter: None };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
             Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited }
                 .run(life::watch(threads))

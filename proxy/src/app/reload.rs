@@ -10,7 +10,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::order::Reloaded;
-use crate::client::limits::ClientLimits;
 use crate::clock;
 use crate::config::check::{self, warnings};
 use crate::config::{self, Config, Numbers, ReapMode};
@@ -30,7 +29,6 @@ pub(super) struct Reloader {
     pub(super) file: Option<PathBuf>,
     pub(super) live: Live,
     pub(super) watchdog: Handle,
-    pub(super) limits: Arc<ClientLimits>,
     /// The watchdog's thresholds, and from when on they count: connections of before are measured by the old ones, too.
     pub(super) stricter: Option<(Instant, Arc<Policy>)>,
 }
@@ -104,7 +102,7 @@ impl Reloader {
             }
         }
         caps.set_total(config.connections.max_total);
-        self.limits.adopt(&config);
+        before.clients.adopt(&config);
 
         let policy = Arc::new(before.policy.next(&config, &numbers));
         let patient = Arc::new(policy.as_patient_as(&before.policy));

@@ -51,7 +51,7 @@ pub(super) struct Entrant {
 }
 
 impl Door {
-    fn stats(&self) -> &ListenerStats {
+    pub(super) fn stats(&self) -> &ListenerStats {
         &self.shell.stats.listeners[usize::from(self.index)]
     }
 

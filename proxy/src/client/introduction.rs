@@ -1,8 +1,8 @@
 //! The task of a connection whose peer must say first for whom it speaks: it reads the PROXY header, then the connection
 //! is that of the client behind it.
 //!
-//! Until then the connection counts towards the total limit only. The client's own limits are those of the address that
-//! the header names.
+//! Until then the connection counts towards the limits in total and of the listener only. The client's own limits are
+//! those of the address that the header names.
 
 use std::io;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ use super::preface::{Introduced, Preface, Progress};
 use super::session::{Addresses, Via};
 use crate::config::AcceptProxy;
 use crate::proxy_protocol::parse::Invalid;
-use crate::stats::Refusal;
+use crate::stats::{Refusal, Stage};
 
 /// Octets read at a time.
 const AT_A_TIME: usize = 2048;
@@ -40,7 +40,10 @@ pub(super) struct Stranger {
 impl Stranger {
     /// Waits for the header; then the client's session begins, or the connection is closed.
     pub(super) async fn introduce(mut self) {
+        let pending = Stage::ProxyHeader as usize;
+        self.door.stats().pending[pending].add(1);
         let introduced = self.wait().await;
+        self.door.stats().pending[pending].sub(1);
         let Self { door, stream, ends, place, .. } = self;
         match introduced {
             Ok(Introduced { ends: named, tlvs, rest }) => {

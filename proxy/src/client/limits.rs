@@ -104,6 +104,13 @@ impl ClientLimits {
         Ok(Place { limits: Arc::clone(self), listener, near })
     }
 
+    /// The connections that count on a listener, whatever they wait for, and how many may; none: no limit of its own.
+    pub fn on_listener(&self, listener: usize) -> Option<(usize, Option<usize>)> {
+        let all = &self.listeners.get(listener)?.all;
+        let max = all.max();
+        Some((all.open.load(Ordering::Relaxed), (max < usize::MAX).then_some(max)))
+    }
+
     /// Whether so many open connections are `threshold` percent of this limit, or more.
     fn is_near(&self, open: usize, max: usize) -> bool {
         open.saturating_mul(100) >= max.saturating_mul(self.threshold.load(Ordering::Relaxed))

@@ -44,6 +44,7 @@ impl Limits<'_> {
             "Client connections allowed",
             self.observed.config.server.max_connections as f64,
         )?;
+        self.listeners(families)?;
         let (limit, used) = self.observed.ledger.caps().total();
         families.gauge(
             "total_connections",
@@ -52,6 +53,24 @@ impl Limits<'_> {
         )?;
         families.gauge("total_connections_limit", "Backend connections allowed in total", limit as f64)?;
         self.ports(families)
+    }
+
+    /// What counts on each listener: open connections, those that are pending, and those that are being closed.
+    fn listeners(&self, families: &mut Families<'_>) -> fmt::Result {
+        let listeners = || {
+            let of = |(at, name)| self.observed.clients.on_listener(at).map(|(used, limit)| (name, used, limit));
+            self.observed.config.listeners.iter().map(|listener| listener.name.as_str()).enumerate().filter_map(of)
+        };
+        families.gauges(
+            "listener_connections",
+            "Connections that count towards the listener's limit and the total: open, pending, or being closed",
+            listeners().map(|(name, used, _)| ([("listener", name)], used as f64)),
+        )?;
+        families.gauges(
+            "listener_connections_limit",
+            "Client connections allowed on the listener, where it has a limit of its own",
+            listeners().filter_map(|(name, _, limit)| Some(([("listener", name)], limit? as f64))),
+        )
     }
 
     /// Each configured backend, with the number of source addresses that its connections come from.

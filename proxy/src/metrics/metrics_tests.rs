@@ -80,6 +80,7 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     stats.pools[0].latency.record(Duration::from_micros(60));
     let writer = observed.ledger.writer(0).unwrap();
     let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0 };
+    let _place = observed.clients.enter(0).unwrap();
     let (_listener, socket) = connected();
     let (_socket, _entry) = writer.reserve(info).unwrap().bind(socket, clock::now()).unwrap();
     let deadline = clock::now().after(Duration::from_secs(10));
@@ -102,6 +103,12 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     assert_eq!(value("counterfoil_total_connections"), Some(1.0));
     assert_eq!(value("counterfoil_total_connections_limit"), Some(100.0));
     assert_eq!(value("counterfoil_client_connections_limit"), Some(10.0));
+    assert_eq!(
+        value("counterfoil_client_connections_pending{listener=\"d\\\"n\\\\s\",stage=\"proxy_header\"}"),
+        Some(0.0)
+    );
+    assert_eq!(value("counterfoil_listener_connections{listener=\"d\\\"n\\\\s\"}"), Some(1.0), "the place taken above");
+    assert_eq!(value("counterfoil_listener_connections_limit{listener=\"d\\\"n\\\\s\"}"), Some(7.0));
     let names: HashSet<&str> = samples.keys().map(|series| series.split('{').next().unwrap()).collect();
     for name in CONTRACT {
         assert!(names.contains(name), "{name} is missing");
@@ -113,7 +120,7 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 41] = [
+const CONTRACT: [&str; 44] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
@@ -147,6 +154,9 @@ const CONTRACT: [&str; 41] = [
     "counterfoil_watchdog_last_success_timestamp_seconds",
     "counterfoil_watchdog_interval_seconds",
     "counterfoil_worker_stalled",
+    "counterfoil_client_connections_pending",
+    "counterfoil_listener_connections",
+    "counterfoil_listener_connections_limit",
     "counterfoil_client_connections_limit",
     "counterfoil_total_connections",
     "counterfoil_total_connections_limit",

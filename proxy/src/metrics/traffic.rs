@@ -9,7 +9,7 @@ use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::distinct::estimate;
 use crate::health::{CheckResult, State};
 use crate::ledger::{ConnKind, RowState};
-use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal};
+use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal, Stage};
 use crate::watchdog::Observed;
 
 /// Reads everything when it is scraped. What the configuration had before a reload goes on being shown, so that no
@@ -55,6 +55,16 @@ impl Traffic<'_> {
             "client_connections",
             "Client connections open now",
             self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.connections) as f64)),
+        )?;
+        families.gauges(
+            "client_connections_pending",
+            "Connections accepted whose client is not known or not served yet, by what they wait for",
+            self.listeners().flat_map(|(i, name)| {
+                Stage::ALL.into_iter().map(move |stage| {
+                    let labels = [("listener", name), ("stage", stage.label())];
+                    (labels, self.listener(i, |l| &l.pending[stage as usize]) as f64)
+                })
+            }),
         )?;
         families.counters(
             "client_connections_opened",

@@ -30,6 +30,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
         listeners: vec![Listener {
             // Needs escaping in an exposition.
             name: "d\"n\\s".to_owned(),
+            max_connections: 7,
             max_connections_per_client: 10,
             max_in_flight: 10,
             ..Listener::new("", "127.0.0.1:0".parse().unwrap(), 0)

@@ -33,6 +33,7 @@ pub use ladder::{Outcome, Rung};
 pub use policy::Policy;
 pub use report::Report;
 
+use crate::client::limits::ClientLimits;
 use crate::clock;
 use crate::config::{self, Config, Numbers, Pool};
 use crate::control::Controls;
@@ -89,6 +90,8 @@ pub struct Observed {
     pub view_reason: Arc<str>,
     /// Which backends are up.
     pub health: Arc<Board>,
+    /// The limits on client connections, and what counts towards them.
+    pub clients: Arc<ClientLimits>,
 }
 
 impl Observed {
@@ -105,6 +108,7 @@ impl Observed {
         let serving = Arc::new(AtomicBool::new(false));
         let reloads = Arc::new(Reloads::new(clock::unix_seconds()));
         let health = Arc::new(Board::new(&config));
+        let clients = ClientLimits::new(&config);
         Self {
             config,
             numbers,
@@ -116,6 +120,7 @@ impl Observed {
             serving,
             view_reason: Arc::from(""),
             health,
+            clients,
         }
     }
 
@@ -123,6 +128,12 @@ impl Observed {
     #[must_use]
     pub fn with_health(self, health: Arc<Board>) -> Self {
         Self { health, ..self }
+    }
+
+    /// With the limits that the workers hold, instead of ones of its own.
+    #[must_use]
+    pub fn with_clients(self, clients: Arc<ClientLimits>) -> Self {
+        Self { clients, ..self }
     }
 
     /// With the reason why the kernel view is the one that it is.
