@@ -23,6 +23,8 @@ use crate::clock::{self, Mono};
 const BURST: u32 = 100;
 /// And then one each time this has passed.
 const PACE: Duration = Duration::from_millis(100);
+/// How often to ask for [`tell_held_back`].
+pub const LOOK: Duration = Duration::from_secs(1);
 /// Never held back.
 const EXEMPT: &str = "counterfoil::watchdog::reaper";
 

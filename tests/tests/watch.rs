@@ -1,10 +1,10 @@
 //! `counterfoil watch` beside real forwarders that know nothing of it.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use counterfoil_tests::counterfoil::field;
+use counterfoil_tests::counterfoil::{field, message};
 use counterfoil_tests::driver::{Client, Load, Outcome};
 use counterfoil_tests::http::{self, Backend};
 use counterfoil_tests::metrics::Metrics;
@@ -261,6 +261,32 @@ fn what_cannot_be_is_said() {
         assert_eq!(status.code(), Some(1), "{flags}: {text}");
         assert!(text.contains(&said), "{flags}: {text}");
     }
+}
+
+/// More findings at once than the log takes: how many were held back is said, as by `counterfoil run`.
+#[test]
+fn findings_that_the_log_holds_back_are_counted() {
+    const LEAKED: usize = 150;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let backend = listener.local_addr().unwrap();
+    let leak = || {
+        let stream = TcpStream::connect(backend).unwrap();
+        // Accepted and closed: that leaves CLOSE_WAIT here.
+        drop(listener.accept().unwrap());
+        stream
+    };
+    let _leaked: Vec<TcpStream> = (0..LEAKED).map(|_| leak()).collect();
+    let own = std::process::id();
+    let flags = format!("--pid {own} --backend {backend} --interval 250ms --sweeps 1 --grace 250ms");
+    let mut watch = Watch::start(&flags);
+    watch.wait_metrics("all are found", SOON, |metrics| {
+        metrics.sum("discrepancy_sockets", &[("class", "zombie")]) == LEAKED as f64
+    });
+    let told = watch.process.wait_for_line(SOON, "that lines were held back", |line| {
+        message(line, "log lines held back").filter(|told| told["place"].as_str().unwrap().contains("watchdog::task"))
+    });
+    let written = watch.said("finding").len();
+    assert_eq!(written as u64 + told["lines"].as_u64().unwrap(), LEAKED as u64, "{told}");
 }
 
 /// As an ordinary user: what looking at another user's process takes, and what severing takes.

@@ -22,8 +22,6 @@ use crate::worker::HEARTBEAT;
 const LAST_CALL: Duration = Duration::from_secs(5);
 /// The part of `drain_timeout` over which idle client connections are closed; the rest is for the last queries.
 const SPREAD: f64 = 0.8;
-/// Between two looks at what the log has held back.
-const LOOK_AT_LOG: Duration = Duration::from_secs(1);
 /// Between two lines to the service manager on how far draining is.
 const PROGRESS: Duration = Duration::from_secs(1);
 
@@ -107,7 +105,7 @@ impl Life {
 
     /// Until the end is asked for; returns by whom.
     async fn serve(&mut self) -> EndedBy {
-        let mut log = interval(LOOK_AT_LOG);
+        let mut log = interval(logging::LOOK);
         loop {
             tokio::select! {
                 _ = log.tick() => logging::tell_held_back(),

@@ -28,7 +28,7 @@ use crate::config::ReapMode;
 use crate::kernel::Process;
 use crate::metrics::Metrics;
 use crate::watchdog::Watchdog;
-use crate::{admin, kernel, metrics, privilege, watchdog};
+use crate::{admin, kernel, logging, metrics, privilege, watchdog};
 use follow::Followed;
 use http::Served;
 
@@ -87,9 +87,13 @@ impl Plan {
                 http = http.map_or_else(|| "off".to_owned(), |address| address.to_string()),
                 "ready"
             );
-            tokio::select! {
-                _ = terminate.recv() => tracing::info!(signal = "SIGTERM", "stopping"),
-                _ = interrupt.recv() => tracing::info!(signal = "SIGINT", "stopping"),
+            let mut log = tokio::time::interval(logging::LOOK);
+            loop {
+                tokio::select! {
+                    _ = log.tick() => logging::tell_held_back(),
+                    _ = terminate.recv() => break tracing::info!(signal = "SIGTERM", "stopping"),
+                    _ = interrupt.recv() => break tracing::info!(signal = "SIGINT", "stopping"),
+                }
             }
             Ok(())
         });
