@@ -116,6 +116,8 @@ reasons! {
         HeaderTooLong = "header_too_long",
         /// The backend answered with the wrong question.
         BadAnswer = "bad_answer",
+        /// The client does not read, and `max_pending_answers` of what it was to get are kept for it already.
+        ClientSlow = "client_slow",
         /// No question, or one that cannot be read (FORMERR).
         Malformed = "malformed",
         /// An opcode or a type that is not supported (NOTIMP).

@@ -112,8 +112,8 @@ fn a_flood_of_unsolicited_answers_ends_the_connection_and_costs_no_memory() {
     counterfoil.assert_quiescent();
 }
 
-/// Answers of 64 KiB for a client that does not read: what is kept for it is bounded by `max_in_flight`, and nobody else
-/// waits.
+/// Answers of 64 KiB for a client that does not read: what is kept for it is bounded by `max_pending_answers`, and nobody
+/// else waits.
 #[test]
 fn large_answers_for_a_client_that_does_not_read() {
     let backend = FakeBackend::start(|connection| {
@@ -134,12 +134,52 @@ fn large_answers_for_a_client_that_does_not_read() {
     for id in 0..20 {
         assert_eq!(other.exchange(id, "n.example.test", qtype::A).len(), 65_535);
     }
-    let after = counterfoil.process.resident_bytes();
-    // 32 MB of answers were asked for; those to the 100 queries that are taken at a time have 6.5 MB.
-    assert!(after < before + (20 << 20), "{before} -> {after}");
+    let grown = counterfoil.process.resident_bytes().saturating_sub(before);
+    println!("{} KiB more than at the start", grown >> 10);
+    // 32 MB of answers were asked for, 100 at a time, which have 6.5 MB. One that comes when the 256 KiB are full is
+    // not kept.
+    assert!(grown < 6 << 20, "{grown} octets of memory");
+    assert!(counterfoil.metrics().sum("queries_failed_total", &[("reason", "client_slow")]) > 0.0);
     counterfoil.wait_metrics("the client that does not read is closed", SOON, |metrics| {
         metrics.sum("client_connections_closed_total", &[("reason", "write_timeout")]) == 1.0
     });
     drop((deaf, other));
+    counterfoil.assert_quiescent();
+}
+
+/// 60 MB for a client that reads slowly, but all the time: it gets everything, and what it has read takes no memory.
+#[test]
+fn long_answers_for_a_client_that_reads_slowly() {
+    const COUNT: usize = 1000;
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_pending_answers", "\"4MiB\""));
+    let before = counterfoil.process.resident_bytes();
+    let mut client = counterfoil.client();
+    let mut writer = client.clone_for_writing();
+    // Few enough at first that their answers fit; from then on the program sees how long they are.
+    for id in 0..10 {
+        client.ask(id, "long.example.test", qtype::A);
+    }
+    let asking =
+        std::thread::spawn(move || (10..COUNT as u16).for_each(|id| writer.ask(id, "long.example.test", qtype::A)));
+    let mut most = 0;
+    for received in 0..COUNT {
+        let answer = client.receive(SOON).message();
+        assert_eq!((answer.len(), message::response_code(&answer)), (60_000, rcode::NOERROR), "answer {received}");
+        std::thread::sleep(Duration::from_millis(1));
+        if received % 20 == 0 {
+            most = counterfoil.process.resident_bytes().max(most);
+        }
+    }
+    assert!(asking.join().is_ok(), "all were sent");
+    println!("{} KiB more than at the start", most.saturating_sub(before) >> 10);
+    assert!(most < before + (24 << 20), "{before} -> {most}");
+    drop(client);
     counterfoil.assert_quiescent();
 }

@@ -14,8 +14,8 @@ use crate::worker::queries::QueryKey;
 /// answer must come later than this many queries to meet its ID in use again.
 pub(crate) const SPREAD: usize = 256;
 
-/// All IDs of a connection (RFC 1035 section 4.1.1: 16 bits).
-const ALL: usize = 1 << 16;
+/// Queries that a connection can have IDs for: of the 65,536 (RFC 1035 section 4.1.1: 16 bits) one is never used.
+pub(crate) const IDS: usize = (1 << 16) - 1;
 
 const NONE: u16 = u16::MAX;
 
@@ -77,7 +77,7 @@ impl Pending {
     /// Takes an ID for a query, or none if all are in flight or quarantined.
     pub fn insert(&mut self, query: QueryKey) -> Option<u16> {
         let grow = self.slots.len() < SPREAD || self.free == 0;
-        let slot = if grow && self.slots.len() < ALL - 1 {
+        let slot = if grow && self.slots.len() < IDS {
             self.slots.push(Slot::InFlight(query));
             // Below 65,535 by the condition above.
             (self.slots.len() - 1) as u16

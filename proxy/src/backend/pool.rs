@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
-use super::pending::Pending;
+use super::pending::{IDS, Pending};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::CloseReason;
@@ -102,16 +102,12 @@ pub(crate) struct Assigned {
 }
 
 impl Conn {
-    /// Whether another query may be put on it (I5).
+    /// Whether another query may be put on it (I5). A query that nobody waits for any more counts until it is answered
+    /// all the same: the backend may still be working on it, and one that is too slow must not get ever more to do.
     pub fn has_room(&self) -> bool {
         !matches!(self.phase, Phase::Closing(_))
             && self.retire.is_none()
-            && self.pending.in_flight() + self.pending.quarantined() < self.limit()
-    }
-
-    /// Quarantined IDs count only against the space of IDs, not against the queries in flight.
-    fn limit(&self) -> usize {
-        self.max_in_flight.saturating_add(self.pending.quarantined()).min(usize::from(u16::MAX))
+            && self.pending.in_flight() + self.pending.quarantined() < self.max_in_flight.min(IDS)
     }
 
     /// Whether it is open with nothing in flight.

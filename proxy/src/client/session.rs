@@ -35,7 +35,8 @@ pub struct Limits {
     pub max_queries: u32,
     /// From its beginning to its end, zero: no limit.
     pub max_duration: Duration,
-    /// Bytes of answers that the client has not read; more queries are not read then.
+    /// Bytes of answers that are kept for a client that does not read. More queries are not read than have answers of so
+    /// many bytes, as far as the last ones tell; an answer too many is replaced by SERVFAIL if the client does not read.
     pub max_pending_answers: usize,
     /// Between messages.
     pub idle_timeout: Duration,
@@ -104,6 +105,9 @@ pub struct Session {
     pub(crate) woken: bool,
     /// Whole messages that have come.
     pub(crate) messages: u32,
+    /// The longest of its last answers, octets; one that is long past counts less and less. Those to come are taken for as
+    /// long.
+    pub(crate) long_answer: u32,
 }
 
 impl Session {
@@ -145,6 +149,7 @@ impl Session {
             armed: Mono::ZERO,
             woken: false,
             messages: 0,
+            long_answer: 0,
         }
     }
 
@@ -166,6 +171,24 @@ impl Session {
             && self.stalled.is_empty()
             && self.in_flight() < self.limits.max_in_flight
             && self.out.len() < self.limits.max_pending_answers
+            && (self.owes_nothing() || self.fits((self.in_flight() + 1) * self.long_answer as usize))
+    }
+
+    /// Whether every query has its answer, and the client has them all.
+    fn owes_nothing(&self) -> bool {
+        self.in_flight() == 0 && self.out.is_empty()
+    }
+
+    /// Whether so many octets more may be kept for the client.
+    fn fits(&self, more: usize) -> bool {
+        self.out.len() + more <= self.limits.max_pending_answers
+    }
+
+    /// An answer of so many octets came: whether it is kept until the client reads.
+    pub(crate) fn keeps(&mut self, length: usize) -> bool {
+        let faded = self.long_answer - self.long_answer / 8;
+        self.long_answer = faded.max(u32::try_from(length).unwrap_or(u32::MAX));
+        self.unwritable_since == Mono::ZERO || self.fits(length)
     }
 
     /// Whether the task should read from the socket.
@@ -266,7 +289,7 @@ impl Session {
 
     /// Whether it owes the client nothing and has taken everything that was read.
     fn is_quiet(&self) -> bool {
-        self.in_flight() == 0 && self.out.is_empty() && !self.blocked
+        self.owes_nothing() && !self.blocked
     }
 
     /// It was to be closed because it is quiet. If so, its task looks once more whether something has come meanwhile.

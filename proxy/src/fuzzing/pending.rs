@@ -3,11 +3,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::Script;
-use crate::backend::pending::{Answered, Pending, SPREAD};
+use crate::backend::pending::{Answered, IDS, Pending, SPREAD};
 use crate::worker::queries::QueryKey;
-
-/// IDs of a connection; one is never used.
-const IDS: usize = 65_535;
 
 /// Queries from which on it does not take many more until all IDs are in use.
 const NEARLY_ALL: u16 = 65_400;

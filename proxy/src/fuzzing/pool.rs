@@ -47,7 +47,8 @@ impl Known {
     }
 
     fn has_room(&self) -> bool {
-        !self.is_closing() && self.retire.is_none() && self.in_flight.len() < self.max_in_flight
+        let unanswered = self.in_flight.len() + self.quarantined.len();
+        !self.is_closing() && self.retire.is_none() && unanswered < self.max_in_flight
     }
 
     fn is_common(&self) -> bool {

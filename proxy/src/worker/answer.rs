@@ -82,6 +82,10 @@ impl Core {
         let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
         self.shared.health.query_answered(backend);
         let client = &mut self.sessions[session.0];
+        if !client.keeps(answer.len()) {
+            self.fail(query, FailReason::ClientSlow);
+            return Ok(());
+        }
         client.out.push_message(&mut self.spares, answer, entry.client_id);
         self.queries.remove(query, Some(&mut client.queries));
         self.stats.pools[usize::from(pool)].latency.record(now.since(arrived));

@@ -39,6 +39,12 @@ impl OutBuf {
         {
             self.bytes = spare;
         }
+        // A peer that reads, but never all of it, must not make it grow without end. Each octet is moved at most once for
+        // one that was written.
+        if self.written > 0 && self.written >= self.bytes.len() / 2 {
+            self.bytes.drain(..self.written);
+            self.written = 0;
+        }
         &mut self.bytes
     }
 
@@ -68,5 +74,40 @@ impl OutBuf {
             bytes.clear();
             spares.free.push(bytes);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// A peer that reads all the time, and never everything, against a queue of octets.
+    #[test]
+    fn it_holds_little_more_than_what_is_to_be_written() {
+        const MOST: usize = 100_000;
+        let (mut spares, mut out, mut model) = (Spares::default(), OutBuf::default(), VecDeque::new());
+        let mut random = fastrand::Rng::with_seed(5);
+        for round in 0..20_000_u32 {
+            if model.len() < MOST {
+                let message: Vec<u8> = (0..random.usize(12..2000)).map(|_| random.u8(..)).collect();
+                out.push_message(&mut spares, &message, round as u16);
+                model.extend((message.len() as u16).to_be_bytes());
+                model.extend((round as u16).to_be_bytes());
+                model.extend(&message[2..]);
+            }
+            let written = random.usize(0..1500).min(model.len().saturating_sub(1));
+            out.advance(written, &mut spares);
+            model.drain(..written);
+            assert_eq!((out.len(), out.is_empty()), (model.len(), false));
+            assert!(out.bytes.capacity() <= 8 * MOST, "{} octets for {}", out.bytes.capacity(), out.len());
+            if round % 500 == 0 {
+                assert!(out.pending().iter().eq(&model));
+            }
+        }
+        assert!(out.pending().iter().eq(&model));
+        out.advance(model.len(), &mut spares);
+        assert!(out.is_empty() && out.bytes.capacity() == 0);
     }
 }

@@ -87,7 +87,7 @@ pub struct Core {
     pub(crate) spare_backoff: Vec<Backoff>,
     /// By pool.
     pub(crate) choosers: Vec<Chooser>,
-    /// Connections opened for a client address in the current second, if `max_opens_per_client` limits them.
+    /// Connections opened for a client (by its listener's masks) in the current second, if `max_opens_per_client` limits them.
     pub(crate) opens: HashMap<IpAddr, u32, foldhash::fast::RandomState>,
     pub(crate) opens_since: Mono,
     pub(crate) spares: Spares,

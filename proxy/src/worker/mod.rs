@@ -12,6 +12,8 @@ mod core_tests;
 mod ending_tests;
 mod house;
 pub(crate) mod links;
+#[cfg(test)]
+mod overload_tests;
 mod place;
 pub mod plan;
 pub mod queries;

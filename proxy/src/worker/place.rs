@@ -146,7 +146,9 @@ impl Core {
             self.opens.clear();
             self.opens_since = now;
         }
-        let opened = self.opens.entry(self.sessions[key.0].client.ip().to_canonical()).or_default();
+        let session = &self.sessions[key.0];
+        let client = self.plan.listeners[usize::from(session.listener)].client(session.client.ip());
+        let opened = self.opens.entry(client).or_default();
         *opened += 1;
         *opened <= limit
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::backend::choose;
 use crate::client::session::{Limits, Pace};
+use crate::config::network::masked;
 use crate::config::{
     AcceptProxy, Backend, Config, Connections, Listener, Numbers, OnFailure, OneShotClose, Overload, Policy, Pool,
     ProxyProtocol,
@@ -31,6 +32,8 @@ pub(crate) struct ListenerPlan {
     pub(crate) pool: u16,
     /// Whose word on the client is taken.
     pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
+    mask_v4: u8,
+    mask_v6: u8,
     limits: Rc<Limits>,
     restricted: Rc<Limits>,
 }
@@ -56,9 +59,16 @@ impl ListenerPlan {
             address: listener.address,
             pool,
             accept_proxy: listener.accept_proxy.clone().map(Rc::new),
+            mask_v4: listener.client_mask_v4,
+            mask_v6: listener.client_mask_v6,
             restricted: Rc::new(Limits { max_duration, idle_timeout, ..limits.clone() }),
             limits: Rc::new(limits),
         }
+    }
+
+    /// What counts as one client with this address.
+    pub(crate) fn client(&self, address: IpAddr) -> IpAddr {
+        masked(address.to_canonical(), self.mask_v4, self.mask_v6)
     }
 
     pub(crate) fn limits(&self, pace: Pace) -> Rc<Limits> {

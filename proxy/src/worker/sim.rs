@@ -46,6 +46,8 @@ pub(crate) struct Client {
     backlog: Vec<u8>,
     pub(crate) answers: Vec<Vec<u8>>,
     pub(crate) asked: u64,
+    /// It does not read.
+    pub(crate) deaf: bool,
 }
 
 impl Client {
@@ -154,14 +156,20 @@ impl Sim {
     fn run_session(&mut self, key: SessionKey) {
         self.core.resume(key, self.now);
         let Some(client) = self.clients.get_mut(&key) else { return };
-        let taken = self.core.client_bytes(key, &client.backlog, self.now);
-        client.backlog.drain(..taken);
-        let Core { sessions, spares, .. } = &mut self.core;
-        let Some(session) = sessions.get_mut(key.0) else { return };
-        let out = session.out.pending().to_vec();
-        session.out.advance(out.len(), spares);
-        session.wrote(true, self.now);
-        client.answers.extend(Frames::new(&out).map(|frame| frame.expect("whole frames").to_vec()));
+        loop {
+            let taken = self.core.client_bytes(key, &client.backlog, self.now);
+            client.backlog.drain(..taken);
+            let Core { sessions, spares, .. } = &mut self.core;
+            let Some(session) = sessions.get_mut(key.0) else { return };
+            let out = if client.deaf { Vec::new() } else { session.out.pending().to_vec() };
+            session.out.advance(out.len(), spares);
+            session.wrote(!out.is_empty(), self.now);
+            client.answers.extend(Frames::new(&out).map(|frame| frame.expect("whole frames").to_vec()));
+            // Writing may have made room for more.
+            if out.is_empty() || client.backlog.is_empty() || !session.takes_messages() {
+                break;
+            }
+        }
         self.core.settle_session(key);
         if let Some(reason) = self.core.sessions[key.0].finished() {
             self.close_client(key, reason);
@@ -257,9 +265,17 @@ impl Sim {
 
     /// The backend answers the `nth` query that it has on a connection.
     pub(crate) fn answer(&mut self, key: ConnKey, nth: usize) {
+        self.answer_at_length(key, nth, 0);
+    }
+
+    /// The same, with so many octets more.
+    pub(crate) fn answer_at_length(&mut self, key: ConnKey, nth: usize, more: usize) {
         let Some(wire) = self.wires.get_mut(&key) else { return };
         let Some(arrived) = wire.unanswered.remove(nth) else { return };
-        let bytes = answer_to(&arrived.message);
+        let mut bytes = answer_to(&arrived.message);
+        bytes.resize(bytes.len() + more, 0);
+        let length = (bytes.len() - 2) as u16;
+        bytes[..2].copy_from_slice(&length.to_be_bytes());
         match self.core.backend_bytes(key, &bytes, self.now) {
             Ok(taken) => assert_eq!(taken, bytes.len()),
             Err(violation) => panic!("a right answer was refused: {violation}"),
@@ -307,7 +323,8 @@ impl Sim {
     /// What must hold at all times.
     fn check(&mut self) {
         for (_, conn) in self.core.pool.iter() {
-            assert!(conn.pending.in_flight() <= conn.max_in_flight.max(self.max_in_flight));
+            let unanswered = conn.pending.in_flight() + conn.pending.quarantined();
+            assert!(unanswered <= conn.max_in_flight.max(self.max_in_flight), "more than the backend may have to do");
         }
         for (_, session) in &self.core.sessions {
             assert!(session.owned.len() <= self.max_owned, "a client owns more than it may");
