@@ -76,7 +76,7 @@ impl Built {
         let mut cargo = command::cargo();
         command::without_compiler_settings(&mut cargo)
             .env("RUSTFLAGS", FLAGS)
-            .args(["build", "--release", "--bins", "--target", &host, "--manifest-path"])
+            .args(["build", "--locked", "--release", "--bins", "--target", &host, "--manifest-path"])
             .arg(manifest)
             .arg("--target-dir")
             .arg(&directory);
