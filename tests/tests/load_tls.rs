@@ -57,6 +57,15 @@ fn every_kind_of_handshake(target: SocketAddr, certificate: &TempDir) -> u64 {
 }
 
 #[test]
+fn every_kind_of_handshake_with_the_answerer() {
+    let certificate = certificate();
+    let mut answerer = Tool::start(ANSWERER, &["--tls", &certificate.path().display().to_string()]);
+    assert_eq!(every_kind_of_handshake(answerer.address.parse().unwrap(), &certificate), 4);
+    let counts = answerer.counts();
+    assert_eq!((&counts["answers"], &counts["faults"]), (&2400.into(), &0.into()), "{counts}");
+}
+
+#[test]
 fn every_kind_of_handshake_with_haproxy() {
     let (certificate, answerer) = (certificate(), Tool::start(ANSWERER, &[]));
     let haproxy = Haproxy::bound(answerer.address.parse().unwrap(), "", &bind(&certificate));

@@ -6,19 +6,23 @@
 use std::io::{self, BufRead as _};
 use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::Context as _;
 use clap::Parser;
+use rustls::{ServerConfig, ServerConnection};
 use serde_json::json;
 
+use super::certificate;
 use super::message;
 use super::poll::{Events, Poller, READ, WRITE};
 use super::proxy_header::{self, Header};
 use super::slots::Slots;
 use super::stream::{self, Frames, Output, READ_LEN, Read};
+use super::tls::Session;
 
 /// Prints `{"address": ...}`, then its counts as one line of JSON for each line on its standard input, and ends with
 /// that input. Binds 127.0.0.1 at a port of the kernel's choice.
@@ -33,6 +37,9 @@ pub struct Options {
     /// TLV 0xE0 of the header must be the first label of every query.
     #[arg(long, requires = "proxy")]
     pub check_label: bool,
+    /// Speak TLS 1.3, ALPN `dot`, with `certificate.pem` and `key.pem` of this directory.
+    #[arg(long, value_name = "DIRECTORY", conflicts_with = "proxy")]
+    pub tls: Option<PathBuf>,
     /// Threads, each with a listener of its own on the same port.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
@@ -77,6 +84,7 @@ impl Counts {
 /// If a listener cannot be opened or a thread's poll fails.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let counts = Arc::new(Counts::default());
+    let tls = options.tls.as_deref().map(certificate::server).transpose()?.map(Arc::new);
     let (first, address) = stream::listen(0).context("open a listener on 127.0.0.1")?;
     let mut listeners = vec![first];
     for _ in 1..options.threads {
@@ -84,7 +92,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             .push(stream::listen(address.port()).with_context(|| format!("open another listener on {address}"))?.0);
     }
     for listener in listeners {
-        let worker = Worker::new(listener, options.clone(), Arc::clone(&counts)).context("watch a listener")?;
+        let worker =
+            Worker::new(listener, options.clone(), tls.clone(), Arc::clone(&counts)).context("watch a listener")?;
         thread::spawn(move || {
             if let Err(error) = worker.serve() {
                 eprintln!("answerer: {error}");
@@ -106,6 +115,7 @@ struct Worker {
     listener: OwnedFd,
     poller: Poller,
     options: Options,
+    tls: Option<Arc<ServerConfig>>,
     counts: Arc<Counts>,
     connections: Slots<Connection>,
     /// Answers to what one read brought.
@@ -114,6 +124,7 @@ struct Worker {
 
 struct Connection {
     socket: OwnedFd,
+    tls: Option<Box<Session>>,
     /// `Err`: the octets of a header that is not complete.
     header: Result<Expected, Vec<u8>>,
     frames: Frames,
@@ -128,11 +139,16 @@ struct Expected {
 }
 
 impl Worker {
-    fn new(listener: OwnedFd, options: Options, counts: Arc<Counts>) -> io::Result<Self> {
+    fn new(
+        listener: OwnedFd,
+        options: Options,
+        tls: Option<Arc<ServerConfig>>,
+        counts: Arc<Counts>,
+    ) -> io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(&listener, LISTENER, READ)?;
         let answers = Vec::with_capacity(stream::answers_per_read());
-        Ok(Self { listener, poller, options, counts, connections: Slots::new(), answers })
+        Ok(Self { listener, poller, options, tls, counts, connections: Slots::new(), answers })
     }
 
     fn serve(mut self) -> io::Result<()> {
@@ -155,7 +171,14 @@ impl Worker {
         while let Some(socket) = stream::accept(&self.listener)? {
             self.counts.open();
             let header = if self.options.proxy { Err(Vec::new()) } else { Ok(Expected::default()) };
-            let connection = Connection { socket, header, frames: Frames::default(), output: Output::default() };
+            let tls = match &self.tls {
+                Some(config) => {
+                    let connection = ServerConnection::new(Arc::clone(config)).map_err(io::Error::other)?;
+                    Some(Box::new(Session::new(connection)))
+                }
+                None => None,
+            };
+            let connection = Connection { socket, tls, header, frames: Frames::default(), output: Output::default() };
             let key = self.connections.insert(connection);
             if let Some(connection) = self.connections.get_mut(key) {
                 self.poller.add(&connection.socket, key, READ)?;
@@ -182,7 +205,18 @@ impl Worker {
             Read::Closed => return Ok(false),
         };
         self.answers.clear();
-        let fed = connection.receive(&buffer[..length], &self.options, &mut self.answers);
+        let mut tls = connection.tls.take();
+        let octets = match &mut tls {
+            None => &buffer[..length],
+            Some(session) => match session.open(&buffer[..length]) {
+                Ok(()) => session.opened(),
+                Err(error) => {
+                    self.counts.fault(&format!("TLS: {error}"));
+                    return Ok(false);
+                }
+            },
+        };
+        let fed = connection.receive(octets, &self.options, &mut self.answers);
         let answers = match fed {
             Ok(answers) => answers,
             Err(fault) => {
@@ -191,9 +225,14 @@ impl Worker {
             }
         };
         self.counts.answers.fetch_add(answers, Relaxed);
-        if !self.answers.is_empty() && !connection.output.send(&connection.socket, &self.answers) {
+        let octets = match &mut tls {
+            Some(session) => session.seal(&self.answers)?,
+            None => &self.answers,
+        };
+        if !octets.is_empty() && !connection.output.send(&connection.socket, octets) {
             return Ok(false);
         }
+        connection.tls = tls;
         if !connection.output.is_empty() {
             self.poller.modify(&connection.socket, key, WRITE)?;
         }
@@ -261,12 +300,13 @@ mod tests {
 
     /// Feeds a header with `tlv` from port 0x1234 and one query, in two parts cut at `cut`.
     fn one_query(tlv: Option<&[u8]>, label: &message::Label, cut: usize) -> Result<u64, &'static str> {
-        let options = Options { proxy: true, check_port: true, check_label: true, threads: 1 };
+        let options = Options { proxy: true, check_port: true, check_label: true, tls: None, threads: 1 };
         let mut octets = Vec::new();
         proxy_header::push(&mut octets, SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0x1234), BACKEND, tlv);
         message::push_query(&mut octets, 7, label);
         let mut connection = Connection {
             socket: stream::listen(0).unwrap().0,
+            tls: None,
             header: Err(Vec::new()),
             frames: Frames::default(),
             output: Output::default(),
