@@ -1,19 +1,21 @@
-//! docs/standards.md is true where a test can tell: every rule has tests that exist, or a reason; and every test of a rule
-//! is named there.
+//! docs/standards.md and docs/regressions.md are true where a test can tell: every rule and every bug has tests that exist,
+//! or a reason; and every test of a rule or a bug is named there.
 
 use std::collections::BTreeSet;
 
 use counterfoil_tests::documents;
 
 const STANDARDS: &str = include_str!("../../docs/standards.md");
+const REGRESSIONS: &str = include_str!("../../docs/regressions.md");
 
-fn named() -> BTreeSet<&'static str> {
-    documents::rows::<4>(STANDARDS).into_iter().flat_map(|row| documents::tests(row[3])).collect()
+/// The tests in the last column.
+fn named<const CELLS: usize>(document: &'static str) -> BTreeSet<&'static str> {
+    documents::rows::<CELLS>(document).into_iter().flat_map(|row| documents::tests(row[CELLS - 1])).collect()
 }
 
 #[test]
 fn every_rule_has_tests_that_exist_or_a_reason() {
-    let named = named();
+    let named = named::<4>(STANDARDS);
     assert!(named.len() > 60, "{}", named.len());
     named.into_iter().for_each(documents::assert_exists);
 }
@@ -21,6 +23,20 @@ fn every_rule_has_tests_that_exist_or_a_reason() {
 #[test]
 fn every_test_of_a_rule_is_named() {
     for file in ["standards_transport", "standards_transparency", "standards_proxy"] {
-        documents::assert_all_named(file, &named());
+        documents::assert_all_named(file, &named::<4>(STANDARDS));
+    }
+}
+
+#[test]
+fn every_bug_has_tests_that_exist_or_a_reason() {
+    let named = named::<3>(REGRESSIONS);
+    assert!(named.len() > 40, "{}", named.len());
+    named.into_iter().for_each(documents::assert_exists);
+}
+
+#[test]
+fn every_test_of_a_bug_is_named() {
+    for file in ["regressions_answers", "regressions_resources"] {
+        documents::assert_all_named(file, &named::<3>(REGRESSIONS));
     }
 }

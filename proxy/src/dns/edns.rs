@@ -7,10 +7,12 @@ const OPT: u16 = 41;
 /// Octets of a record between its name and its data: TYPE, CLASS, TTL, RDLENGTH.
 const FIXED: usize = 10;
 
-/// The value of the first option of this code in the first OPT record of `records`, which are those behind the question.
-/// None if there is no such, or a record before it cannot be read.
-pub(crate) fn option(records: &[u8], code: u16) -> Option<&[u8]> {
-    let mut options = opt(records)?;
+/// The value of the first option of this code in the first OPT record of the additional section. `records` are the octets
+/// behind the question, `count` says how many records come before that section, and how many are in it: octets that the
+/// header does not announce are nothing, whatever they look like. None if there is no such option, or a record before it
+/// cannot be read.
+pub(crate) fn option(records: &[u8], count: (u32, u16), code: u16) -> Option<&[u8]> {
+    let mut options = opt(records, count)?;
     while let [c1, c0, l1, l0, rest @ ..] = options {
         let (value, after) = rest.split_at_checked(usize::from(u16::from_be_bytes([*l1, *l0])))?;
         if u16::from_be_bytes([*c1, *c0]) == code {
@@ -21,18 +23,19 @@ pub(crate) fn option(records: &[u8], code: u16) -> Option<&[u8]> {
     None
 }
 
-/// The data of the first OPT record.
-fn opt(records: &[u8]) -> Option<&[u8]> {
+/// The data of the first OPT record of the additional section.
+fn opt(records: &[u8], (before, additional): (u32, u16)) -> Option<&[u8]> {
     let mut rest = records;
-    loop {
+    for index in 0..before + u32::from(additional) {
         let (name, after) = rest.split_at_checked(name_len(rest)?)?;
         let (fixed, after) = after.split_first_chunk::<FIXED>()?;
         let (data, after) = after.split_at_checked(usize::from(u16::from_be_bytes([fixed[8], fixed[9]])))?;
-        if name == [0] && u16::from_be_bytes([fixed[0], fixed[1]]) == OPT {
+        if index >= before && name == [0] && u16::from_be_bytes([fixed[0], fixed[1]]) == OPT {
             return Some(data);
         }
         rest = after;
     }
+    None
 }
 
 /// Octets of the name at the front, its end or a pointer included. Pointers are not followed.
@@ -64,28 +67,37 @@ mod tests {
     fn the_first_option_of_its_code_behind_other_records() {
         let records =
             [record(b"\x03key\xc0\x0c", 1, b"1234"), record(b"\0", OPT, OPTIONS), record(b"\0", 250, b"")].concat();
-        assert_eq!(option(&records, 0xfde9), Some(&b"abc"[..]));
-        assert_eq!(option(&records, 10), Some(&b"co"[..]));
-        assert_eq!(option(&records, 0), Some(&b""[..]));
-        assert_eq!(option(&records, 8), None);
-        assert_eq!(option(&[], 10), None);
-        assert_eq!(option(&record(b"\x01a\0", OPT, OPTIONS), 10), None, "OPT belongs to the root");
+        assert_eq!(option(&records, (0, 3), 0xfde9), Some(&b"abc"[..]));
+        assert_eq!(option(&records, (1, 2), 10), Some(&b"co"[..]));
+        assert_eq!(option(&records, (0, u16::MAX), 0), Some(&b""[..]));
+        assert_eq!(option(&records, (0, 3), 8), None);
+        assert_eq!(option(&[], (0, 1), 10), None);
+        assert_eq!(option(&record(b"\x01a\0", OPT, OPTIONS), (0, 1), 10), None, "OPT belongs to the root");
+    }
+
+    #[test]
+    fn what_is_not_announced_or_elsewhere_is_not_there() {
+        let records = [record(b"\x01a\0", 1, b"1234"), record(b"\0", OPT, OPTIONS)].concat();
+        for count in [(0, 0), (0, 1), (1, 0), (2, 0), (2, 5)] {
+            assert_eq!(option(&records, count, 10), None, "{count:?}");
+        }
+        assert_eq!(option(&records, (1, 1), 10), Some(&b"co"[..]));
     }
 
     #[test]
     fn what_is_cut_off_is_not_there() {
         let records = record(b"\0", OPT, OPTIONS);
         for cut in 0..records.len() {
-            assert_eq!(option(&records[..cut], 10), None, "{cut}");
+            assert_eq!(option(&records[..cut], (0, 1), 10), None, "{cut}");
         }
         let short = record(b"\0", OPT, b"\0\x0a\0\x05abc");
-        assert_eq!(option(&short, 10), None);
+        assert_eq!(option(&short, (0, 1), 10), None);
     }
 
     proptest! {
         #[test]
-        fn any_octets_are_read_without_a_panic(records in prop::collection::vec(any::<u8>(), 0..200), code: u16) {
-            if let Some(value) = option(&records, code) {
+        fn any_octets_are_read_without_a_panic(records in prop::collection::vec(any::<u8>(), 0..200), code: u16, count: (u8, u8)) {
+            if let Some(value) = option(&records, (count.0.into(), count.1.into()), code) {
                 prop_assert!(value.len() < records.len());
             }
         }

@@ -60,6 +60,8 @@ pub struct Question<'a> {
     pub end: usize,
     /// What follows the question section; empty if there are several questions.
     pub rest: &'a [u8],
+    /// Records that the header announces before the additional section, and in it. Not more than a claim.
+    pub records: (u32, u16),
 }
 
 /// Why the first question cannot be read.
@@ -126,7 +128,11 @@ fn read_question(message: &[u8]) -> Result<Question<'_>, QuestionError> {
             let only = peek(message).is_some_and(|peek| peek.qdcount == 1);
             let rest = message.get(end..).filter(|_| only).unwrap_or_default();
             let (qtype, qclass) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
-            Ok(Question { name_wire, qtype, qclass, end, rest })
+            let count = |at: usize| {
+                message.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |count| u16::from_be_bytes(*count))
+            };
+            let records = (u32::from(count(6)) + u32::from(count(8)), count(10));
+            Ok(Question { name_wire, qtype, qclass, end, rest, records })
         }
         _ => Err(QuestionError::Truncated),
     }
@@ -170,7 +176,7 @@ impl<'a> Question<'a> {
 
     /// The value of the first EDNS option of this code in the query's OPT record (RFC 6891, section 6.1.2).
     pub fn edns_option(&self, code: u16) -> Option<&'a [u8]> {
-        edns::option(self.rest, code)
+        edns::option(self.rest, self.records, code)
     }
 
     /// The labels from left to right, without the root.
