@@ -270,9 +270,13 @@ fn a_bad_configuration_changes_nothing() {
     let checks = [
         (good.replace("[kernel]", "[kernle]"), "kernle"),
         (good.replace("workers = 1", "workers = \"one\""), "counterfoil.toml:2:"),
-        (good.replace("workers = 1", "workers = 2"), "key `server.workers`: a change from 1 to 2 takes a restart"),
-        (good.replace("[[pool]]", listener), "listener `more` is new: it takes a restart"),
-        (good.replace("name = \"dns\"", "name = \"sdn\""), "listener `dns` is gone"),
+        (
+            good.replace("workers = 1", "workers = 2"),
+            "counterfoil.toml:2:11: key `server.workers`: a change from 1 to 2 takes",
+        ),
+        (good.replace("[[pool]]", listener), "key `listener[1].name`: listener `more` is new: it takes a restart"),
+        (good.replace("name = \"dns\"", "name = \"sdn\""), "counterfoil.toml:"),
+        (good.replace("name = \"dns\"", "name = \"sdn\""), "key `listener`: listener `dns` is gone"),
         (good.replace("http = \"127.0.0.1:0\"", "http = \"127.0.0.1:2\""), "key `admin.http`: a change from"),
         ("pool = {".to_owned(), "counterfoil.toml:1:"),
         // Half of it is good: nothing of it counts.

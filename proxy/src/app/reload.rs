@@ -12,7 +12,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::order::Reloaded;
 use crate::clock;
 use crate::config::check::{self, warnings};
-use crate::config::{self, Config, Numbers, ReapMode};
+use crate::config::choices::Choice as _;
+use crate::config::error::Problem;
+use crate::config::{Config, ConfigErrors, Numbers, Place, ReapMode, Text};
 use crate::control::Control;
 use crate::drill;
 use crate::kernel::Source;
@@ -66,12 +68,10 @@ impl Reloader {
         let Some(file) = &self.file else {
             return Err(vec!["there is no file to read again: the process runs the demo's configuration".to_owned()]);
         };
-        let mut config =
-            config::load(file).map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-        let errors = needs_restart(&before.config, &config);
-        if !errors.is_empty() {
-            return Err(errors.into_iter().map(|error| format!("{}: {error}", file.display())).collect());
-        }
+        let lines = |errors: ConfigErrors| errors.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let text = Text::read(file).map_err(lines)?;
+        let mut config = text.parse().map_err(lines)?;
+        text.refuse(needs_restart(&before.config, &config)).map_err(lines)?;
         // Listeners are numbered as at the start; they are the same ones.
         let place = |name: &str| before.config.listeners.iter().position(|listener| listener.name == name);
         config.listeners.sort_by_key(|listener| place(&listener.name));
@@ -159,37 +159,38 @@ impl Reloader {
 
 /// What cannot be changed while the process runs: sockets that only a start can bind (it gives up its privileges then),
 /// threads, and the kernel view.
-fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
     let mut found = Vec::new();
-    let mut key = |key: &str, old: &dyn Display, new: &dyn Display| {
-        let (old, new) = (old.to_string(), new.to_string());
-        if old != new {
-            found.push(format!("key `{key}`: a change from {old} to {new} takes a restart; nothing is changed"));
+    let mut changed = |place: Place, old: &dyn Display, new: &dyn Display| {
+        let (from, to) = (old.to_string(), new.to_string());
+        if from != to {
+            found.push((place, Problem::TakesRestart { from, to }));
         }
     };
-    key("server.workers", &old.server.workers, &new.server.workers);
-    key("kernel.view", &format_args!("{:?}", old.kernel.view), &format_args!("{:?}", new.kernel.view));
-    key("kernel.max_sockets", &old.kernel.max_sockets, &new.kernel.max_sockets);
+    let key = |table, key| Place::Key { table, key };
+    changed(key("server", "workers"), &old.server.workers, &new.server.workers);
+    changed(key("kernel", "view"), &old.kernel.view.word(), &new.kernel.view.word());
+    changed(key("kernel", "max_sockets"), &old.kernel.max_sockets, &new.kernel.max_sockets);
     let off = || "off".to_owned();
     let http = |config: &Config| config.admin.http.map_or_else(off, |address| address.to_string());
-    key("admin.http", &http(old), &http(new));
+    changed(key("admin", "http"), &http(old), &http(new));
     let socket = |config: &Config| config.admin.socket.as_ref().map_or_else(off, |path| path.display().to_string());
-    key("admin.socket", &socket(old), &socket(new));
-    for listener in &new.listeners {
+    changed(key("admin", "socket"), &socket(old), &socket(new));
+    for (index, listener) in new.listeners.iter().enumerate() {
         match old.listeners.iter().find(|old| old.name == listener.name) {
-            None => found.push(format!("listener `{}` is new: it takes a restart; nothing is changed", listener.name)),
-            Some(old) if old.address != listener.address => found.push(format!(
-                "listener `{}`: a change from {} to {} takes a restart; nothing is changed",
-                listener.name, old.address, listener.address
-            )),
+            None => {
+                let place = Place::Listener { index, key: "name" };
+                found.push((place, Problem::ListenerIsNew(listener.name.clone())));
+            }
+            Some(old) if old.address != listener.address => {
+                let (from, to) = (old.address.to_string(), listener.address.to_string());
+                found.push((Place::Listener { index, key: "address" }, Problem::TakesRestart { from, to }));
+            }
             Some(_) => {}
         }
     }
-    for listener in &old.listeners {
-        if !new.listeners.iter().any(|new| new.name == listener.name) {
-            found.push(format!("listener `{}` is gone: that takes a restart; nothing is changed", listener.name));
-        }
-    }
+    let gone = old.listeners.iter().filter(|old| !new.listeners.iter().any(|new| new.name == old.name));
+    found.extend(gone.map(|old| (Place::Listeners, Problem::ListenerIsGone(old.name.clone()))));
     found
 }
 
@@ -206,6 +207,7 @@ fn cannot_sever(before: &Observed, config: &Config, source: Source) -> Option<St
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::View;
     use crate::watchdog::fixture;
 
     #[test]
@@ -216,19 +218,33 @@ mod tests {
         new.server.workers += 1;
         new.admin.http = None;
         new.kernel.max_sockets += 1;
-        let said = needs_restart(&old, &new);
-        assert_eq!(said.len(), 3, "{said:?}");
-        assert_eq!(said[0], "key `server.workers`: a change from 1 to 2 takes a restart; nothing is changed");
-        assert!(said[2].contains("from 127.0.0.1:0 to off"), "{said:?}");
+        new.kernel.view = View::Ebpf;
+        let change = |from: &str, to: &str| Problem::TakesRestart { from: from.to_owned(), to: to.to_owned() };
+        let key = |table, key| Place::Key { table, key };
+        assert_eq!(
+            needs_restart(&old, &new),
+            [
+                (key("server", "workers"), change("1", "2")),
+                (key("kernel", "view"), change("sock-diag", "ebpf")),
+                (key("kernel", "max_sockets"), change("1000", "1001")),
+                (key("admin", "http"), change("127.0.0.1:0", "off")),
+            ]
+        );
 
         let mut new = old.clone();
         new.listeners[0].name = "other".to_owned();
-        let said = needs_restart(&old, &new);
-        assert!(said[0].starts_with("listener `other` is new") && said[1].contains("is gone"), "{said:?}");
+        let gone = old.listeners[0].name.clone();
+        assert_eq!(
+            needs_restart(&old, &new),
+            [
+                (Place::Listener { index: 0, key: "name" }, Problem::ListenerIsNew("other".to_owned())),
+                (Place::Listeners, Problem::ListenerIsGone(gone)),
+            ]
+        );
         let mut new = old.clone();
         new.listeners[0].address.set_port(54);
-        let said = needs_restart(&old, &new);
-        assert!(said[0].contains("from 127.0.0.1:0 to 127.0.0.1:54 takes a restart"), "{said:?}");
+        let place = Place::Listener { index: 0, key: "address" };
+        assert_eq!(needs_restart(&old, &new), [(place, change("127.0.0.1:0", "127.0.0.1:54"))]);
     }
 
     #[test]
@@ -241,6 +257,6 @@ mod tests {
         new.pools[0].backends[0].name = "another".to_owned();
         new.connections.max_total += 1000;
         new.watchdog.reap = ReapMode::On;
-        assert_eq!(needs_restart(&old, &new), Vec::<String>::new());
+        assert_eq!(needs_restart(&old, &new), []);
     }
 }

@@ -220,6 +220,20 @@ pub enum Problem {
         /// The limit as written.
         max: String,
     },
+    /// A key that cannot be changed while the process runs.
+    #[error("a change from {from} to {to} takes a restart; nothing is changed")]
+    TakesRestart {
+        /// What is in force.
+        from: String,
+        /// What the file says.
+        to: String,
+    },
+    /// A listener that the running process does not have.
+    #[error("listener `{0}` is new: it takes a restart; nothing is changed")]
+    ListenerIsNew(String),
+    /// A listener that the file does not have any more.
+    #[error("listener `{0}` is gone: that takes a restart; nothing is changed")]
+    ListenerIsGone(String),
 }
 
 /// The end of a sentence that guesses what was meant.

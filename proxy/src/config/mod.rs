@@ -18,6 +18,7 @@ pub mod print;
 pub mod schema;
 mod section;
 mod source;
+pub mod text;
 pub mod units;
 
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use network::Network;
 pub use numbers::Numbers;
 pub use parse::{from_str, load};
+pub use text::{Place, Text};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,8 +1,6 @@
 //! From the text of a configuration to a [`Config`], or to everything that is wrong with it.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read as _;
 use std::net::IpAddr;
 use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
@@ -14,11 +12,8 @@ use super::error::{ConfigErrors, Problem};
 use super::pools::Pools;
 use super::section::{Section, Value};
 use super::source::{Path, Source};
+use super::text::{MAX_FILE, Text, without_mark};
 use super::{Admin, Class, Config, Connections, Kernel, Overload, Server, Watchdog, defaults, listeners, schema};
-
-/// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
-/// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
-const MAX_FILE: u64 = 1 << 20;
 
 /// Most worker threads; more than any machine has cores.
 const MAX_WORKERS: usize = 1024;
@@ -45,25 +40,7 @@ const MAX_SOCKET_PATH: usize = 107;
 ///
 /// All that is wrong with it.
 pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
-    let name = path.display().to_string();
-    let unreadable = |problem| {
-        let source = Source::new(&name, "");
-        source.push(None, None, problem);
-        source.result()
-    };
-    let mut bytes = Vec::new();
-    if let Err(error) = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)) {
-        unreadable(Problem::Unreadable(error.to_string()))?;
-    }
-    match std::str::from_utf8(&bytes) {
-        Ok(text) => from_str(&name, text),
-        Err(error) => {
-            let valid = String::from_utf8_lossy(bytes.get(..error.valid_up_to()).unwrap_or_default());
-            let source = Source::new(&name, &valid);
-            source.push(Some(valid.len()), None, Problem::NotUtf8);
-            source.result().and_then(|()| from_str(&name, &valid))
-        }
-    }
+    Text::read(path)?.parse()
 }
 
 /// Reads and checks a text. `name` is what errors call it.
@@ -72,7 +49,7 @@ pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
 ///
 /// All that is wrong with it. A text that is not TOML is not checked further.
 pub fn from_str(name: &str, text: &str) -> Result<Config, ConfigErrors> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = without_mark(text);
     let source = Source::new(name, text);
     if text.len() as u64 > MAX_FILE {
         source.push(None, None, Problem::TooLong(MAX_FILE));
