@@ -18,8 +18,8 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let deny = cargo_deny()?;
-    // The eBPF program is a workspace of its own.
-    for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
+    // The eBPF program and the fuzz targets are workspaces of their own.
+    for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml", "proxy/fuzz/Cargo.toml"] {
         say(format_args!("audit: {manifest}"));
         let mut command = command::program(&deny);
         command.args(["--locked", "--manifest-path", manifest, "--config", "deny.toml", "check"]);

@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
 enum Part {
     /// rustfmt, all packages
     Format,
-    /// What no lint of the compiler checks: where `unsafe` and exceptions may be, length of files
+    /// What no lint of the compiler checks: where `unsafe` and exceptions may be, length of files, lock files
     Conventions,
     /// Clippy for all user-space packages, with all targets; every warning is an error
     UserSpace,
@@ -43,6 +43,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted(Part::Conventions) {
         say("lint: conventions");
         results.push(("conventions".to_owned(), tidy::run()));
+        results.extend(WORKSPACES.iter().map(|it| (format!("lock file of {it}"), locked(it))));
     }
     if wanted(Part::UserSpace) {
         // With the object, so that the code that loads it is linted too.
@@ -74,6 +75,13 @@ fn format(manifest: &str) -> Result<()> {
     let mut fmt = command::cargo();
     fmt.args(["fmt", "--all", "--check", "--manifest-path", manifest]).current_dir(workspace::root());
     command::run(&mut fmt)
+}
+
+/// Whether the lock file that is checked in is that of the manifest. Builds of other workspaces would not notice.
+fn locked(manifest: &str) -> Result<()> {
+    let mut metadata = command::cargo();
+    metadata.args(["metadata", "--locked", "--format-version", "1", "--manifest-path", manifest]);
+    command::output(metadata.current_dir(workspace::root())).map(drop)
 }
 
 fn clippy(package: &str, object: &Path) -> Result<()> {
