@@ -275,7 +275,6 @@ fn a_bad_configuration_changes_nothing() {
             "counterfoil.toml:2:11: key `server.workers`: a change from 1 to 2 takes",
         ),
         (good.replace("[[pool]]", listener), "key `listener[1].name`: listener `more` is new: it takes a restart"),
-        (good.replace("name = \"dns\"", "name = \"sdn\""), "counterfoil.toml:"),
         (good.replace("name = \"dns\"", "name = \"sdn\""), "key `listener`: listener `dns` is gone"),
         (good.replace("http = \"127.0.0.1:0\"", "http = \"127.0.0.1:2\""), "key `admin.http`: a change from"),
         ("pool = {".to_owned(), "counterfoil.toml:1:"),
