@@ -1,5 +1,5 @@
-//! docs/standards.md and docs/regressions.md are true where a test can tell: every rule and every bug has tests that exist,
-//! or a reason; and every test of a rule or a bug is named there.
+//! docs/standards.md, docs/regressions.md and docs/dnsdist.md are true where a test can tell: every rule, bug and behaviour
+//! has tests that exist, or a reason; and every test of one is named there.
 
 use std::collections::BTreeSet;
 
@@ -7,6 +7,7 @@ use counterfoil_tests::documents;
 
 const STANDARDS: &str = include_str!("../../docs/standards.md");
 const REGRESSIONS: &str = include_str!("../../docs/regressions.md");
+const DNSDIST: &str = include_str!("../../docs/dnsdist.md");
 
 /// The tests in the last column.
 fn named<const CELLS: usize>(document: &'static str) -> BTreeSet<&'static str> {
@@ -38,5 +39,19 @@ fn every_bug_has_tests_that_exist_or_a_reason() {
 fn every_test_of_a_bug_is_named() {
     for file in ["regressions_answers", "regressions_resources"] {
         documents::assert_all_named(file, &named::<3>(REGRESSIONS));
+    }
+}
+
+#[test]
+fn every_behaviour_of_dnsdist_has_tests_that_exist_or_a_reason() {
+    let named = named::<3>(DNSDIST);
+    assert!(named.len() > 60, "{}", named.len());
+    named.into_iter().for_each(documents::assert_exists);
+}
+
+#[test]
+fn every_test_of_a_behaviour_of_dnsdist_is_named() {
+    for file in ["dnsdist_behaviours", "dnsdist_scenarios", "dnsdist_states"] {
+        documents::assert_all_named(file, &named::<3>(DNSDIST));
     }
 }
