@@ -226,7 +226,7 @@ impl Worker {
         };
         self.counts.answers.fetch_add(answers, Relaxed);
         let octets = match &mut tls {
-            Some(session) => session.seal(&self.answers)?,
+            Some(session) => seal(session, &self.answers)?,
             None => &self.answers,
         };
         if !octets.is_empty() && !connection.output.send(&connection.socket, octets) {
@@ -238,6 +238,16 @@ impl Worker {
         }
         Ok(true)
     }
+}
+
+/// Each answer in a record of its own, as name servers send them that write one after the other.
+fn seal<'a>(session: &'a mut Session, mut answers: &[u8]) -> io::Result<&'a [u8]> {
+    while let Some((length, _)) = answers.split_first_chunk::<2>() {
+        let (answer, rest) = answers.split_at(2 + usize::from(u16::from_be_bytes(*length)));
+        session.add(answer)?;
+        answers = rest;
+    }
+    session.seal(&[])
 }
 
 impl Connection {

@@ -31,13 +31,21 @@ impl Session {
         &self.connection
     }
 
+    /// Takes octets to be sent, in a record of their own, with the next call of [`Session::seal`].
+    ///
+    /// # Errors
+    /// As [`Session::seal`].
+    pub fn add(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.connection.writer().write_all(octets)
+    }
+
     /// Takes octets to be sent and returns the records that can go out now, those of the handshake included.
     ///
     /// # Errors
     /// If rustls refuses the octets, which it does without a limit only for want of memory.
     pub fn seal(&mut self, octets: &[u8]) -> io::Result<&[u8]> {
         self.sealed.clear();
-        self.connection.writer().write_all(octets)?;
+        self.add(octets)?;
         while self.connection.wants_write() {
             self.connection.write_tls(&mut self.sealed)?;
         }
