@@ -90,6 +90,8 @@ reasons! {
         MaxQueries = "max_queries",
         /// It was open for `max_connection_duration`.
         MaxDuration = "max_duration",
+        /// The client did not keep to TLS.
+        TlsError = "tls_error",
         /// A PROXY header from a client whose word is not taken.
         ProxyUntrusted = "proxy_untrusted",
         /// The process drains.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::client::handshake::{HandshakeFailure, SessionKind};
 use crate::close::{ClientCloseReason, FailReason};
 use crate::distinct::Distinct;
 use crate::table::Table;
@@ -56,11 +57,15 @@ pub enum Refusal {
     ProxyTimeout,
     /// Closed before the PROXY header was whole.
     ProxyClosed,
+    /// `[listener.tls] max_handshakes`
+    MaxHandshakes,
+    /// A TLS handshake that did not come to its end.
+    TlsHandshake,
 }
 
 impl Refusal {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::MaxConnections,
         Self::PerListener,
         Self::PerClient,
@@ -71,6 +76,8 @@ impl Refusal {
         Self::ProxyInvalid,
         Self::ProxyTimeout,
         Self::ProxyClosed,
+        Self::MaxHandshakes,
+        Self::TlsHandshake,
     ];
 
     /// The label in metrics and logs.
@@ -86,6 +93,8 @@ impl Refusal {
             Self::ProxyInvalid => "proxy_invalid",
             Self::ProxyTimeout => "proxy_timeout",
             Self::ProxyClosed => "proxy_closed",
+            Self::MaxHandshakes => "max_handshakes",
+            Self::TlsHandshake => "tls_handshake",
         }
     }
 
@@ -101,16 +110,19 @@ impl Refusal {
 pub enum Stage {
     /// The PROXY header of a peer that must send one.
     ProxyHeader,
+    /// The end of the TLS handshake.
+    TlsHandshake,
 }
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::ProxyHeader];
+    pub const ALL: [Self; 2] = [Self::ProxyHeader, Self::TlsHandshake];
 
     /// The label in metrics.
     pub const fn label(self) -> &'static str {
         match self {
             Self::ProxyHeader => "proxy_header",
+            Self::TlsHandshake => "tls_handshake",
         }
     }
 }
@@ -165,6 +177,10 @@ pub struct ListenerStats {
     pub refused: [Counter; Refusal::ALL.len()],
     /// Accepted, and no session yet, by [`Stage`].
     pub pending: [Counter; Stage::ALL.len()],
+    /// TLS sessions begun, by [`SessionKind::index`].
+    pub tls_sessions: [Counter; SessionKind::ALL.len()],
+    /// By [`HandshakeFailure`].
+    pub tls_failures: [Counter; HandshakeFailure::ALL.len()],
     /// Queries accepted.
     pub queries: Counter,
     /// Queries that a backend answered and whose answer was queued for the client.

@@ -22,6 +22,7 @@ use crate::ledger::caps::Caps;
 use crate::ledger::{BackendIndex, Ledger};
 use crate::stats::WorkerStats;
 use crate::systemd::{Environment, Notifier, activation};
+use crate::tls::server::ServerTls;
 use crate::watchdog::{Live, Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
@@ -41,6 +42,7 @@ pub struct App {
     /// Requests to the owner of the health checks' connections.
     health: mpsc::UnboundedReceiver<Control>,
     file: Option<PathBuf>,
+    tls: Arc<ServerTls>,
     doors: admin::Doors,
     drill: drill::Setup,
     environment: Environment,
@@ -84,6 +86,7 @@ impl App {
             serial: AtomicU64::new(0),
         });
         let limits = ClientLimits::new(&config);
+        let tls = ServerTls::new(&config).context("TLS towards clients")?;
 
         let inherited = activation::sockets(&environment)?;
         let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;
@@ -97,6 +100,7 @@ impl App {
                 listeners,
                 shared: Arc::clone(&shared),
                 limits: Arc::clone(&limits),
+                tls: Arc::clone(&tls),
                 stats: Arc::new(WorkerStats::new(config.listeners.len(), config.pools.len(), backends.len())),
                 requests,
                 controls: controls.clone(),
@@ -127,6 +131,7 @@ impl App {
             watchdog,
             health,
             file,
+            tls,
             doors,
             drill,
             environment,
@@ -148,6 +153,7 @@ impl App {
             watchdog,
             health,
             file,
+            tls,
             doors,
             drill,
             environment,
@@ -183,7 +189,7 @@ impl App {
                 watchdog.handle().report().source.as_str()
             );
             notifier.ready(&status);
-            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), stricter: None };
+            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), tls, stricter: None };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
             Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited }
                 .run(life::watch(threads))

@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::drill;
 use crate::kernel::Source;
 use crate::logging;
+use crate::tls::server::ServerTls;
 use crate::watchdog::{Handle, Live, Observed, Policy};
 
 /// For the workers to take a configuration: one that takes longer hangs, and takes it when it goes on.
@@ -31,6 +32,7 @@ pub(super) struct Reloader {
     pub(super) file: Option<PathBuf>,
     pub(super) live: Live,
     pub(super) watchdog: Handle,
+    pub(super) tls: Arc<ServerTls>,
     /// The watchdog's thresholds, and from when on they count: connections of before are measured by the old ones, too.
     pub(super) stricter: Option<(Instant, Arc<Policy>)>,
 }
@@ -103,6 +105,10 @@ impl Reloader {
         }
         caps.set_total(config.connections.max_total);
         before.clients.adopt(&config);
+        if let Err(fault) = self.tls.adopt(&config) {
+            // All that can be wrong with the files was found when they were read.
+            notes.push(format!("TLS towards clients is as it was: {fault}"));
+        }
 
         let policy = Arc::new(before.policy.next(&config, &numbers));
         let patient = Arc::new(policy.as_patient_as(&before.policy));

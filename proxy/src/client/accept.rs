@@ -12,11 +12,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::handshake::Link;
 use super::introduction::Stranger;
-use super::limits::{ClientLimits, Place};
-use super::session::{Addresses, Pace, Via};
+use super::limits::{Admitted, ClientLimits};
+use super::session::{Addresses, Origin, Pace};
 use super::task::SessionTask;
 use crate::stats::{ListenerStats, Refusal};
+use crate::tls::server::ServerTls;
 use crate::worker::plan::ListenerPlan;
 use crate::worker::shell::Shell;
 
@@ -38,16 +40,16 @@ pub(crate) struct Door {
     pub(crate) shell: Rc<Shell>,
     pub(crate) index: u16,
     pub(crate) limits: Arc<ClientLimits>,
+    pub(crate) tls: Arc<ServerTls>,
 }
 
 /// A connection whose client is known.
 pub(super) struct Entrant {
-    pub(super) stream: TcpStream,
+    /// With what has been read from it already.
+    pub(super) link: Link,
     pub(super) ends: Addresses,
-    pub(super) place: Place,
-    pub(super) via: Option<Box<Via>>,
-    /// What has been read from it already.
-    pub(super) rest: Vec<u8>,
+    pub(super) admitted: Admitted,
+    pub(super) origin: Origin,
 }
 
 impl Door {
@@ -71,29 +73,30 @@ impl Door {
             Err(refusal) => return self.refuse(client, refusal),
         };
         let ends = Addresses { client, local };
-        let proxy = self.plan(|listener| listener.accept_proxy.clone());
-        match proxy {
-            Some(proxy) if proxy.trusts(client.ip()) => {
-                let (door, accepted) = (Rc::clone(self), Instant::now());
-                let stranger = Stranger { door, proxy, stream, ends, place, accepted, stop: stop.clone() };
-                tokio::task::spawn_local(stranger.introduce());
+        let proxy = self.plan(|listener| listener.accept_proxy.clone()).filter(|proxy| proxy.trusts(client.ip()));
+        let tls = self.tls.greeting(self.index);
+        let _ = stream.set_nodelay(true);
+        if proxy.is_some() || tls.is_some() {
+            let (door, accepted) = (Rc::clone(self), Instant::now());
+            let stranger = Stranger { door, proxy, tls, stream, ends, place, accepted, stop: stop.clone() };
+            tokio::task::spawn_local(stranger.introduce());
+            return;
+        }
+        match place.admit(client.ip(), crate::clock::now()) {
+            Ok(admitted) => {
+                self.begin(Entrant { link: Link::new(stream), ends, admitted, origin: Origin::default() });
             }
-            _ => self.begin(Entrant { stream, ends, place, via: None, rest: Vec::new() }),
+            Err(refusal) => self.refuse(client, refusal),
         }
     }
 
-    /// The client's session begins, if its limits allow.
+    /// The client's session begins.
     pub(super) fn begin(&self, entrant: Entrant) {
-        let Entrant { stream, ends, place, via, rest } = entrant;
-        let now = crate::clock::now();
-        let admitted = match place.admit(ends.client.ip(), now) {
-            Ok(admitted) => admitted,
-            Err(refusal) => return self.refuse(ends.client, refusal),
-        };
-        let _ = stream.set_nodelay(true);
+        let Entrant { link, ends, admitted, origin } = entrant;
         let pace = if admitted.is_restricted() { Pace::Restricted } else { Pace::Normal };
-        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, via, pace, now);
-        tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, stream, admitted, rest));
+        let now = crate::clock::now();
+        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, origin, pace, now);
+        tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, link, admitted));
     }
 
     /// Counts a connection that is closed before its session begins.

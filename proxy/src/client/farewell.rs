@@ -4,6 +4,7 @@
 //! throws away answers that were not sent yet. So the sending side is shut down first, and what still comes is read and
 //! thrown away until the client closes.
 
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -11,7 +12,9 @@ use rustix::net::Shutdown;
 use tokio::net::TcpStream;
 
 use super::limits::Admitted;
+use super::socket::Now;
 use crate::close::ClientCloseReason;
+use crate::tls::Channel;
 use crate::worker::shell::Shell;
 
 /// How long a client may take to close.
@@ -26,12 +29,21 @@ pub(crate) fn is_due(reason: ClientCloseReason) -> bool {
     matches!(reason, Drained | Malformed | MaxDuration | MaxQueries)
 }
 
-/// Takes leave of a client all of whose answers are written. The connection counts as admitted until then.
-pub(crate) async fn take_leave(shell: Rc<Shell>, stream: TcpStream, admitted: Admitted) {
+/// Takes leave of a client all of whose answers are written, once `channel` has said what it still has to say. The
+/// connection counts as admitted until then.
+pub(crate) async fn take_leave(shell: Rc<Shell>, stream: TcpStream, mut channel: Channel, admitted: Admitted) {
     let _leaving = shell.leaving();
-    // A connection that the client has reset has no sending side any more; the reading then tells.
-    let _ = rustix::net::shutdown(&stream, Shutdown::Write);
-    let _ = tokio::time::timeout(LONGEST, discard(&stream)).await;
+    let leave = async {
+        while channel.flush(&mut Now(&stream)).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            if stream.writable().await.is_err() {
+                break;
+            }
+        }
+        // A connection that the client has reset has no sending side any more; the reading then tells.
+        let _ = rustix::net::shutdown(&stream, Shutdown::Write);
+        discard(&stream).await;
+    };
+    let _ = tokio::time::timeout(LONGEST, leave).await;
     drop((stream, admitted));
 }
 
@@ -41,7 +53,7 @@ async fn discard(stream: &TcpStream) {
         match stream.try_read(&mut octets) {
             Ok(0) => return,
             Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => return,
         }
     }

@@ -1,10 +1,11 @@
-//! The task of a connection whose peer must say first for whom it speaks: it reads the PROXY header, then the connection
-//! is that of the client behind it.
+//! The task of a connection that needs more than to be accepted before its client can ask: a PROXY header that says for
+//! whom its peer speaks, a TLS handshake, or both, in either order.
 //!
-//! Until then the connection counts towards the limits in total and of the listener only. The client's own limits are
-//! those of the address that the header names.
+//! Until its client is known the connection counts towards the limits in total and of the listener only; the client's own
+//! limits are those of the address that the header names. A handshake is the client's, and so is behind its limits, unless
+//! the header is inside.
 
-use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,22 +14,26 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::accept::{Door, Entrant};
-use super::limits::Place;
+use super::handshake::{HandshakeFailure, Link, SessionKind};
+use super::limits::{Admitted, Place};
 use super::preface::{Introduced, Preface, Progress};
-use super::session::{Addresses, Via};
+use super::session::{Addresses, ClientTls, Origin, Via};
 use crate::config::AcceptProxy;
 use crate::proxy_protocol::parse::Invalid;
 use crate::stats::{Refusal, Stage};
+use crate::tls::TlsStream;
+use crate::tls::server::Greeting;
+use crate::worker::shell::Shell;
 
-/// Octets read at a time.
-const AT_A_TIME: usize = 2048;
-/// What is left of the timeout once the worker drains: a header that is under way arrives within this time.
+/// What is left of a timeout once the worker drains: what is under way arrives within this time.
 const DRAINING: Duration = Duration::from_secs(1);
 
-/// A connection that was accepted from a trusted peer.
+/// A connection that was accepted, and cannot be served yet.
 pub(super) struct Stranger {
     pub(super) door: Rc<Door>,
-    pub(super) proxy: Rc<AcceptProxy>,
+    /// Its peer must send a header.
+    pub(super) proxy: Option<Rc<AcceptProxy>>,
+    pub(super) tls: Option<Greeting>,
     pub(super) stream: TcpStream,
     pub(super) ends: Addresses,
     pub(super) place: Place,
@@ -37,61 +42,136 @@ pub(super) struct Stranger {
     pub(super) stop: watch::Receiver<bool>,
 }
 
+/// Who the client is, and what it is limited by, as far as that is known.
+enum Guest {
+    Unknown(Place),
+    Known(Admitted),
+}
+
 impl Stranger {
-    /// Waits for the header; then the client's session begins, or the connection is closed.
-    pub(super) async fn introduce(mut self) {
-        let pending = Stage::ProxyHeader as usize;
-        self.door.stats().pending[pending].add(1);
-        let introduced = self.wait().await;
-        self.door.stats().pending[pending].sub(1);
-        let Self { door, stream, ends, place, .. } = self;
-        match introduced {
-            Ok(Introduced { ends: named, tlvs, rest }) => {
-                let (client, local) = named.unwrap_or((ends.client, ends.local));
-                let via = Some(Box::new(Via { peer: ends.client, tlvs }));
-                door.begin(Entrant { stream, ends: Addresses { client, local }, place, via, rest });
-            }
-            Err(refusal) => door.refuse(ends.client, refusal),
+    /// Waits for what must come; then the client's session begins, or the connection is closed.
+    pub(super) async fn introduce(self) {
+        let (door, peer) = (Rc::clone(&self.door), self.ends.client);
+        match self.wait().await {
+            Ok(entrant) => door.begin(entrant),
+            Err((client, refusal)) => door.refuse(client.unwrap_or(peer), refusal),
         }
     }
 
-    async fn wait(&mut self) -> Result<Introduced, Refusal> {
-        let end = self.accepted + self.proxy.timeout;
-        let mut reading = std::pin::pin!(read(&self.stream, Preface::new(self.proxy.max_header)));
-        tokio::select! {
-            biased;
-            introduced = &mut reading => introduced,
-            () = tokio::time::sleep_until(end) => Err(Refusal::ProxyTimeout),
-            _ = self.stop.wait_for(|stop| *stop) => {
-                let end = end.min(Instant::now() + DRAINING);
-                tokio::time::timeout_at(end, reading).await.unwrap_or(Err(Refusal::ProxyTimeout))
-            }
+    /// # Errors
+    ///
+    /// Why it is refused, with the client's address if that is not the peer's.
+    async fn wait(self) -> Result<Entrant, (Option<SocketAddr>, Refusal)> {
+        let Self { door, proxy, tls, stream, mut ends, place, accepted, mut stop } = self;
+        let peer = ends.client;
+        let mut link = Link::new(stream);
+        let mut origin = Origin::default();
+        let outside = proxy.as_ref().filter(|proxy| tls.is_none() || proxy.outside_tls);
+        let inside = proxy.as_ref().filter(|_| outside.is_none());
+        let introduce = |introduced: Introduced, ends: &mut Addresses, origin: &mut Origin| {
+            let (client, local) = introduced.ends.unwrap_or((ends.client, ends.local));
+            *ends = Addresses { client, local };
+            origin.via = Some(Box::new(Via { peer, tlvs: introduced.tlvs }));
+            introduced.rest
+        };
+        if let Some(proxy) = outside {
+            let header = header(&mut link, &door.shell, proxy.max_header);
+            let introduced =
+                waits(&door, Stage::ProxyHeader, within(&mut stop, accepted + proxy.timeout, header)).await;
+            let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
+            link.rest = introduce(introduced, &mut ends, &mut origin);
+        }
+        let known = |place: Place, client: SocketAddr| {
+            place.admit(client.ip(), crate::clock::now()).map_err(|refusal| (Some(client), refusal))
+        };
+        let guest = match inside {
+            None => Guest::Known(known(place, ends.client)?),
+            Some(_) => Guest::Unknown(place),
+        };
+        if let Some(greeting) = tls {
+            let shaken = waits(&door, Stage::TlsHandshake, shake_hands(&door, &mut link, greeting, &mut stop)).await;
+            origin.tls = Some(Box::new(shaken.map_err(|refusal| (Some(ends.client), refusal))?));
+        }
+        if let Some(proxy) = inside {
+            let end = Instant::now() + proxy.timeout;
+            let header = header(&mut link, &door.shell, proxy.max_header);
+            let introduced = waits(&door, Stage::ProxyHeader, within(&mut stop, end, header)).await;
+            let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
+            link.rest = introduce(introduced, &mut ends, &mut origin);
+        }
+        let admitted = match guest {
+            Guest::Known(admitted) => admitted,
+            Guest::Unknown(place) => known(place, ends.client)?,
+        };
+        Ok(Entrant { link, ends, admitted, origin })
+    }
+}
+
+/// What `work` comes to; meanwhile the connection counts as one that waits for this.
+async fn waits<T>(door: &Door, stage: Stage, work: impl Future<Output = T>) -> T {
+    let pending = &door.stats().pending[stage as usize];
+    pending.add(1);
+    let done = work.await;
+    pending.sub(1);
+    done
+}
+
+/// What `work` comes to by `end`; none if it does not. A worker that drains has less patience.
+async fn within<T>(stop: &mut watch::Receiver<bool>, end: Instant, work: impl Future<Output = T>) -> Option<T> {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        biased;
+        done = &mut work => Some(done),
+        () = tokio::time::sleep_until(end) => None,
+        _ = stop.wait_for(|stop| *stop) => tokio::time::timeout_at(end.min(Instant::now() + DRAINING), work).await.ok(),
+    }
+}
+
+/// The handshake, in one of the places for it.
+async fn shake_hands(
+    door: &Door,
+    link: &mut Link,
+    greeting: Greeting,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<ClientTls, Refusal> {
+    let _place = door.limits.begin_handshake(door.index)?;
+    let end = Instant::now() + greeting.timeout;
+    let done = match TlsStream::server(greeting.config) {
+        Ok(tls) => within(stop, end, link.shake_hands(&door.shell, tls)).await,
+        Err(_) => Some(Err(HandshakeFailure::Protocol)),
+    };
+    let done = done.unwrap_or(Err(HandshakeFailure::Timeout));
+    let negotiated = done.and_then(|()| link.channel.negotiated().ok_or(HandshakeFailure::Protocol));
+    match negotiated {
+        Ok(negotiated) => {
+            let kind = SessionKind { version: negotiated.version, resumed: negotiated.resumed };
+            door.stats().tls_sessions[kind.index()].add(1);
+            Ok(ClientTls::new(&negotiated))
+        }
+        Err(failure) => {
+            door.stats().tls_failures[failure as usize].add(1);
+            Err(Refusal::TlsHandshake)
         }
     }
 }
 
 /// Reads until the header is complete, or cannot be any more.
-async fn read(stream: &TcpStream, mut preface: Preface) -> Result<Introduced, Refusal> {
-    let mut octets = [0; AT_A_TIME];
-    while stream.readable().await.is_ok() {
-        match stream.try_read(&mut octets) {
-            Ok(0) => break,
-            Ok(count) => match preface.take(octets.get(..count).unwrap_or_default()) {
-                Progress::NeedMore => {}
-                Progress::Done(introduced) => return Ok(introduced),
-                Progress::Refuse(reason) => {
-                    tracing::debug!(%reason, "PROXY header");
-                    return Err(if reason == Invalid::Signature {
-                        Refusal::ProxyMissing
-                    } else {
-                        Refusal::ProxyInvalid
-                    });
-                }
-            },
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(_) => break,
+async fn header(link: &mut Link, shell: &Shell, max_header: usize) -> Result<Introduced, Refusal> {
+    let mut preface = Preface::new(max_header);
+    let early = std::mem::take(&mut link.rest);
+    let mut progress = preface.take(&early);
+    loop {
+        match progress {
+            Progress::NeedMore => {}
+            Progress::Done(introduced) => return Ok(introduced),
+            Progress::Refuse(reason) => {
+                tracing::debug!(%reason, "PROXY header");
+                let missing = reason == Invalid::Signature;
+                return Err(if missing { Refusal::ProxyMissing } else { Refusal::ProxyInvalid });
+            }
         }
+        let came = link.read(shell, |bytes| (!bytes.is_empty()).then(|| preface.take(bytes))).await;
+        // Load balancers that look whether the port is open close it.
+        progress = came.ok().flatten().ok_or(Refusal::ProxyClosed)?;
     }
-    // Load balancers that look whether the port is open do so.
-    Err(Refusal::ProxyClosed)
 }

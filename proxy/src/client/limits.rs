@@ -23,6 +23,7 @@ pub struct ClientLimits {
 #[derive(Debug)]
 struct OfListener {
     all: Count,
+    handshakes: Count,
     clients: Mutex<Clients>,
 }
 
@@ -68,6 +69,7 @@ impl ClientLimits {
     pub fn new(config: &Config) -> Arc<Self> {
         let of_listener = |listener: &Listener| OfListener {
             all: Count::new(max_connections(listener)),
+            handshakes: Count::new(max_handshakes(listener)),
             clients: Mutex::new(Clients::new(listener)),
         };
         Arc::new(Self {
@@ -83,6 +85,7 @@ impl ClientLimits {
         self.threshold.store(usize::from(config.overload.threshold), Ordering::Relaxed);
         for (ours, listener) in self.listeners.iter().zip(&config.listeners) {
             ours.all.max.store(max_connections(listener), Ordering::Relaxed);
+            ours.handshakes.max.store(max_handshakes(listener), Ordering::Relaxed);
             let mut clients = ours.clients.lock().unwrap_or_else(PoisonError::into_inner);
             let same = |rates: &Rates| rates.is(listener.connection_rate_per_client, listener.ban_duration);
             let rates = clients.rates.take().filter(same);
@@ -111,6 +114,12 @@ impl ClientLimits {
         Some((all.open.load(Ordering::Relaxed), (max < usize::MAX).then_some(max)))
     }
 
+    /// Counts one more TLS handshake on this listener, or says that there are too many.
+    pub fn begin_handshake(self: &Arc<Self>, listener: u16) -> Result<Handshaking, Refusal> {
+        self.listeners[usize::from(listener)].handshakes.enter().ok_or(Refusal::MaxHandshakes)?;
+        Ok(Handshaking { limits: Arc::clone(self), listener })
+    }
+
     /// Whether so many open connections are `threshold` percent of this limit, or more.
     fn is_near(&self, open: usize, max: usize) -> bool {
         open.saturating_mul(100) >= max.saturating_mul(self.threshold.load(Ordering::Relaxed))
@@ -120,6 +129,11 @@ impl ClientLimits {
 /// On a listener; 0 in the configuration is no limit.
 fn max_connections(listener: &Listener) -> usize {
     if listener.max_connections == 0 { usize::MAX } else { listener.max_connections }
+}
+
+/// At once; 0 without TLS.
+fn max_handshakes(listener: &Listener) -> usize {
+    listener.tls.as_ref().map_or(0, |tls| tls.max_handshakes)
 }
 
 impl Clients {
@@ -132,6 +146,19 @@ impl Clients {
             open: HashMap::default(),
             rates: (rate > 0).then(|| Rates::new(rate, listener.ban_duration)),
         }
+    }
+}
+
+/// A TLS handshake that goes on; dropping it gives its place back.
+#[derive(Debug)]
+pub struct Handshaking {
+    limits: Arc<ClientLimits>,
+    listener: u16,
+}
+
+impl Drop for Handshaking {
+    fn drop(&mut self) {
+        self.limits.listeners[usize::from(self.listener)].handshakes.leave();
     }
 }
 

@@ -2,9 +2,11 @@
 
 pub(crate) mod accept;
 pub(crate) mod farewell;
+pub mod handshake;
 mod introduction;
 pub mod limits;
 pub mod preface;
 pub mod rate;
 pub mod session;
+mod socket;
 pub(crate) mod task;

@@ -9,6 +9,8 @@ use crate::backend::history::History;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
 use crate::close::ClientCloseReason;
+use crate::proxy_protocol::client_tls;
+use crate::tls::Negotiated;
 use crate::worker::buffer::OutBuf;
 use crate::worker::links::List;
 use crate::worker::queries::QueryKey;
@@ -62,8 +64,8 @@ pub struct Session {
     pub(crate) pool: u16,
     pub(crate) client: SocketAddr,
     pub(crate) local: SocketAddr,
-    /// How it came to be known, if by a PROXY header.
-    pub(crate) via: Option<Box<Via>>,
+    /// What is known of how it came.
+    pub(crate) origin: Origin,
     pub(crate) limits: Rc<Limits>,
     /// Which of the listener's limits those are.
     pub(crate) pace: Pace,
@@ -125,7 +127,7 @@ impl Session {
             pool,
             client: addresses.client,
             local: addresses.local,
-            via: None,
+            origin: Origin::default(),
             limits,
             pace: Pace::Normal,
             queries: List::default(),
@@ -155,7 +157,12 @@ impl Session {
 
     /// The TLVs of its own header.
     pub(crate) fn incoming(&self) -> &[u8] {
-        self.via.as_ref().map_or(&[], |via| &via.tlvs)
+        self.origin.via.as_ref().map_or(&[], |via| &via.tlvs)
+    }
+
+    /// What it agreed on, if it came over TLS.
+    pub(crate) fn tls(&self) -> Option<&ClientTls> {
+        self.origin.tls.as_deref()
     }
 
     /// Queries that have no answer yet.
@@ -300,6 +307,32 @@ impl Session {
             }
             _ => None,
         }
+    }
+}
+
+/// How a client came, besides by TCP.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Behind a peer that speaks for it.
+    pub via: Option<Box<Via>>,
+    /// Over TLS.
+    pub tls: Option<Box<ClientTls>>,
+}
+
+/// A client that came over TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientTls {
+    /// The name of the server that it asked for; empty if it did not say.
+    pub sni: Box<str>,
+    /// What it agreed on, as TLVs of a header.
+    pub tlvs: Box<[u8]>,
+}
+
+impl ClientTls {
+    /// With what was agreed on.
+    pub fn new(negotiated: &Negotiated) -> Self {
+        let sni = negotiated.server_name.as_deref().unwrap_or_default().into();
+        Self { sni, tlvs: client_tls::tlvs(negotiated).into_boxed_slice() }
     }
 }
 

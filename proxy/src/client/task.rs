@@ -7,15 +7,17 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use rustix::net::RecvFlags;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::farewell;
+use super::handshake::Link;
 use super::limits::Admitted;
 use super::session::{Session, SessionKey};
+use super::socket::{Now, Polled};
 use crate::clock::{self, Mono};
 use crate::close::ClientCloseReason;
 use crate::dns::frame::first_frame;
+use crate::tls::{self, Channel};
 use crate::worker::core::Core;
 use crate::worker::shell::{SCRATCH, Shell};
 
@@ -29,15 +31,17 @@ pub(crate) struct SessionTask {
     shell: Rc<Shell>,
     key: SessionKey,
     stream: Option<TcpStream>,
+    channel: Channel,
     /// What was read and not taken: part of a message, or messages that can't be taken yet.
     rest: Vec<u8>,
     admitted: Option<Admitted>,
 }
 
 impl SessionTask {
-    /// `rest` was read before the session began.
-    pub(crate) fn new(shell: Rc<Shell>, key: SessionKey, stream: TcpStream, admitted: Admitted, rest: Vec<u8>) -> Self {
-        Self { shell, key, stream: Some(stream), rest, admitted: Some(admitted) }
+    /// Of a session that begins.
+    pub(super) fn new(shell: Rc<Shell>, key: SessionKey, link: Link, admitted: Admitted) -> Self {
+        let Link { stream, channel, rest } = link;
+        Self { shell, key, stream: Some(stream), channel, rest, admitted: Some(admitted) }
     }
 
     /// Does what can be done now. `Err` is the reason to close.
@@ -108,24 +112,26 @@ impl SessionTask {
         let mut core = self.shell.core.borrow_mut();
         let Core { sessions, spares, .. } = &mut *core;
         let Some(session) = sessions.get_mut(self.key.0) else { return Ok(()) };
-        if session.out.is_empty() {
-            return Ok(());
-        }
+        let mut socket = Polled { stream, cx };
         while !session.out.is_empty() {
-            match Pin::new(&mut *stream).poll_write(cx, session.out.pending()) {
-                Poll::Pending => {
-                    session.wrote(false, now);
-                    return Ok(());
-                }
-                Poll::Ready(Ok(written)) => {
+            match self.channel.write(session.out.pending(), &mut socket) {
+                Ok(written) => {
                     session.out.advance(written, spares);
                     session.wrote(true, now);
                 }
-                Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Poll::Ready(Err(_)) => return Err(ClientCloseReason::ClientReset),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    session.wrote(false, now);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(broken(&error)),
             }
         }
-        Ok(())
+        // What TLS says for itself, new keys for instance.
+        match self.channel.flush(&mut socket) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(broken(&error)),
+            _ => Ok(()),
+        }
     }
 
     /// Closes the connection, at once or after a farewell.
@@ -137,8 +143,16 @@ impl SessionTask {
         }
         let (stream, admitted) = (self.stream.take(), self.admitted.take());
         let written = self.session(|session| session.out.is_empty()).unwrap_or(false);
-        if let (Some(stream), Some(admitted), true) = (stream, admitted, written && farewell::is_due(reason)) {
-            tokio::task::spawn_local(farewell::take_leave(Rc::clone(&self.shell), stream, admitted));
+        let (Some(stream), Some(admitted)) = (stream, admitted) else { return };
+        if written {
+            self.channel.close();
+        }
+        // At the end of a connection that TLS has broken, the alert.
+        let flushed = self.channel.flush(&mut Now(&stream));
+        if written && farewell::is_due(reason) {
+            let rest = flushed.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+            let channel = if rest { std::mem::take(&mut self.channel) } else { Channel::Plain };
+            tokio::task::spawn_local(farewell::take_leave(Rc::clone(&self.shell), stream, channel, admitted));
         }
     }
 
@@ -146,14 +160,13 @@ impl SessionTask {
         let Some(stream) = &mut self.stream else { return Ok(Poll::Pending) };
         let mut scratch = self.shell.scratch.borrow_mut();
         let kept = self.rest.len();
-        let mut room = ReadBuf::new(&mut scratch[kept..kept + SCRATCH]);
-        match Pin::new(stream).poll_read(cx, &mut room) {
-            Poll::Pending => return Ok(Poll::Pending),
-            Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
-            Poll::Ready(Err(_)) => return Err(ClientCloseReason::ClientReset),
-        }
-        let read = room.filled().len();
+        let room = &mut scratch[kept..kept + SCRATCH];
+        let read = match self.channel.read(room, &mut self.shell.cipher.borrow_mut(), &mut Polled { stream, cx }) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Poll::Pending),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
+            Err(error) => return Err(broken(&error)),
+        };
         let mut core = self.shell.core.borrow_mut();
         if read == 0 {
             core.client_finished(self.key);
@@ -168,6 +181,17 @@ impl SessionTask {
         drop(scratch);
         self.shrink();
         Ok(Poll::Ready(()))
+    }
+}
+
+/// Why a connection ends on which reading or writing fails.
+fn broken(error: &io::Error) -> ClientCloseReason {
+    match tls::fault(error) {
+        Some(fault) => {
+            tracing::debug!(%fault, "TLS");
+            ClientCloseReason::TlsError
+        }
+        None => ClientCloseReason::ClientReset,
     }
 }
 

@@ -106,6 +106,7 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
         warnings.extend(usefulness(config, index, &path));
         if let Some(proxy) = &pool.proxy_protocol {
             headers(config, proxy, &path, &mut warnings);
+            warnings.extend(unsaid(config, index, proxy, &path));
             for (index, backend) in pool.backends.iter().enumerate() {
                 let index = if pool.backends.len() == 1 { String::new() } else { format!("[{index}]") };
                 let path = format!("{path}.backend{index}");
@@ -189,6 +190,15 @@ fn headers(config: &Config, proxy: &ProxyProtocol, path: &str, warnings: &mut Ve
             ),
         );
     }
+}
+
+/// `advertise_tls`, and no client comes over TLS.
+fn unsaid(config: &Config, index: usize, proxy: &ProxyProtocol, path: &str) -> Option<Warning> {
+    let over_tls = config.listeners.iter().any(|listener| listener.pool == index && listener.tls.is_some());
+    (proxy.advertise_tls && !over_tls).then(|| Warning {
+        key: format!("{path}.proxy_protocol.advertise_tls"),
+        message: "there is nothing to say: no listener of this pool has `[listener.tls]`".to_owned(),
+    })
 }
 
 /// The header names the forwarder's own side, so all who share it must come from one address.
@@ -322,6 +332,16 @@ mod tests {
             ["key `pool.proxy_protocol.max_header`: headers may have 4KiB: PowerDNS Recursor and dnsdist refuse more \
               than 512B by default"]
         );
+    }
+
+    #[test]
+    fn tls_that_nobody_has() {
+        let warning = "key `pool.proxy_protocol.advertise_tls`: there is nothing to say: no listener of this pool has \
+                       `[listener.tls]`";
+        assert_eq!(warned("[pool.proxy_protocol]\nadvertise_tls = true\n", ROOMY), [warning]);
+        let tls = "[[listener]]\nname = \"dot\"\naddress = \"127.0.0.1:853\"\npool = \"resolvers\"\n\
+                   [listener.tls]\ncertificate = \"c\"\nkey = \"k\"\n";
+        assert_eq!(warned(&format!("[pool.proxy_protocol]\nadvertise_tls = true\n{tls}"), ROOMY), [""; 0]);
     }
 
     #[test]

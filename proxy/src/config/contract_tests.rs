@@ -132,7 +132,7 @@ fn full_without_what_is_refused() -> String {
     let mut text = String::new();
     for (index, line) in FULL.lines().enumerate() {
         // Tables of which nothing is left are refused even when they are empty.
-        let empty = ["[listener.tls]", "[pool.backend.tls]"];
+        let empty = ["[pool.backend.tls]"];
         if !refused.contains(&(index + 1)) && !empty.iter().any(|table| line.starts_with(table)) {
             text.push_str(line);
             text.push('\n');
@@ -158,8 +158,11 @@ fn the_defaults_are_those_of_the_full_file() {
     let from = vec!["127.0.0.0/8".parse().unwrap(), "::1".parse().unwrap()];
     let accept_proxy = full.listeners.first().unwrap().accept_proxy.clone();
     assert_eq!(accept_proxy, Some(AcceptProxy { from, ..AcceptProxy::default() }));
+    let tls = ListenerTls { certificate: "cert.pem".into(), key: "key.pem".into(), ..ListenerTls::default() };
+    assert_eq!(full.listeners.first().unwrap().tls, Some(tls));
     let (mut listeners, mut pools) = (full.listeners.clone(), full.pools.clone());
     listeners.first_mut().unwrap().accept_proxy = None;
+    listeners.first_mut().unwrap().tls = None;
     pools.first_mut().unwrap().proxy_protocol = None;
     assert_eq!(Config { listeners, pools, ..full }, minimal, "and a key that is left out has its default");
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{
-    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, OnFailure, OneShotClose,
-    Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
+    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, ListenerTls, OnFailure,
+    OneShotClose, Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
@@ -78,6 +78,20 @@ impl Listener {
             connection_rate_per_client: 0,
             ban_duration: Self::DEFAULT_BAN,
             accept_proxy: None,
+            tls: None,
+        }
+    }
+}
+
+impl Default for ListenerTls {
+    /// Without files, which must be given.
+    fn default() -> Self {
+        Self {
+            certificate: PathBuf::new(),
+            key: PathBuf::new(),
+            identity: None,
+            handshake_timeout: Duration::from_secs(5),
+            max_handshakes: 1000,
         }
     }
 }
@@ -85,7 +99,7 @@ impl Listener {
 impl Default for AcceptProxy {
     /// It trusts nobody: `from` must be given.
     fn default() -> Self {
-        Self { from: Vec::new(), max_header: MAX_INCOMING_HEADER, timeout: Duration::from_secs(3) }
+        Self { from: Vec::new(), max_header: MAX_INCOMING_HEADER, timeout: Duration::from_secs(3), outside_tls: true }
     }
 }
 
@@ -110,6 +124,7 @@ impl Default for ProxyProtocol {
             identity: Identity::Connection,
             max_header: MAX_HEADER,
             seal: Seal::default(),
+            advertise_tls: false,
             pass_incoming_tlvs: true,
             tlvs: TlvSet::default(),
         }

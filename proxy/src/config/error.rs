@@ -9,6 +9,7 @@ use super::network::NetworkError;
 use super::units::UnitError;
 use crate::dns::name::NameError;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
+use crate::tls::pem::PemError;
 
 /// Everything that is wrong with a configuration, in the order of the file; at least one error.
 ///
@@ -212,6 +213,9 @@ pub enum Problem {
     /// The value of a TLV.
     #[error("{0}")]
     Template(TemplateError),
+    /// A file of certificates or keys.
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// `max_header` refuses each and every header.
     #[error("the shortest header of this pool has {shortest} bytes, more than {max}: every query would fail")]
     HeaderTooLong {

@@ -1,7 +1,7 @@
 //! What a configuration will need: connections, descriptors, ports. `check-config` prints it behind the configuration.
 
 use super::check::{Limits, TIME_WAIT_SECONDS, reserve};
-use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol};
+use super::{Backend, Config, HealthMode, Listener, OneShotClose, Pool, ProxyProtocol};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -46,7 +46,17 @@ fn sharing(config: &Config, pool: &Pool) -> String {
         Class::PerClient if proxy.identity == Identity::Forwarder => ", where their TLVs are equal",
         _ => "",
     };
-    format!("keyed connections: shared by {who}{condition}")
+    let over_tls = |listener: &Listener| listener.tls.is_some() && same_pool(config, listener, pool);
+    let tls = if proxy.advertise_tls && config.listeners.iter().any(over_tls) {
+        "; not by clients that agreed on different things over TLS (`advertise_tls`)"
+    } else {
+        ""
+    };
+    format!("keyed connections: shared by {who}{condition}{tls}")
+}
+
+fn same_pool(config: &Config, listener: &Listener, pool: &Pool) -> bool {
+    config.pools.get(listener.pool).is_some_and(|of_listener| of_listener.name == pool.name)
 }
 
 fn is_owned(proxy: &ProxyProtocol) -> bool {
@@ -162,6 +172,17 @@ mod tests {
         ] {
             assert_eq!(forecast(&proxy(identity, value))[0], format!("pool \"resolvers\": {expected}"));
         }
+    }
+
+    #[test]
+    fn tls_is_part_of_what_is_shared() {
+        let tls = "[[listener]]\nname = \"dot\"\naddress = \"127.0.0.1:853\"\npool = \"resolvers\"\n\
+                   [listener.tls]\ncertificate = \"c\"\nkey = \"k\"\n";
+        let advertised = "[pool.proxy_protocol]\nidentity = \"forwarder\"\nadvertise_tls = true\n";
+        let plain = "pool \"resolvers\": keyed connections: shared by all clients";
+        assert_eq!(forecast(advertised)[0], plain);
+        let different = "; not by clients that agreed on different things over TLS (`advertise_tls`)";
+        assert_eq!(forecast(&format!("{advertised}{tls}"))[0], format!("{plain}{different}"));
     }
 
     #[test]

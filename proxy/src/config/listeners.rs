@@ -1,6 +1,7 @@
 //! `[[listener]]` and all that is in it.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::error::Problem;
@@ -8,8 +9,10 @@ use super::parse::{MAX_COUNT, MILLISECOND, Unique};
 use super::pools::{MAX_IN_FLIGHT, Pools};
 use super::section::{Section, Value};
 use super::units::MAX_SIZE;
-use super::{AcceptProxy, Listener, Network};
+use super::{AcceptProxy, Listener, ListenerTls, Network};
 use crate::proxy_protocol::{MAX_LEN, parse_v1};
+use crate::tls::pem::PemError;
+use crate::tls::server::Identity;
 
 /// The least that is kept for a client that does not read: what every answer may have (RFC 1035 section 4.2.1), bytes.
 const SHORTEST_ANSWER: usize = 512;
@@ -71,6 +74,7 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
             message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
             accept_proxy: read_accept_proxy(&section.table("accept_proxy")),
+            tls: read_tls(&section.table("tls")),
             ..default
         });
     }
@@ -88,6 +92,29 @@ fn read_accept_proxy(section: &Section<'_, '_>) -> Option<AcceptProxy> {
         from: section.required("from").and_then(|value| read_networks(&value)).unwrap_or_default(),
         max_header: max_header.unwrap_or(default.max_header),
         timeout: section.duration("timeout", default.timeout, MILLISECOND),
+        outside_tls: section.boolean("outside_tls", default.outside_tls),
+    })
+}
+
+fn read_tls(section: &Section<'_, '_>) -> Option<ListenerTls> {
+    if !section.is_present() {
+        return None;
+    }
+    let default = ListenerTls::default();
+    let named = |key| section.required(key).and_then(|value| value.string());
+    let (certificate, key) = (named("certificate"), named("key"));
+    let file = |named: Option<&str>| section.file(named?);
+    let identity = file(certificate).zip(file(key)).and_then(|(certificate, key)| {
+        let read = Identity::read(&certificate, &key);
+        let key = |error: &PemError| if error.file() == certificate { "certificate" } else { "key" };
+        read.map_err(|error| section.fail(key(&error), Problem::Pem(error))).ok()
+    });
+    Some(ListenerTls {
+        certificate: certificate.map(PathBuf::from).unwrap_or_default(),
+        key: key.map(PathBuf::from).unwrap_or_default(),
+        identity,
+        handshake_timeout: section.duration("handshake_timeout", default.handshake_timeout, MILLISECOND),
+        max_handshakes: section.integer("max_handshakes", default.max_handshakes, 1..=MAX_COUNT),
     })
 }
 

@@ -26,6 +26,8 @@ mod contract_tests;
 #[cfg(test)]
 mod error_tests;
 #[cfg(test)]
+mod listener_tls_tests;
+#[cfg(test)]
 mod random_tests;
 
 use std::net::{IpAddr, SocketAddr};
@@ -36,6 +38,7 @@ use crate::dns::name::DomainName;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::TlvSet;
+use crate::tls::server;
 
 pub use error::{ConfigError, ConfigErrors};
 pub use network::Network;
@@ -125,6 +128,23 @@ pub struct Listener {
     pub ban_duration: Duration,
     /// `[listener.accept_proxy]`; none: nobody speaks for a client.
     pub accept_proxy: Option<AcceptProxy>,
+    /// `[listener.tls]`; none: in the clear.
+    pub tls: Option<ListenerTls>,
+}
+
+/// `[listener.tls]`: DNS over TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerTls {
+    /// A file in PEM with its certificate, and those between it and an authority.
+    pub certificate: PathBuf,
+    /// A file in PEM with the key of the certificate.
+    pub key: PathBuf,
+    /// What is in these files; none while no files were read ([`from_str`]).
+    pub identity: Option<server::Identity>,
+    /// From the connection, or the PROXY header in front, to the end of the handshake.
+    pub handshake_timeout: Duration,
+    /// Handshakes at a time, on this listener.
+    pub max_handshakes: usize,
 }
 
 /// `[listener.accept_proxy]`: PROXY v1 and v2 in front of the listener.
@@ -134,8 +154,10 @@ pub struct AcceptProxy {
     pub from: Vec<Network>,
     /// A longer header is refused, bytes.
     pub max_header: usize,
-    /// From `accept(2)` to the last byte of the header.
+    /// From `accept(2)` to the last byte of the header; inside TLS, from the end of the handshake.
     pub timeout: Duration,
+    /// On a listener with TLS the header comes before the handshake, or else as the first octets inside.
+    pub outside_tls: bool,
 }
 
 impl AcceptProxy {
@@ -173,6 +195,8 @@ pub struct ProxyProtocol {
     pub max_header: usize,
     /// `crc32c` and `unique_id`: what each connection's header gets.
     pub seal: Seal,
+    /// Headers say that the client came over TLS, and what it agreed on (SSL, ALPN, AUTHORITY).
+    pub advertise_tls: bool,
     /// TLVs of the client's own header come before those below.
     pub pass_incoming_tlvs: bool,
     /// `[[pool.proxy_protocol.tlv]]`, in the order of the file.

@@ -43,14 +43,19 @@ pub fn load(path: &FilePath) -> Result<Config, ConfigErrors> {
     Text::read(path)?.parse()
 }
 
-/// Reads and checks a text. `name` is what errors call it.
+/// Reads and checks a text. `name` is what errors call it. Files that it names are not read, so that no text can make
+/// the program open one.
 ///
 /// # Errors
 ///
 /// All that is wrong with it. A text that is not TOML is not checked further.
 pub fn from_str(name: &str, text: &str) -> Result<Config, ConfigErrors> {
+    parse(name, text, None)
+}
+
+pub(super) fn parse(name: &str, text: &str, directory: Option<&FilePath>) -> Result<Config, ConfigErrors> {
     let text = without_mark(text);
-    let source = Source::new(name, text);
+    let source = Source::new(name, text).reading_from(directory);
     if text.len() as u64 > MAX_FILE {
         source.push(None, None, Problem::TooLong(MAX_FILE));
         source.result()?;

@@ -8,6 +8,7 @@ use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
 use super::section::{Section, Value};
 use super::{Backend, Health, Listener, Pool, ProxyProtocol, defaults, units};
+use crate::proxy_protocol::client_tls;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::{Context, Template, TlvSet, check_type};
@@ -115,9 +116,10 @@ fn shortest_header(proxy: &ProxyProtocol, pool: &Pool, listener: &Listener) -> u
     let only_ipv6 = proxy.identity == Identity::Forwarder && pool.backends.iter().all(|b| b.address.is_ipv6());
     let mut header = vec![0; FIXED_LEN + if only_ipv6 { IPV6_ADDRESSES } else { IPV4_ADDRESSES }];
     let client = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let context = Context { client, listener: &listener.name, question: None, incoming: &[], random: 0 };
+    let context = Context { client, listener: &listener.name, question: None, incoming: &[], sni: "", random: 0 };
     proxy.tlvs.render(&context, &mut header);
-    header.len() + proxy.seal.len()
+    let tls = if proxy.advertise_tls && listener.tls.is_some() { client_tls::SHORTEST } else { 0 };
+    header.len() + tls + proxy.seal.len()
 }
 
 fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
@@ -141,6 +143,7 @@ fn read_proxy_protocol(section: &Section<'_, '_>) -> Option<ProxyProtocol> {
             crc32c: section.boolean("crc32c", default.seal.crc32c),
             unique_id: section.boolean("unique_id", default.seal.unique_id),
         },
+        advertise_tls: section.boolean("advertise_tls", default.advertise_tls),
         pass_incoming_tlvs: section.boolean("pass_incoming_tlvs", default.pass_incoming_tlvs),
         tlvs: read_tlvs(section),
     })

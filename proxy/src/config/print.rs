@@ -100,6 +100,14 @@ fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
         out.list("from", proxy.from.iter().map(ToString::to_string));
         out.text("max_header", units::format_size(proxy.max_header));
         out.duration("timeout", proxy.timeout);
+        out.bare("outside_tls", proxy.outside_tls);
+    }
+    if let Some(tls) = &listener.tls {
+        out.heading("[listener.tls]");
+        out.text("certificate", tls.certificate.display());
+        out.text("key", tls.key.display());
+        out.duration("handshake_timeout", tls.handshake_timeout);
+        out.bare("max_handshakes", tls.max_handshakes);
     }
 }
 
@@ -136,6 +144,7 @@ fn proxy_protocol(out: &mut Writer, proxy: &ProxyProtocol) {
     out.text("max_header", units::format_size(proxy.max_header));
     out.bare("crc32c", proxy.seal.crc32c);
     out.bare("unique_id", proxy.seal.unique_id);
+    out.bare("advertise_tls", proxy.advertise_tls);
     out.bare("pass_incoming_tlvs", proxy.pass_incoming_tlvs);
     for (kind, template) in proxy.tlvs.iter() {
         out.heading("[[pool.proxy_protocol.tlv]]");

@@ -27,6 +27,7 @@ fn template() -> impl Strategy<Value = String> {
         Just("{qname_label:127}".to_owned()),
         Just("{qtype}".to_owned()),
         Just("{uuid}".to_owned()),
+        Just("{sni}".to_owned()),
         Just("{edns:65001}".to_owned()),
         any::<u8>().prop_map(|kind| format!("{{incoming:{kind:#04X}}}")),
         Just("{{}}".to_owned()),
@@ -54,14 +55,15 @@ prop_compose! {
         identity in identity(),
         max_header in 4096..=65_551usize,
         (crc32c, unique_id) in any::<(bool, bool)>(),
-        pass_incoming_tlvs in any::<bool>(),
+        (pass_incoming_tlvs, advertise_tls) in any::<(bool, bool)>(),
         tlvs in prop::collection::vec((0xe0..=0xefu8, template()), 0..4),
     ) -> ProxyProtocol {
         let mut set = TlvSet::default();
         for (kind, template) in tlvs {
             set.push(kind, template.parse().unwrap()).unwrap();
         }
-        ProxyProtocol { identity, max_header, seal: Seal { crc32c, unique_id }, pass_incoming_tlvs, tlvs: set }
+        let seal = Seal { crc32c, unique_id };
+        ProxyProtocol { identity, max_header, seal, advertise_tls, pass_incoming_tlvs, tlvs: set }
     }
 }
 
@@ -134,8 +136,20 @@ prop_compose! {
         from in prop::collection::hash_set(network(), 1..4),
         max_header in 107..=65_551usize,
         timeout in duration(1),
+        outside_tls in any::<bool>(),
     ) -> AcceptProxy {
-        AcceptProxy { from: from.into_iter().collect(), max_header, timeout }
+        AcceptProxy { from: from.into_iter().collect(), max_header, timeout, outside_tls }
+    }
+}
+
+prop_compose! {
+    fn tls()(
+        files in ("[^\u{0}]{1,26}", "[^\u{0}]{1,26}"),
+        handshake_timeout in duration(1),
+        max_handshakes in 1..=100_000usize,
+    ) -> ListenerTls {
+        let (certificate, key) = (files.0.into(), files.1.into());
+        ListenerTls { certificate, key, identity: None, handshake_timeout, max_handshakes }
     }
 }
 
@@ -148,6 +162,7 @@ prop_compose! {
         limits in (1..=32u8, 1..=128u8, any::<u32>(), 0..=1_000_000u32),
         timeouts in (duration(1), duration(1), duration(1), duration(0), duration(0)),
         accept_proxy in prop::option::of(accept_proxy()),
+        tls in prop::option::of(tls()),
     ) -> Listener {
         let [a, b, c] = address;
         Listener {
@@ -165,6 +180,7 @@ prop_compose! {
             message_timeout: timeouts.1,
             write_timeout: timeouts.2,
             accept_proxy,
+            tls,
             ..Listener::new("", SocketAddr::from(([127, a, b, c], port)), pool)
         }
     }

@@ -95,10 +95,9 @@ const LISTENER: &[Key] = &[
     table("tls", LISTENER_TLS),
 ];
 
-const ACCEPT_PROXY: &[Key] = &[works("from"), works("max_header"), works("timeout"), not_yet("outside_tls")];
+const ACCEPT_PROXY: &[Key] = &[works("from"), works("max_header"), works("timeout"), works("outside_tls")];
 
-const LISTENER_TLS: &[Key] =
-    &[not_yet("certificate"), not_yet("key"), not_yet("handshake_timeout"), not_yet("max_handshakes")];
+const LISTENER_TLS: &[Key] = &[works("certificate"), works("key"), works("handshake_timeout"), works("max_handshakes")];
 
 const POOL: &[Key] = &[
     works("name"),
@@ -117,7 +116,7 @@ const PROXY_PROTOCOL: &[Key] = &[
     works("max_header"),
     works("crc32c"),
     works("unique_id"),
-    not_yet("advertise_tls"),
+    works("advertise_tls"),
     works("pass_incoming_tlvs"),
     tables("tlv", TLV),
 ];

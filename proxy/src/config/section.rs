@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -69,6 +70,11 @@ impl<'a, 'i> Section<'a, 'i> {
             self.fail(key, Problem::Missing);
         }
         self.value(key)
+    }
+
+    /// Where a file is that a value names; none if no files are read.
+    pub(super) fn file(&self, named: &str) -> Option<PathBuf> {
+        self.source.file(named)
     }
 
     /// Reports a problem of a key: at its value, or at the head of the table if the key is not given.

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::path::{self, PathBuf};
 
 use super::error::{ConfigError, ConfigErrors, Position, Problem};
 
@@ -9,13 +10,25 @@ use super::error::{ConfigError, ConfigErrors, Position, Problem};
 pub(super) struct Source<'t> {
     name: &'t str,
     text: &'t str,
+    /// Where the files are that it names by relative paths; none: such files are not read.
+    directory: Option<&'t path::Path>,
     errors: RefCell<Vec<ConfigError>>,
 }
 
 impl<'t> Source<'t> {
     /// `name` is what errors call it.
     pub(super) fn new(name: &'t str, text: &'t str) -> Self {
-        Self { name, text, errors: RefCell::new(Vec::new()) }
+        Self { name, text, directory: None, errors: RefCell::new(Vec::new()) }
+    }
+
+    /// From now on the files that it names are read; relative paths begin at this directory.
+    pub(super) fn reading_from(self, directory: Option<&'t path::Path>) -> Self {
+        Self { directory, ..self }
+    }
+
+    /// Where a file is that it names; none if no files are read.
+    pub(super) fn file(&self, named: &str) -> Option<PathBuf> {
+        Some(self.directory?.join(named))
     }
 
     /// Adds an error of a key at an offset in bytes.

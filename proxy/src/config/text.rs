@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use toml::de::DeTable;
 
+use super::Config;
 use super::error::{ConfigErrors, Problem};
+use super::parse::parse;
 use super::section::Section;
 use super::source::Source;
-use super::{Config, from_str};
 
 /// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
 /// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
@@ -20,6 +21,8 @@ pub(super) const MAX_FILE: u64 = 1 << 20;
 pub struct Text {
     name: String,
     text: String,
+    /// Where the files are that it names by relative paths.
+    directory: PathBuf,
 }
 
 /// Where something is, by the tables and keys of the format.
@@ -50,6 +53,7 @@ impl Text {
     /// It cannot be read, or is not UTF-8; then all else that is wrong before that is not looked for.
     pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
         let name = path.display().to_string();
+        let directory = path.parent().unwrap_or(Path::new("")).to_owned();
         let mut bytes = Vec::new();
         if let Err(error) = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)) {
             let source = Source::new(&name, "");
@@ -57,14 +61,14 @@ impl Text {
             source.result()?;
         }
         match String::from_utf8(bytes) {
-            Ok(text) => Ok(Self { name, text }),
+            Ok(text) => Ok(Self { name, text, directory }),
             Err(error) => {
                 let valid = error.utf8_error().valid_up_to();
                 let text = String::from_utf8_lossy(error.as_bytes().get(..valid).unwrap_or_default()).into_owned();
                 let source = Source::new(&name, &text);
                 source.push(Some(text.len()), None, Problem::NotUtf8);
                 source.result()?;
-                Ok(Self { name, text })
+                Ok(Self { name, text, directory })
             }
         }
     }
@@ -74,7 +78,7 @@ impl Text {
     /// # Errors
     /// All that is wrong with it.
     pub fn parse(&self) -> Result<Config, ConfigErrors> {
-        from_str(&self.name, &self.text)
+        parse(&self.name, &self.text, Some(&self.directory))
     }
 
     /// Says of each of these problems where it is.
@@ -112,7 +116,7 @@ mod tests {
     #[test]
     fn a_problem_is_said_with_its_place() {
         let text = "\u{feff}[server]\nworkers = 2\n[[listener]]\nname = \"a\"\n[[listener]]\nname = \"b\"\n";
-        let text = Text { name: "f.toml".to_owned(), text: text.to_owned() };
+        let text = Text { name: "f.toml".to_owned(), text: text.to_owned(), directory: PathBuf::new() };
         let said = |place| text.refuse([(place, Problem::Missing)]).map_err(|errors| errors.to_string());
         for (place, expected) in [
             (Place::Key { table: "server", key: "workers" }, "f.toml:2:11: key `server.workers`: is missing"),

@@ -221,6 +221,7 @@ pub fn template(bytes: &[u8]) {
         listener: "dns",
         question,
         incoming: b"\xe1\0\x01x",
+        sni: if client[3] == 1 { "dns.example" } else { "" },
         random,
     };
     let render = |context| {

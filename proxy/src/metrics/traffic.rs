@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use super::encode::{Durations, Families};
+use crate::client::handshake::{HandshakeFailure, SessionKind};
 use crate::clock;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::distinct::estimate;
@@ -22,6 +23,7 @@ pub(super) struct Traffic<'a> {
 impl Traffic<'_> {
     pub(super) fn encode(&self, families: &mut Families<'_>) -> fmt::Result {
         self.clients(families)?;
+        self.tls(families)?;
         self.queries(families)?;
         self.connections(families)?;
         self.backends(families)?;
@@ -93,6 +95,35 @@ impl Traffic<'_> {
                 Refusal::ALL.into_iter().map(move |refusal| {
                     let labels = [("listener", name), ("reason", refusal.label())];
                     (labels, self.listener(i, |l| &l.refused[refusal as usize]))
+                })
+            }),
+        )
+    }
+
+    /// What clients agreed on with listeners that have TLS.
+    fn tls(&self, families: &mut Families<'_>) -> fmt::Result {
+        let listeners = || {
+            let with_tls = |(i, _): &(usize, &str)| self.observed.config.listeners[*i].tls.is_some();
+            self.listeners().filter(with_tls)
+        };
+        families.counters(
+            "tls_sessions",
+            "TLS sessions of clients, by version, new or resumed",
+            listeners().flat_map(|(i, name)| {
+                SessionKind::ALL.into_iter().map(move |kind| {
+                    let session = if kind.resumed { "resumed" } else { "new" };
+                    let labels = [("listener", name), ("version", kind.version.label()), ("session", session)];
+                    (labels, self.listener(i, |l| &l.tls_sessions[kind.index()]))
+                })
+            }),
+        )?;
+        families.counters(
+            "tls_handshake_failures",
+            "TLS handshakes of clients that did not come to their end, by reason",
+            listeners().flat_map(|(i, name)| {
+                HandshakeFailure::ALL.into_iter().map(move |failure| {
+                    let labels = [("listener", name), ("reason", failure.label())];
+                    (labels, self.listener(i, |l| &l.tls_failures[failure as usize]))
                 })
             }),
         )

@@ -6,6 +6,7 @@
 //! [`parse`] reads headers of version 2, with the `ppp` crate, and [`parse_v1`] those of version 1. [`tlv`] walks TLVs
 //! as they were received.
 
+pub mod client_tls;
 mod crc32c;
 pub mod encode;
 pub mod identity;
@@ -35,6 +36,10 @@ pub const TLV_OVERHEAD: usize = 3;
 
 /// Types of TLVs (section 2.2).
 pub mod tlv_type {
+    /// The application protocol of the client's connection.
+    pub const ALPN: u8 = 0x01;
+    /// The name of the server that the client asked for.
+    pub const AUTHORITY: u8 = 0x02;
     /// CRC32C of the whole header.
     pub const CRC32C: u8 = 0x03;
     /// Padding, to be ignored.
@@ -43,6 +48,10 @@ pub mod tlv_type {
     pub const UNIQUE_ID: u8 = 0x05;
     /// TLS parameters of the client's connection.
     pub const SSL: u8 = 0x20;
+    /// Inside SSL: the version.
+    pub const SSL_VERSION: u8 = 0x21;
+    /// Inside SSL: the cipher suite.
+    pub const SSL_CIPHER: u8 = 0x23;
     /// First of the types for private use, up to 0xEF.
     pub const CUSTOM_MIN: u8 = 0xe0;
     /// First of the types reserved for later versions, up to 0xFF.

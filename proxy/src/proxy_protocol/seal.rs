@@ -78,7 +78,7 @@ mod tests {
     fn header(set: &TlvSet, incoming: &[u8]) -> Vec<u8> {
         let mut out = b"before".to_vec();
         let client = "192.0.2.1:4000".parse().unwrap();
-        let context = Context { client, listener: "dns", question: None, incoming: &[], random: 0 };
+        let context = Context { client, listener: "dns", question: None, incoming: &[], sni: "", random: 0 };
         let writer = HeaderWriter::proxy(&mut out, client, "[2001:db8::1]:53".parse().unwrap());
         writer.raw_tlvs(incoming).tlvs(set, &context).finish(512).unwrap();
         out

@@ -15,9 +15,6 @@ use super::{FIXED_LEN, IPV4_ADDRESSES, IPV6_ADDRESSES, TLV_OVERHEAD, tlv, tlv_ty
 use crate::dns::message::Question;
 use crate::dns::rtype;
 
-/// Fields that the configuration format has and that a later version will fill in.
-const LATER: &[&str] = &["sni"];
-
 /// What a value depends on, from what changes least to what changes most. A set is of its worst member's class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
@@ -42,6 +39,8 @@ pub struct Context<'a> {
     pub question: Option<Question<'a>>,
     /// The TLVs of the client's own header, as a header holds them.
     pub incoming: &'a [u8],
+    /// The name that the client asked for by SNI; empty without TLS, and if it did not say.
+    pub sni: &'a str,
     /// 128 random bits for `{uuid}`, new for each query. Read only by templates of [`Class::Unique`].
     pub random: u128,
 }
@@ -63,6 +62,7 @@ enum Part {
     Qtype,
     Edns(u16),
     Incoming(u8),
+    Sni,
     Uuid,
     UniqueId,
 }
@@ -89,7 +89,7 @@ pub enum TemplateErrorKind {
     /// A field that nobody knows.
     #[error(
         "there is no field {{{0}}}; the fields are client_ip, client_port, listener, qname, qname_label:N, qtype, \
-         edns:N, incoming:TYPE, uuid and unique_id"
+         edns:N, incoming:TYPE, sni, uuid and unique_id"
     )]
     Unknown(String),
     /// `{edns:N}` without the code of an option, 0 to 65535.
@@ -98,9 +98,6 @@ pub enum TemplateErrorKind {
     /// `{unique_id}` beside something else.
     #[error("{{unique_id}} must be the whole value: it is filled in when a connection is opened")]
     NotAlone,
-    /// A field of the configuration format that does not work yet.
-    #[error("the field {{{0}}} is not supported yet")]
-    NotSupportedYet(String),
     /// `{qname_label:N}` without a number from 1 to 127, as many labels as a name can have.
     #[error("{{qname_label:N}} needs a number from 1 (the leftmost label) to 127, not {0:?}")]
     Label(String),
@@ -201,6 +198,7 @@ fn parse_field(field: &str) -> Result<Part, TemplateErrorKind> {
         "listener" => Part::Listener,
         "qname" => Part::Qname,
         "qtype" => Part::Qtype,
+        "sni" => Part::Sni,
         "uuid" => Part::Uuid,
         "unique_id" => Part::UniqueId,
         "edns" => {
@@ -221,7 +219,6 @@ fn parse_field(field: &str) -> Result<Part, TemplateErrorKind> {
                 .map(Part::Incoming)
                 .ok_or_else(|| TemplateErrorKind::Incoming(argument.to_owned()));
         }
-        _ if LATER.contains(&name) => return Err(TemplateErrorKind::NotSupportedYet(field.to_owned())),
         _ => return Err(TemplateErrorKind::Unknown(field.to_owned())),
     };
     if argument.is_some() { Err(TemplateErrorKind::Argument(name.to_owned())) } else { Ok(part) }
@@ -263,7 +260,7 @@ impl Part {
         match self {
             // The same for all who share a connection: it is not part of what decides that.
             Self::Bytes(_) | Self::Listener | Self::UniqueId => Class::Static,
-            Self::ClientIp | Self::ClientPort | Self::Incoming(_) => Class::PerClient,
+            Self::ClientIp | Self::ClientPort | Self::Incoming(_) | Self::Sni => Class::PerClient,
             Self::Qname | Self::QnameLabel(_) | Self::Qtype | Self::Edns(_) => Class::PerQuery,
             Self::Uuid => Class::Unique,
         }
@@ -295,6 +292,7 @@ impl Part {
                 let found = tlv::iter(context.incoming).find(|(of, _)| of == kind);
                 out.extend_from_slice(found.map_or(&[], |(_, value)| value));
             }
+            Self::Sni => out.extend_from_slice(context.sni.as_bytes()),
             Self::Edns(code) => {
                 let value = context.question.as_ref().and_then(|question| question.edns_option(*code));
                 out.extend_from_slice(value.unwrap_or_default());
@@ -445,6 +443,7 @@ impl fmt::Display for Part {
             Self::Qtype => f.write_str("{qtype}"),
             Self::Incoming(kind) => write!(f, "{{incoming:{kind:#04X}}}"),
             Self::Edns(code) => write!(f, "{{edns:{code}}}"),
+            Self::Sni => f.write_str("{sni}"),
             Self::Uuid => f.write_str("{uuid}"),
             Self::UniqueId => f.write_str("{unique_id}"),
         }

@@ -13,6 +13,7 @@ fn context() -> Context<'static> {
         listener: "dns",
         question: first_question(QUERY).and_then(Result::ok),
         incoming: b"\xe0\0\x03one\xe1\0\x02in\xe1\0\x05later",
+        sni: "dns.example",
         random: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
     }
 }
@@ -83,7 +84,7 @@ fn errors_say_where() {
         assert_eq!(error(&format!("{{incoming:{argument}}}")), (1, Incoming(argument.to_owned())));
     }
     assert_eq!(error("{incoming}"), (1, Incoming(String::new())));
-    assert_eq!(error("-{sni}"), (2, NotSupportedYet("sni".to_owned())));
+    assert_eq!(error("-{sni:1}"), (2, Argument("sni".to_owned())));
     for number in ["", "0", "128", "+1", "x", "99999999999999999999"] {
         assert_eq!(error(&format!("{{qname_label:{number}}}")), (1, Label(number.to_owned())));
     }
@@ -93,7 +94,7 @@ fn errors_say_where() {
 #[test]
 fn messages_can_be_understood() {
     let message = |text: &str| text.parse::<Template>().expect_err(text).to_string();
-    assert_eq!(message("x{sni}"), "the field {sni} is not supported yet (at character 2)");
+    assert_eq!(message("x{sni:a}"), "the field {sni} takes no argument (at character 2)");
     assert_eq!(message("{a"), "this field has no closing brace; a brace itself is written {{ (at character 1)");
 }
 

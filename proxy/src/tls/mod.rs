@@ -23,8 +23,9 @@ use std::sync::{Arc, OnceLock};
 use rustls::crypto::CryptoProvider;
 
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 pub mod pem;
+pub mod server;
 pub mod stream;
 
 pub use stream::{Negotiated, TlsFault, TlsStream, Version, fault};

@@ -54,6 +54,20 @@ pub enum PemError {
     },
 }
 
+impl PemError {
+    /// The file that is to blame: where two do not fit, the key's.
+    pub fn file(&self) -> &Path {
+        match self {
+            Self::Unreadable { file, .. }
+            | Self::TooLong(file)
+            | Self::Malformed { file, .. }
+            | Self::NoCertificate(file)
+            | Self::NoKey(file)
+            | Self::Unfit { key: file, .. } => file,
+        }
+    }
+}
+
 /// All certificates of a file, in order.
 ///
 /// # Errors

@@ -20,7 +20,7 @@ use crate::backend::choose::Chooser;
 use crate::backend::pool::{ConnKey, Pool};
 use crate::backend::wait::WaitQueue;
 use crate::client::preface;
-use crate::client::session::{Addresses, Pace, Session, SessionKey, Via};
+use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
@@ -128,12 +128,12 @@ impl Core {
         }
     }
 
-    /// A client connection was accepted; `via` is the peer that speaks for the client, if one does.
+    /// A client connection was accepted.
     pub(crate) fn session_opened(
         &mut self,
         listener: u16,
         addresses: Addresses,
-        via: Option<Box<Via>>,
+        origin: Origin,
         pace: Pace,
         now: Mono,
     ) -> SessionKey {
@@ -141,10 +141,10 @@ impl Core {
         let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
         let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits(pace), now);
         session.pace = pace;
-        if let Some(via) = via {
+        if let Some(via) = &origin.via {
             tracing::debug!(session = serial, client = %session.client, peer = %via.peer, "client behind PROXY");
-            session.via = Some(via);
         }
+        session.origin = origin;
         tracing::debug!(session = serial, client = %session.client, listener = plan.name, "client connection opened");
         let key = SessionKey(self.sessions.insert(session));
         let stats = &self.stats.listeners[usize::from(listener)];

@@ -45,6 +45,7 @@ use crate::config::Config;
 use crate::control::{Control, Controls};
 use crate::ledger::ShardWriter;
 use crate::stats::WorkerStats;
+use crate::tls::server::ServerTls;
 
 /// How often a worker shows that it runs.
 pub const HEARTBEAT: Duration = Duration::from_millis(250);
@@ -64,6 +65,8 @@ pub struct Worker {
     pub shared: Arc<Shared>,
     /// The limits on clients.
     pub limits: Arc<ClientLimits>,
+    /// TLS towards clients.
+    pub tls: Arc<ServerTls>,
     /// Its counters.
     pub stats: Arc<WorkerStats>,
     /// Requests to it.
@@ -93,7 +96,8 @@ impl Worker {
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
         for Accepting { listener, socket, inherited } in self.listeners {
-            let door = Rc::new(Door { shell: Rc::clone(&shell), index: listener, limits: Arc::clone(&self.limits) });
+            let (limits, tls) = (Arc::clone(&self.limits), Arc::clone(&self.tls));
+            let door = Rc::new(Door { shell: Rc::clone(&shell), index: listener, limits, tls });
             let listener = tokio::net::TcpListener::from_std(socket)?;
             let acceptor = Acceptor { listener, leaves_queue: inherited, door };
             tokio::task::spawn_local(acceptor.run(stopped.clone()));

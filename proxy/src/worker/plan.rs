@@ -97,6 +97,8 @@ pub(crate) struct ProxyPlan {
     pub(crate) max_header: usize,
     /// What each connection's header gets beside what decides who shares it.
     pub(crate) seal: Seal,
+    /// TLVs say what the client agreed on that came over TLS.
+    pub(crate) advertise_tls: bool,
     /// TLVs of the client's own header are passed on.
     pub(crate) pass_incoming: bool,
     /// The connection ends with the client's.
@@ -205,6 +207,7 @@ impl ProxyPlan {
             // The rest is the seal's.
             max_header: proxy.max_header.saturating_sub(proxy.seal.len()),
             seal: proxy.seal,
+            advertise_tls: proxy.advertise_tls,
             pass_incoming: proxy.pass_incoming_tlvs,
             owned: proxy.identity.is_per_connection() || proxy.tlvs.is_per_connection(),
             per_query: class >= Class::PerQuery,

@@ -163,10 +163,19 @@ impl Core {
         let (source, destination) = proxy.identity.endpoints(session.client, local, own_side);
         let random = if proxy.unique { self.random.u128(..) } else { 0 };
         let incoming = session.incoming();
-        let context = Context { client: session.client, listener: &listener.name, question, incoming, random };
+        let (client, tls) = (session.client, session.tls());
+        let sni = tls.map_or("", |tls| &*tls.sni);
+        let context = Context { client, listener: &listener.name, question, incoming, sni, random };
         let mut header = HeaderWriter::proxy(&mut self.header, source, destination);
         if proxy.pass_incoming {
             for tlv in tlv::passable(incoming, proxy.owned && !proxy.seal.unique_id) {
+                header = header.raw_tlvs(tlv);
+            }
+        }
+        if let Some(tls) = tls.filter(|_| proxy.advertise_tls) {
+            // Who speaks for the client knows better how it came.
+            let said = |kind: u8| proxy.pass_incoming && tlv::iter(incoming).any(|(of, _)| of == kind);
+            for tlv in tlv::passable(&tls.tlvs, true).filter(|tlv| !tlv.first().copied().is_some_and(said)) {
                 header = header.raw_tlvs(tlv);
             }
         }

@@ -20,6 +20,7 @@ use crate::clock::Mono;
 use crate::control::{Control, Controls};
 use crate::ledger::{RowId, ShardWriter};
 use crate::stats::WorkerStats;
+use crate::tls::CIPHER;
 
 /// Octets read at once.
 pub(crate) const SCRATCH: usize = 64 * 1024;
@@ -35,6 +36,8 @@ pub(crate) struct Shell {
     pub(crate) stats: Arc<WorkerStats>,
     pub(crate) ledger: ShardWriter,
     pub(crate) scratch: RefCell<Box<[u8]>>,
+    /// What comes over TLS, before it is decrypted into `scratch`.
+    pub(crate) cipher: RefCell<Box<[u8]>>,
     /// Woken when a deadline is armed that is earlier than the housekeeper's.
     pub(crate) nudge: Notify,
     pub(crate) sleeps_until: Cell<Mono>,
@@ -74,6 +77,7 @@ impl Shell {
             stats,
             ledger,
             scratch: RefCell::new(vec![0; SCRATCH + LONGEST_REST].into_boxed_slice()),
+            cipher: RefCell::new(vec![0; CIPHER].into_boxed_slice()),
             nudge: Notify::new(),
             sleeps_until: Cell::new(Mono::ZERO),
             index,

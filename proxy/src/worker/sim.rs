@@ -13,7 +13,7 @@ use super::answer::Partial;
 use super::core::{Core, Shared};
 use super::plan::Plan;
 use crate::backend::pool::{ConnKey, Phase};
-use crate::client::session::{Addresses, Pace, SessionKey};
+use crate::client::session::{Addresses, Origin, Pace, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason};
 use crate::config::{self, Config, Numbers};
@@ -137,7 +137,7 @@ impl Sim {
     pub(crate) fn connect_client(&mut self, address: &str) -> SessionKey {
         let addresses =
             Addresses { client: address.parse().expect("an address"), local: SocketAddr::from(([127, 0, 0, 1], 53)) };
-        let key = self.core.session_opened(0, addresses, None, Pace::Normal, self.now);
+        let key = self.core.session_opened(0, addresses, Origin::default(), Pace::Normal, self.now);
         self.clients.insert(key, Client::default());
         key
     }

@@ -1,0 +1,66 @@
+//! What can be wrong with `[listener.tls]`, and with the files that it names.
+
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use super::contract_tests::MINIMAL;
+use super::{from_str, load};
+use crate::tls::fixture::{Pair, pair};
+
+fn errors(text: &str) -> String {
+    from_str("f.toml", text).unwrap_err().to_string()
+}
+
+/// The errors of these keys of `[listener.tls]`, from line 6.
+fn tls(keys: &str) -> String {
+    let (listener, rest) = MINIMAL.split_once("\n[[pool]]").unwrap();
+    errors(&format!("{listener}[listener.tls]\n{keys}\n[[pool]]{rest}"))
+}
+
+#[test]
+fn tls_towards_clients() {
+    assert_eq!(
+        tls("handshake_timeout = \"0s\"\nmax_handshakes = 0"),
+        "f.toml:6:1: key `listener.tls.certificate`: is missing\n\
+         f.toml:6:1: key `listener.tls.key`: is missing\n\
+         f.toml:7:21: key `listener.tls.handshake_timeout`: must be from \"1ms\" to \"8760h\"\n\
+         f.toml:8:18: key `listener.tls.max_handshakes`: must be from 1 to 1048576"
+    );
+    assert_eq!(
+        errors(&format!("{MINIMAL}[pool.proxy_protocol]\nadvertise_tls = 1")),
+        "f.toml:14:17: key `pool.proxy_protocol.advertise_tls`: expected true or false, found integer"
+    );
+}
+
+/// Files are looked for where the configuration is; what is wrong with them is said at the key that names them.
+#[test]
+fn files_of_certificates() {
+    let directory = std::env::temp_dir().join(format!("counterfoil-identity-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
+    let (listener, rest) = MINIMAL.split_once("\n[[pool]]").unwrap();
+    write("f.toml", &format!("{listener}[listener.tls]\ncertificate = \"c.pem\"\nkey = \"k.pem\"\n[[pool]]{rest}"));
+    let file = directory.join("f.toml");
+    let said = || load(&file).unwrap_err().to_string();
+    let place = directory.display();
+    let certificate = format!("{place}/f.toml:7:15: key `listener.tls.certificate`: {place}/c.pem");
+    let key = format!("{place}/f.toml:8:7: key `listener.tls.key`: {place}/k.pem");
+    assert_eq!(said(), format!("{certificate} cannot be read: No such file or directory (os error 2)"));
+    let Pair { certificate: first, key: first_key } = pair("dns.example");
+    write("c.pem", &first);
+    assert_eq!(said(), format!("{key} cannot be read: No such file or directory (os error 2)"));
+    write("k.pem", &first);
+    assert_eq!(said(), format!("{key} holds no private key; one with a password cannot be read"));
+    let second = pair("dns.example");
+    write("k.pem", &second.key);
+    let unfit = format!("{place}/f.toml:8:7: key `listener.tls.key`: {place}/c.pem and {place}/k.pem: the key is not");
+    assert!(said().starts_with(&unfit), "{}", said());
+    write("k.pem", &first_key);
+    let config = load(&file).unwrap();
+    write("c.pem", &second.certificate);
+    write("k.pem", &second.key);
+    let renewed = load(&file).unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+    assert_eq!(config.listeners[0].tls.as_ref().unwrap().certificate.to_str(), Some("c.pem"), "printed as written");
+    assert_ne!(config, renewed, "the files are the same, what is in them is not");
+    assert!(crate::tls::server::ServerTls::new(&renewed).unwrap().greeting(0).is_some());
+}
