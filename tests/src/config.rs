@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
+use crate::certificates::Certificate;
+
 /// What the keys of `[pool.backend.health]` begin with.
 const HEALTH: &str = "health.";
 
@@ -24,8 +26,8 @@ impl Config {
         Self::default().set("server", "workers", "1").backend(backend, &[])
     }
 
-    /// Sets a key of a section that exists once: `server`, `overload`, `listener`, `listener.accept_proxy`, `pool`,
-    /// `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
+    /// Sets a key of a section that exists once: `server`, `overload`, `listener`, `listener.accept_proxy`, `listener.tls`,
+    /// `pool`, `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
     #[must_use]
     pub fn set(mut self, section: &'static str, key: &str, value: impl ToString) -> Self {
         let at = self.sections.iter().position(|(name, _)| *name == section).unwrap_or_else(|| {
@@ -42,6 +44,16 @@ impl Config {
     #[must_use]
     pub fn accept_proxy(self, from: &[&str]) -> Self {
         self.set("listener.accept_proxy", "from", format!("{from:?}"))
+    }
+
+    /// The listener speaks TLS, with this certificate.
+    #[must_use]
+    pub fn tls(self, certificate: &Certificate) -> Self {
+        self.set("listener.tls", "certificate", format!("{:?}", certificate.certificate)).set(
+            "listener.tls",
+            "key",
+            format!("{:?}", certificate.key),
+        )
     }
 
     /// Listens there instead of on a free port of 127.0.0.1.
@@ -109,6 +121,9 @@ impl Config {
         self.section(&mut text, "[[listener]]", "listener", &listener);
         if self.sections.iter().any(|(name, _)| *name == "listener.accept_proxy") {
             self.section(&mut text, "[listener.accept_proxy]", "listener.accept_proxy", &[]);
+        }
+        if self.sections.iter().any(|(name, _)| *name == "listener.tls") {
+            self.section(&mut text, "[listener.tls]", "listener.tls", &[]);
         }
         self.section(&mut text, "[[pool]]", "pool", &[("name", "\"resolvers\"")]);
         if self.proxy {

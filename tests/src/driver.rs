@@ -2,17 +2,18 @@
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
+pub use self::tls::{Tls, Wire};
 use crate::message::{self, qtype, rcode};
 
 /// One client connection.
 #[derive(Debug)]
 pub struct Client {
-    stream: TcpStream,
+    wire: Wire,
     received: Vec<u8>,
 }
 
@@ -21,8 +22,10 @@ pub struct Client {
 pub enum Received {
     /// One whole message, without its length prefix.
     Message(Vec<u8>),
-    /// The server ended the connection in order (FIN).
+    /// The server ended the connection in order (FIN; over TLS with close_notify).
     Closed,
+    /// The server ended a TLS connection without close_notify.
+    Cut,
     /// The server reset the connection.
     Reset,
     /// Nothing whole came in time.
@@ -64,7 +67,7 @@ impl Client {
         }
         socket.connect_timeout(&server.into(), Duration::from_secs(5))?;
         socket.set_tcp_nodelay(true)?;
-        Ok(Self { stream: socket.into(), received: Vec::new() })
+        Ok(Self { wire: Wire::Plain(socket.into()), received: Vec::new() })
     }
 
     /// Own address and port.
@@ -72,7 +75,7 @@ impl Client {
     /// # Panics
     /// If the socket has none.
     pub fn local_addr(&self) -> SocketAddr {
-        self.stream.local_addr().expect("a connected socket has an address")
+        self.wire.tcp().local_addr().expect("a connected socket has an address")
     }
 
     /// Sends octets as they are.
@@ -80,7 +83,41 @@ impl Client {
     /// # Errors
     /// The kernel's, such as a reset by the server.
     pub fn send_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.stream.write_all(bytes)
+        self.wire.write_all(bytes)
+    }
+
+    /// Connects and shakes hands.
+    ///
+    /// # Panics
+    /// If the connection is refused, or the handshake fails.
+    #[track_caller]
+    pub fn connect_tls(server: SocketAddr, source: Option<IpAddr>, tls: &Tls) -> Self {
+        let client = Self::connect(server, source).over_tls(tls);
+        client.unwrap_or_else(|e| panic!("no TLS with {server}: {e}"))
+    }
+
+    /// Shakes hands on a connection on which nothing was read yet.
+    ///
+    /// # Errors
+    /// The server closes, or rustls's error, in which an alert of the server is.
+    ///
+    /// # Panics
+    /// If that has been done already.
+    pub fn over_tls(self, tls: &Tls) -> std::io::Result<Self> {
+        let Wire::Plain(stream) = self.wire else { panic!("TLS in TLS") };
+        Ok(Self { wire: Wire::shake_hands(stream, tls)?, received: self.received })
+    }
+
+    /// What the handshake has come to.
+    ///
+    /// # Panics
+    /// Without TLS.
+    #[track_caller]
+    pub fn tls(&mut self) -> &mut rustls::ClientConnection {
+        match &mut self.wire {
+            Wire::Tls(tls) => &mut tls.conn,
+            Wire::Plain(_) => panic!("no TLS"),
+        }
     }
 
     /// Sends one query with its length prefix, in one write.
@@ -130,15 +167,16 @@ impl Client {
             if left.is_zero() {
                 return Received::Nothing;
             }
-            self.stream.set_read_timeout(Some(left)).expect("a timeout that is not zero");
+            self.wire.tcp().set_read_timeout(Some(left)).expect("a timeout that is not zero");
             let mut buffer = [0; 65536];
-            match self.stream.read(&mut buffer) {
+            match self.wire.read(&mut buffer) {
                 Ok(0) => return Received::Closed,
                 Ok(n) => self.received.extend_from_slice(&buffer[..n]),
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
                 Err(e) if matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
                     return Received::Reset;
                 }
+                Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Received::Cut,
                 Err(e) => panic!("reading from the server: {e}"),
             }
         }
@@ -151,11 +189,40 @@ impl Client {
     #[track_caller]
     pub fn read_once(&mut self, timeout: Duration) -> Vec<u8> {
         assert!(self.received.is_empty(), "octets that were read before");
-        self.stream.set_read_timeout(Some(timeout)).expect("a timeout that is not zero");
+        self.wire.tcp().set_read_timeout(Some(timeout)).expect("a timeout that is not zero");
         let mut buffer = vec![0; 1 << 17];
-        let read = self.stream.read(&mut buffer).unwrap_or_else(|e| panic!("reading from the server: {e}"));
+        let read = self.wire.read(&mut buffer).unwrap_or_else(|e| panic!("reading from the server: {e}"));
         buffer.truncate(read);
         buffer
+    }
+
+    /// Reads these octets, which need not be a message.
+    ///
+    /// # Panics
+    /// If others come, or none within 10 s.
+    #[track_caller]
+    pub fn expect_raw(&mut self, octets: &[u8]) {
+        self.wire.tcp().set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout that is not zero");
+        let mut came = vec![0; octets.len()];
+        self.wire.read_exact(&mut came).unwrap_or_else(|e| panic!("{octets:02x?} were expected: {e}"));
+        assert_eq!(came, octets, "{came:02x?}");
+    }
+
+    /// Reads all that still comes, messages or not, and returns how it ended.
+    ///
+    /// # Panics
+    /// As [`Self::receive`].
+    #[track_caller]
+    pub fn read_to_end(&mut self, all: &mut Vec<u8>, timeout: Duration) -> Received {
+        loop {
+            match self.receive(timeout) {
+                Received::Message(message) => all.extend_from_slice(&message::framed(&message)),
+                end => {
+                    all.append(&mut self.received);
+                    return end;
+                }
+            }
+        }
     }
 
     fn take_frame(&mut self) -> Option<Vec<u8>> {
@@ -170,15 +237,26 @@ impl Client {
     /// # Panics
     /// If the connection is gone already.
     pub fn finish_sending(&self) {
-        self.stream.shutdown(Shutdown::Write).expect("a connected socket");
+        self.wire.tcp().shutdown(Shutdown::Write).expect("a connected socket");
+    }
+
+    /// Says by close_notify that no more queries follow, and keeps reading.
+    ///
+    /// # Panics
+    /// If the connection is gone already, or without TLS.
+    pub fn close_notify(&mut self) {
+        let Wire::Tls(tls) = &mut self.wire else { panic!("no TLS") };
+        tls.conn.send_close_notify();
+        tls.conn.write_tls(&mut tls.sock).expect("a connected socket");
     }
 
     /// A second handle on the connection, to send from another thread while this one receives.
     ///
     /// # Panics
-    /// If the process has no descriptor left.
+    /// If the process has no descriptor left, or it is a TLS connection.
     pub fn clone_for_writing(&self) -> Self {
-        Self { stream: self.stream.try_clone().expect("a descriptor"), received: Vec::new() }
+        let Wire::Plain(stream) = &self.wire else { panic!("a TLS connection has one owner") };
+        Self { wire: Wire::Plain(stream.try_clone().expect("a descriptor")), received: Vec::new() }
     }
 
     /// Leaves with a reset.
@@ -186,7 +264,7 @@ impl Client {
     /// # Panics
     /// Never in practice: setting the option does not fail on a socket.
     pub fn reset(self) {
-        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER on a TCP socket");
+        socket2::SockRef::from(self.wire.tcp()).set_linger(Some(Duration::ZERO)).expect("SO_LINGER on a TCP socket");
     }
 }
 
@@ -313,7 +391,7 @@ impl Load<'_> {
                     break;
                 }
                 Received::Nothing => {}
-                closed @ (Received::Closed | Received::Reset) => {
+                closed @ (Received::Closed | Received::Cut | Received::Reset) => {
                     outcome.ended = Some(format!("{closed:?}"));
                     break;
                 }
@@ -350,6 +428,8 @@ impl Outcome {
         open.remove(&id);
     }
 }
+
+mod tls;
 
 #[cfg(test)]
 mod tests;

@@ -51,20 +51,36 @@ enum Guest {
 impl Stranger {
     /// Waits for what must come; then the client's session begins, or the connection is closed.
     pub(super) async fn introduce(self) {
-        let (door, peer) = (Rc::clone(&self.door), self.ends.client);
-        match self.wait().await {
-            Ok(entrant) => door.begin(entrant),
+        let Self { door, proxy, tls, stream, ends, place, accepted, stop } = self;
+        let peer = ends.client;
+        let mut link = Link::new(stream);
+        let arrival = Arrival { door: &door, proxy, tls, ends, place, accepted, stop };
+        match arrival.wait(&mut link).await {
+            Ok((ends, admitted, origin)) => door.begin(Entrant { link, ends, admitted, origin }),
+            // It is counted before the peer can know.
             Err((client, refusal)) => door.refuse(client.unwrap_or(peer), refusal),
         }
     }
+}
 
+/// All of a [`Stranger`] but its connection.
+struct Arrival<'a> {
+    door: &'a Rc<Door>,
+    proxy: Option<Rc<AcceptProxy>>,
+    tls: Option<Greeting>,
+    ends: Addresses,
+    place: Place,
+    accepted: Instant,
+    stop: watch::Receiver<bool>,
+}
+
+impl Arrival<'_> {
     /// # Errors
     ///
     /// Why it is refused, with the client's address if that is not the peer's.
-    async fn wait(self) -> Result<Entrant, (Option<SocketAddr>, Refusal)> {
-        let Self { door, proxy, tls, stream, mut ends, place, accepted, mut stop } = self;
+    async fn wait(self, link: &mut Link) -> Result<(Addresses, Admitted, Origin), (Option<SocketAddr>, Refusal)> {
+        let Self { door, proxy, tls, mut ends, place, accepted, mut stop } = self;
         let peer = ends.client;
-        let mut link = Link::new(stream);
         let mut origin = Origin::default();
         let outside = proxy.as_ref().filter(|proxy| tls.is_none() || proxy.outside_tls);
         let inside = proxy.as_ref().filter(|_| outside.is_none());
@@ -75,9 +91,8 @@ impl Stranger {
             introduced.rest
         };
         if let Some(proxy) = outside {
-            let header = header(&mut link, &door.shell, proxy.max_header);
-            let introduced =
-                waits(&door, Stage::ProxyHeader, within(&mut stop, accepted + proxy.timeout, header)).await;
+            let header = header(link, &door.shell, proxy.max_header);
+            let introduced = waits(door, Stage::ProxyHeader, within(&mut stop, accepted + proxy.timeout, header)).await;
             let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
             link.rest = introduce(introduced, &mut ends, &mut origin);
         }
@@ -89,13 +104,13 @@ impl Stranger {
             Some(_) => Guest::Unknown(place),
         };
         if let Some(greeting) = tls {
-            let shaken = waits(&door, Stage::TlsHandshake, shake_hands(&door, &mut link, greeting, &mut stop)).await;
+            let shaken = waits(door, Stage::TlsHandshake, shake_hands(door, link, greeting, &mut stop)).await;
             origin.tls = Some(Box::new(shaken.map_err(|refusal| (Some(ends.client), refusal))?));
         }
         if let Some(proxy) = inside {
             let end = Instant::now() + proxy.timeout;
-            let header = header(&mut link, &door.shell, proxy.max_header);
-            let introduced = waits(&door, Stage::ProxyHeader, within(&mut stop, end, header)).await;
+            let header = header(link, &door.shell, proxy.max_header);
+            let introduced = waits(door, Stage::ProxyHeader, within(&mut stop, end, header)).await;
             let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
             link.rest = introduce(introduced, &mut ends, &mut origin);
         }
@@ -103,7 +118,7 @@ impl Stranger {
             Guest::Known(admitted) => admitted,
             Guest::Unknown(place) => known(place, ends.client)?,
         };
-        Ok(Entrant { link, ends, admitted, origin })
+        Ok((ends, admitted, origin))
     }
 }
 
