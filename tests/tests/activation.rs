@@ -55,7 +55,7 @@ fn reconnect_until(over: &AtomicBool, server: SocketAddr, number: usize) -> Seen
                 seen.slowest = seen.slowest.max(began.elapsed());
             }
             Ok(Received::Closed | Received::Reset) | Err(_) => seen.ended += 1,
-            Ok(Received::Nothing) => panic!("neither an answer nor an end: {seen:?}"),
+            Ok(Received::Nothing | Received::Cut) => panic!("neither an answer nor an end: {seen:?}"),
         }
     }
     seen
