@@ -136,6 +136,9 @@ fn run(args: &RunArgs) -> ExitCode {
     if let Err(code) = args.log.start(&config.server.log) {
         return code;
     }
+    for note in config::check::warnings(&config, config::check::Limits::read()) {
+        tracing::warn!(%note, "configuration");
+    }
     ended(serve(config, args.config.clone(), demo))
 }
 

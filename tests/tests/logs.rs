@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::{Counterfoil, message};
+use counterfoil_tests::counterfoil::{Counterfoil, field, message};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
 use serde_json::Value;
@@ -102,4 +102,15 @@ fn the_filter_can_be_reloaded() {
     let client = counterfoil.client();
     counterfoil.process.wait_for_line(SOON, "a client", opened);
     drop(client);
+}
+
+/// What a configuration will cost is said at the start as it is by `check-config`.
+#[test]
+fn warnings_of_the_configuration_are_logged_at_the_start() {
+    let backend = FakeBackend::answering(true);
+    let config = Config::new(backend.address).identity("address").tlv(0xe0, "{uuid}");
+    let mut counterfoil = Counterfoil::start(&config);
+    let note = |line: &str| message(line, "configuration").and_then(|fields| field(&fields, "note"));
+    let said = counterfoil.process.wait_for_line(SOON, "what it will cost", note);
+    assert_eq!(said, "key `pool.proxy_protocol.tlv`: `{uuid}` differs per query: every query opens a connection");
 }

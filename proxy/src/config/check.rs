@@ -123,17 +123,26 @@ pub(super) fn reserve(config: &Config) -> usize {
     OWN_DESCRIPTORS + config.server.workers * (PER_WORKER + config.listeners.len())
 }
 
+/// Most connections to backends, by the limits of each and of all.
+fn to_backends(config: &Config) -> usize {
+    let each = config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.max_connections);
+    each.fold(0, usize::saturating_add).min(config.connections.max_total)
+}
+
+/// Descriptors at most: for clients, to backends, others.
+pub(super) fn needed(config: &Config) -> [usize; 3] {
+    [clients::most(config), to_backends(config), reserve(config)]
+}
+
 fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
-    let reserve = reserve(config);
-    let (clients, backends) = (config.server.max_connections, config.connections.max_total);
+    let [clients, backends, reserve] = needed(config);
     let needed = clients + backends + reserve;
     let limit = limits.descriptors.filter(|limit| *limit < needed as u64)?;
     Some(Warning {
         key: "server.max_connections".to_owned(),
         message: format!(
-            "{clients} client connections, {backends} to backends (`connections.max_total`) and {reserve} other \
-             descriptors are {needed}, but RLIMIT_NOFILE allows {limit}: clients will be refused before the limit here \
-             is reached"
+            "{clients} client connections, {backends} to backends and {reserve} other descriptors are {needed}, but \
+             RLIMIT_NOFILE allows {limit}: clients will be refused before the limit here is reached"
         ),
     })
 }
@@ -263,16 +272,22 @@ mod tests {
     #[test]
     fn more_connections_than_descriptors() {
         let limits = |descriptors| Limits { descriptors: Some(descriptors), ..Limits::default() };
-        // 10,000 + 8,192 + 64 + 2 * (4 + 1)
-        assert_eq!(warned("", limits(18_266)), [""; 0]);
-        assert_eq!(
-            warned("", limits(18_265)),
-            [
-                "key `server.max_connections`: 10000 client connections, 8192 to backends (`connections.max_total`) and 74 \
-              other descriptors are 18266, but RLIMIT_NOFILE allows 18265: clients will be refused before the limit here \
-              is reached"
-            ]
-        );
+        // 10,000 + 512 + 64 + 2 * (4 + 1)
+        assert_eq!(warned("", limits(10_586)), [""; 0]);
+        let said = |clients: usize, backends: usize, limit: usize| {
+            format!(
+                "key `server.max_connections`: {clients} client connections, {backends} to backends and 74 other \
+                 descriptors are {}, but RLIMIT_NOFILE allows {limit}: clients will be refused before the limit here is \
+                 reached",
+                clients + backends + 74
+            )
+        };
+        assert_eq!(warned("", limits(10_585)), [said(10_000, 512, 10_585)]);
+        // All backends together, and all listeners.
+        assert_eq!(warned("max_connections = 9000\n", limits(9)), [said(10_000, 8192, 9)]);
+        let few = MINIMAL.replacen("pool = \"resolvers\"\n", "pool = \"resolvers\"\nmax_connections = 300\n", 1);
+        let config = from_str("f.toml", &format!("server.workers = 2\n{few}")).unwrap();
+        assert_eq!(descriptors(&config, limits(9)).unwrap().to_string(), said(300, 512, 9));
     }
 
     #[test]

@@ -33,6 +33,13 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
     }
 }
 
+/// Most client connections on all listeners together.
+pub(super) fn most(config: &Config) -> usize {
+    let total = config.server.max_connections;
+    let each = config.listeners.iter().map(|listener| of_listener(listener, total));
+    each.fold(0, usize::saturating_add).min(total)
+}
+
 /// How many client connections the listener can have.
 fn of_listener(listener: &Listener, total: usize) -> usize {
     if listener.max_connections == 0 { total } else { listener.max_connections.min(total) }

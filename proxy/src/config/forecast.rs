@@ -1,6 +1,6 @@
 //! What a configuration will need: connections, descriptors, ports. `check-config` prints it behind the configuration.
 
-use super::check::{Limits, TIME_WAIT_SECONDS, reserve};
+use super::check::{Limits, TIME_WAIT_SECONDS, needed};
 use super::{Backend, Config, HealthMode, Listener, OneShotClose, Pool, ProxyProtocol};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
@@ -113,7 +113,7 @@ fn ports(config: &Config, pool: &Pool, backend: &Backend, limits: Limits) -> Str
 }
 
 fn descriptors(config: &Config, limits: Limits) -> String {
-    let (clients, backends, others) = (config.server.max_connections, config.connections.max_total, reserve(config));
+    let [clients, backends, others] = needed(config);
     let of = limits.descriptors.map_or_else(String::new, |limit| format!(" of {limit} (RLIMIT_NOFILE)"));
     let sum = clients + backends + others;
     format!("descriptors: {clients} for clients, {backends} to backends, {others} others: at most {sum}{of}")
@@ -146,7 +146,7 @@ mod tests {
                 "pool \"resolvers\": at most 512 connections (`max_connections` of its backends); queries beyond wait, for \
                  `connections.max_wait`",
                 "backend \"unbound-1\": at most 512 of 28232 ports (1 source address(es))",
-                "descriptors: 10000 for clients, 8192 to backends, 74 others: at most 18266 of 20000 (RLIMIT_NOFILE)",
+                "descriptors: 10000 for clients, 512 to backends, 74 others: at most 10586 of 20000 (RLIMIT_NOFILE)",
             ]
         );
     }
