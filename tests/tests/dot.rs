@@ -142,7 +142,7 @@ fn clients_of_other_protocols_are_refused() {
     assert_eq!(backend.accepted(), 0);
 }
 
-/// Not below TLS 1.2 (RFC 8310 section 8): the hello of a client that has no more than 1.1.
+/// Not below TLS 1.2 (RFC 8310 section 9): the hello of a client that has no more than 1.1.
 #[test]
 fn tls_1_1_is_refused() {
     let backend = FakeBackend::answering(false);

@@ -48,7 +48,7 @@ pub fn fault(error: &io::Error) -> Option<&TlsFault> {
     error.get_ref()?.downcast_ref()
 }
 
-/// The versions that are spoken (RFC 8310 section 8: not below 1.2).
+/// The versions that are spoken (RFC 8310 section 9: not below 1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
     /// RFC 5246.
