@@ -50,8 +50,13 @@ reasons! {
         ExcessIdle = "excess_idle",
         /// `connect(2)` failed.
         ConnectFailed = "connect_failed",
-        /// Not connected within `connect_timeout`.
+        /// Not connected within `connect_timeout`, with the TLS handshake if there is one.
         ConnectTimeout = "connect_timeout",
+        /// The backend's certificate is not valid, not for its `server_name`, or from nobody that is trusted. No query was
+        /// sent.
+        CertificateRefused = "certificate_refused",
+        /// The TLS handshake failed for another reason. No query was sent.
+        HandshakeFailed = "handshake_failed",
         /// The peer did not read for `write_timeout`.
         WriteTimeout = "write_timeout",
         /// An answer that matches no query, or the wrong question, or broken framing.
@@ -66,6 +71,13 @@ reasons! {
         Reaped = "reaped",
         /// Dropped without a reason: a bug, counted so that it is seen.
         Dropped = "dropped",
+    }
+}
+
+impl CloseReason {
+    /// Whether it came about before any query could be sent.
+    pub const fn is_before_queries(self) -> bool {
+        matches!(self, Self::ConnectFailed | Self::ConnectTimeout | Self::CertificateRefused | Self::HandshakeFailed)
     }
 }
 

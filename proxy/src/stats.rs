@@ -260,6 +260,8 @@ pub struct BackendStats {
     pub reused: Counter,
     /// Connections that could not be opened.
     pub connect_failures: Counter,
+    /// TLS handshakes that were completed, full ones and resumed ones.
+    pub handshakes: [Counter; 2],
 }
 
 /// The counters of one worker.

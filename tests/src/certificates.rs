@@ -35,7 +35,8 @@ impl Authority {
     pub fn new() -> Self {
         let dir = TempDir::new("certificates");
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "authority of a test");
+        // A name of its own, by which issuers are found.
+        params.distinguished_name.push(DnType::CommonName, format!("authority {}", dir.path().display()));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().expect("a random number");
         let ca = dir.write("ca.pem", &params.self_signed(&key).expect("a certificate").pem());
@@ -62,6 +63,16 @@ impl Authority {
         self.sign(stem, params)
     }
 
+    /// The same, signed by its own key.
+    ///
+    /// # Panics
+    /// If a name is none, or its files cannot be written.
+    pub fn issue_self_signed(&self, stem: &str, names: &[&str]) -> Certificate {
+        let key = KeyPair::generate().expect("a random number");
+        let certificate = Self::params(names).self_signed(&key).expect("a certificate");
+        self.keep(stem, &certificate.pem(), &key)
+    }
+
     fn params(names: &[&str]) -> CertificateParams {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names).expect("names or addresses");
@@ -73,8 +84,12 @@ impl Authority {
     fn sign(&self, stem: &str, params: CertificateParams) -> Certificate {
         let key = KeyPair::generate().expect("a random number");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        self.keep(stem, &certificate.pem(), &key)
+    }
+
+    fn keep(&self, stem: &str, certificate: &str, key: &KeyPair) -> Certificate {
         Certificate {
-            certificate: self.dir.write(&format!("{stem}.pem"), &certificate.pem()),
+            certificate: self.dir.write(&format!("{stem}.pem"), certificate),
             key: self.dir.write(&format!("{stem}.key"), &key.serialize_pem()),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use crate::certificates::Certificate;
 
@@ -70,6 +71,13 @@ impl Config {
         let keys = keys.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         self.backends.push((address, keys));
         self
+    }
+
+    /// DNS over TLS to the first backend, of this name, whose certificate this authority has issued.
+    #[must_use]
+    pub fn dot(self, server_name: &str, ca: &Path) -> Self {
+        self.backend_key("tls.server_name", format!("{server_name:?}"))
+            .backend_key("tls.ca", format!("{:?}", ca.display().to_string()))
     }
 
     /// Sets a key of the first backend.

@@ -8,9 +8,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ppp::v2;
+use rustls::ServerConnection;
 
 use crate::message;
 use crate::wait;
+
+mod tls;
+
+pub use tls::{server_config, tls_versions};
 
 /// How often a waiting script looks whether the backend is being stopped.
 const STOP_POLL: Duration = Duration::from_millis(20);
@@ -117,8 +122,14 @@ fn accept(listener: TcpListener, shared: &Arc<Shared>, script: &Arc<impl Fn(&mut
         let (shared, script) = (Arc::clone(shared), Arc::clone(script));
         scripts.retain(|thread: &JoinHandle<()>| !thread.is_finished());
         scripts.push(std::thread::spawn(move || {
-            let mut connection =
-                Connection { number, peer, stream: Some(stream), received: Vec::new(), shared: Arc::clone(&shared) };
+            let mut connection = Connection {
+                number,
+                peer,
+                stream: Some(stream),
+                received: Vec::new(),
+                tls: None,
+                shared: Arc::clone(&shared),
+            };
             let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| script(&mut connection)));
             if run.is_err() {
                 shared.panics.lock().unwrap().push(format!("the script of connection {number} panicked"));
@@ -158,6 +169,7 @@ pub struct Connection {
     pub peer: SocketAddr,
     stream: Option<TcpStream>,
     received: Vec<u8>,
+    tls: Option<ServerConnection>,
     shared: Arc<Shared>,
 }
 
@@ -191,10 +203,7 @@ impl Connection {
             stream.set_read_timeout(Some(left.min(STOP_POLL))).expect("a timeout that is not zero");
             match stream.read(&mut buffer) {
                 Ok(0) => return Ok(false),
-                Ok(n) => {
-                    self.received.extend_from_slice(&buffer[..n]);
-                    return Ok(true);
-                }
+                Ok(n) => return Ok(self.take(&buffer[..n])),
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
                 Err(_) => return Ok(false),
             }
@@ -284,11 +293,26 @@ impl Connection {
         self.send_raw(&message::framed(message));
     }
 
-    /// Sends octets as they are. A peer that is gone is no error of the script.
+    /// Sends octets as they are, or over TLS if there is TLS. A peer that is gone is no error of the script.
     pub fn send_raw(&mut self, bytes: &[u8]) {
+        if let Some(tls) = &mut self.tls {
+            tls.writer().write_all(bytes).expect("room in memory");
+            self.flush_tls();
+        } else {
+            self.send_in_clear(bytes);
+        }
+    }
+
+    /// Sends octets as they are, whether there is TLS or not.
+    pub fn send_in_clear(&mut self, bytes: &[u8]) {
         if let Some(stream) = &mut self.stream {
             let _ = stream.write_all(bytes);
         }
+    }
+
+    /// All that has come and was not taken as a header or a query.
+    pub fn received(&self) -> &[u8] {
+        &self.received
     }
 
     /// Waits until the peer closes or the backend is stopped, and throws away what comes until then.

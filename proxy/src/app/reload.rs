@@ -74,6 +74,7 @@ impl Reloader {
         let text = Text::read(file).map_err(lines)?;
         let mut config = text.parse().map_err(lines)?;
         text.refuse(needs_restart(&before.config, &config)).map_err(lines)?;
+        config.keep_sessions_of(&before.config);
         // Listeners are numbered as at the start; they are the same ones.
         let place = |name: &str| before.config.listeners.iter().position(|listener| listener.name == name);
         config.listeners.sort_by_key(|listener| place(&listener.name));

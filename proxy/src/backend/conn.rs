@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 
+use super::conn_tls::Secure;
 use super::connect::{self, Io, OpenError};
 use super::pool::{Conn, ConnKey, Phase};
 use crate::clock::{self, Mono};
@@ -30,17 +31,20 @@ const TURNS: usize = 8;
 
 /// A backend connection's task.
 pub(crate) struct ConnTask {
-    shell: Rc<Shell>,
-    key: ConnKey,
-    io: Option<Tracked<Io>>,
+    pub(super) shell: Rc<Shell>,
+    pub(super) key: ConnKey,
+    pub(super) io: Option<Tracked<Io>>,
     /// The answer that has begun to come.
-    rest: Vec<u8>,
-    connected: bool,
+    pub(super) rest: Vec<u8>,
+    /// Messages can be sent.
+    pub(super) connected: bool,
+    /// What is between the messages and the socket; none: nothing.
+    pub(super) tls: Option<Box<Secure>>,
 }
 
 impl ConnTask {
     pub(crate) fn new(shell: Rc<Shell>, key: ConnKey) -> Self {
-        Self { shell, key, io: None, rest: Vec::new(), connected: false }
+        Self { shell, key, io: None, rest: Vec::new(), connected: false, tls: None }
     }
 
     /// Connects, and writes at once what there is to write: towards a near backend the handshake is over when
@@ -53,10 +57,11 @@ impl ConnTask {
         let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
         let backend = &plan.backends[usize::from(conn.backend)];
         let info = info(conn);
+        self.tls = Secure::new(backend);
         let source = self.shell.next_source(&backend.source);
         let opened =
             connect::connect(&self.shell.ledger, permit, info, backend.address, source, now).and_then(|socket| {
-                if !conn.out.is_empty() {
+                if !conn.out.is_empty() && self.tls.is_none() {
                     match socket.io().send(conn.out.pending()) {
                         Ok(sent) => {
                             conn.last_byte = now;
@@ -103,6 +108,12 @@ impl ConnTask {
         for _ in 0..TURNS {
             if let Phase::Closing(reason) = self.phase() {
                 return Err(reason);
+            }
+            if self.tls.is_some() {
+                if self.turn_over_tls(cx, now)?.is_pending() {
+                    return Ok(());
+                }
+                continue;
             }
             if !self.connected {
                 if self.finish_connect(cx, now)?.is_pending() {
@@ -232,7 +243,7 @@ impl ConnTask {
         }
     }
 
-    fn complain(&self, trouble: &dyn std::fmt::Display) {
+    pub(super) fn complain(&self, trouble: &dyn std::fmt::Display) {
         let core = self.shell.core.borrow();
         if let Some(conn) = core.pool.get(self.key) {
             let backend = &core.plan.backends[usize::from(conn.backend)];
@@ -253,6 +264,8 @@ impl ConnTask {
             if self.resets(reason) {
                 // Everything was answered, so nothing can be lost, and no side keeps TIME_WAIT.
                 let _ = io.io().get_ref().set_linger(Some(Duration::ZERO));
+            } else if let Some(tls) = &mut self.tls {
+                tls.say_goodbye(io.io().get_ref(), reason);
             }
             tracing::debug!(conn = io.entry().cookie(), reason = reason.label(), "backend connection closed");
             io.close(reason);

@@ -2,8 +2,10 @@
 
 pub mod choose;
 pub(crate) mod conn;
+mod conn_tls;
 pub(crate) mod connect;
 pub mod history;
 pub mod pending;
 pub mod pool;
+pub mod tls;
 pub mod wait;

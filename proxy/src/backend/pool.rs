@@ -27,7 +27,7 @@ pub struct ConnKey(pub usize);
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// `connect(2)` has not finished; queries may be queued already.
+    /// `connect(2)` has not finished, or the TLS handshake after it; queries may be queued already.
     Connecting,
     /// Connected.
     Open,
@@ -53,11 +53,15 @@ pub struct Conn {
     pub(crate) header: Rc<[u8]>,
     /// Bytes on their way to the backend; begins with the header.
     pub(crate) out: OutBuf,
+    /// So many of these are a PROXY header that TLS has to treat apart.
+    pub(crate) header_left: usize,
     /// The place under the caps, until the task takes it to the ledger.
     pub(crate) permit: Option<Permit>,
     /// No new query is given to it; it closes for this reason when the last one is answered.
     pub(crate) retire: Option<CloseReason>,
     pub(crate) opened: Mono,
+    /// Since when it has been connecting.
+    pub(crate) connects_since: Mono,
     pub(crate) expires: Mono,
     pub(crate) idle_since: Mono,
     pub(crate) last_received: Mono,
@@ -225,9 +229,11 @@ impl Pool {
             header_digest: new.header_digest,
             header: new.header,
             out: OutBuf::default(),
+            header_left: 0,
             permit: Some(new.permit),
             retire: None,
             opened: now,
+            connects_since: now,
             expires: Mono(now.after(new.max_age).0 - spread),
             idle_since: Mono::ZERO,
             last_received: Mono::ZERO,
@@ -277,7 +283,18 @@ impl Pool {
         self.update(key, now);
     }
 
-    /// `connect(2)` has succeeded.
+    /// It is connected, but there is a TLS handshake to come: the time to connect begins again.
+    pub(crate) fn reconnects(&mut self, key: ConnKey, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0)
+            && conn.phase == Phase::Open
+        {
+            conn.phase = Phase::Connecting;
+            conn.connects_since = now;
+            self.update(key, now);
+        }
+    }
+
+    /// `connect(2)` has succeeded, and the TLS handshake if there is one.
     pub(crate) fn connected(&mut self, key: ConnKey, now: Mono) {
         if let Some(conn) = self.conns.get_mut(key.0)
             && conn.phase == Phase::Connecting

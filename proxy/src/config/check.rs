@@ -6,9 +6,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::process::{Resource, getrlimit};
+use rustls::pki_types::ServerName;
 
 use super::units::format_size;
-use super::{Backend, Config, HealthMode, OneShotClose, ProxyProtocol, defaults, forecast, load, print};
+use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol, defaults, forecast, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -104,6 +105,10 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
     for (index, pool) in config.pools.iter().enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
         warnings.extend(usefulness(config, index, &path));
+        for (index, backend) in pool.backends.iter().enumerate() {
+            let index = if pool.backends.len() == 1 { String::new() } else { format!("[{index}]") };
+            tls(config, pool, backend, &format!("{path}.backend{index}.tls"), &mut warnings);
+        }
         if let Some(proxy) = &pool.proxy_protocol {
             headers(config, proxy, &path, &mut warnings);
             warnings.extend(unsaid(config, index, proxy, &path));
@@ -208,6 +213,34 @@ fn unsaid(config: &Config, index: usize, proxy: &ProxyProtocol, path: &str) -> O
         key: format!("{path}.proxy_protocol.advertise_tls"),
         message: "there is nothing to say: no listener of this pool has `[listener.tls]`".to_owned(),
     })
+}
+
+/// What TLS costs with this configuration, and what it does not do.
+fn tls(config: &Config, pool: &Pool, backend: &Backend, path: &str, warnings: &mut Vec<Warning>) {
+    let Some(tls) = &backend.tls else { return };
+    let mut warn = |key: &str, message: String| warnings.push(Warning { key: format!("{path}{key}"), message });
+    if let ServerName::IpAddress(_) = tls.server_name {
+        warn(
+            ".server_name",
+            "an address is not sent as SNI (RFC 6066 section 3): the certificate that the backend shows without it must \
+             have the address among its names"
+                .to_owned(),
+        );
+    }
+    let Some(proxy) = &pool.proxy_protocol else { return };
+    if proxy.tlvs.class() == Class::Unique {
+        warn("", "every query opens a connection, and so costs a TLS handshake".to_owned());
+    }
+    let spares = config.connections.spares_per_backend;
+    if tls.proxy_outside_tls && spares > 0 {
+        warn(
+            ".proxy_outside_tls",
+            format!(
+                "the PROXY header comes before the TLS handshake, so the {spares} connections that are kept ready \
+                 (`connections.spares_per_backend`) have their handshake still before them"
+            ),
+        );
+    }
 }
 
 /// The header names the forwarder's own side, so all who share it must come from one address.
@@ -336,6 +369,31 @@ mod tests {
             warned(&tlv("subnet", "{client_port}"), ROOMY),
             ["key `pool.proxy_protocol.tlv`: `{client_port}` names one client connection: no other client shares its \
               connections, whatever `identity` says"]
+        );
+    }
+
+    #[test]
+    fn tls_towards_backends() {
+        let tls = |more: &str| format!("[pool.backend.tls]\n{more}\n");
+        let named = tls("server_name = \"a.example\"");
+        assert_eq!(warned(&named, ROOMY), [""; 0]);
+        assert_eq!(warned(&(named.clone() + "[connections]\nspares_per_backend = 2\n"), ROOMY), [""; 0]);
+        assert_eq!(
+            warned(&tls("server_name = \"192.0.2.1\""), ROOMY),
+            [
+                "key `pool.backend.tls.server_name`: an address is not sent as SNI (RFC 6066 section 3): the certificate \
+              that the backend shows without it must have the address among its names"
+            ]
+        );
+        let per_query = named + &tlv("address", "{uuid}") + "[connections]\nspares_per_backend = 2\n";
+        assert_eq!(
+            warned(&per_query, ROOMY)[..2],
+            [
+                "key `pool.backend.tls`: every query opens a connection, and so costs a TLS handshake",
+                "key `pool.backend.tls.proxy_outside_tls`: the PROXY header comes before the TLS handshake, so the 2 \
+                 connections that are kept ready (`connections.spares_per_backend`) have their handshake still before \
+                 them"
+            ]
         );
     }
 

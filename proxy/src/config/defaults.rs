@@ -144,6 +144,7 @@ impl Backend {
             write_timeout: Duration::from_secs(2),
             source: Vec::new(),
             one_shot_close: OneShotClose::Reset,
+            tls: None,
             health: Health::default(),
         }
     }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::network::NetworkError;
 use super::units::UnitError;
+use crate::backend::tls::TrustError;
 use crate::dns::name::NameError;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
 use crate::tls::pem::PemError;
@@ -152,6 +153,9 @@ pub enum Problem {
     /// Port 0 where the kernel cannot choose.
     #[error("port 0 cannot be connected to")]
     PortZero,
+    /// Port 853 without TLS.
+    #[error("port 853 is for DNS over TLS, never in clear (RFC 7858 section 3.1): [pool.backend.tls] is missing")]
+    CleartextOnDotPort,
     /// A source address of the other family.
     #[error("{source_ip} and the backend's address {address} are of different families")]
     FamilyMismatch {
@@ -204,6 +208,15 @@ pub enum Problem {
         /// Bytes that fit `sun_path`.
         max: usize,
     },
+    /// A file of issuers.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// `ca` is not given, and the system has no store.
+    #[error("is missing, and the system has no trust store: there is none of {0}")]
+    NoTrustStore(String),
+    /// The name of a TLS server.
+    #[error("{0:?} is neither a host name nor an IP address")]
+    NotAServerName(String),
     /// The name that checks ask for.
     #[error("is no domain name: {0}")]
     DomainName(NameError),

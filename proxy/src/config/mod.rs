@@ -22,6 +22,8 @@ pub mod text;
 pub mod units;
 
 #[cfg(test)]
+mod backend_tls_tests;
+#[cfg(test)]
 mod contract_tests;
 #[cfg(test)]
 mod error_tests;
@@ -34,6 +36,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustls::pki_types::ServerName;
+
+use crate::backend::tls::Trust;
 use crate::dns::name::DomainName;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
@@ -65,6 +70,20 @@ pub struct Config {
     pub watchdog: Watchdog,
     /// `[admin]`
     pub admin: Admin,
+}
+
+impl Config {
+    /// The sessions that were had with backends which are as they were in `old` are remembered.
+    pub fn keep_sessions_of(&mut self, old: &Self) {
+        let same =
+            |new: &Backend, old: &Backend| (&new.name, new.address, &new.tls) == (&old.name, old.address, &old.tls);
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            let mut before = old.pools.iter().flat_map(|pool| &pool.backends);
+            if let Some(before) = before.find(|before| same(backend, before)) {
+                backend.tls.clone_from(&before.tls);
+            }
+        }
+    }
 }
 
 /// `[server]`
@@ -224,8 +243,23 @@ pub struct Backend {
     pub source: Vec<IpAddr>,
     /// How a one-shot connection is closed.
     pub one_shot_close: OneShotClose,
+    /// `[pool.backend.tls]`; none: queries are sent in clear.
+    pub tls: Option<BackendTls>,
     /// `[pool.backend.health]`
     pub health: Health,
+}
+
+/// `[pool.backend.tls]`: DNS over TLS (RFC 7858), the backend authenticated or no query sent (RFC 8310 section 5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendTls {
+    /// What the backend's certificate must be valid for; also sent as SNI, unless it is an address.
+    pub server_name: ServerName<'static>,
+    /// Who may have issued it, as PEM; none: the system's trust store.
+    pub ca: Option<PathBuf>,
+    /// The PROXY header goes before the handshake, in clear; else it is the first that TLS carries.
+    pub proxy_outside_tls: bool,
+    /// What is in that file. Nobody is trusted while no files were read ([`from_str`]).
+    pub trust: Trust,
 }
 
 /// `[[pool]] policy`: which backend a query goes to.

@@ -1,13 +1,17 @@
 //! `[[pool]]` and all that is in it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
+
+use rustls::pki_types::ServerName;
 
 use super::choices::IdentityWord;
 use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
 use super::section::{Section, Value};
-use super::{Backend, Health, Listener, Pool, ProxyProtocol, defaults, units};
+use super::{Backend, BackendTls, Health, Listener, Pool, ProxyProtocol, defaults, units};
+use crate::backend::tls::Trust;
 use crate::proxy_protocol::client_tls;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
@@ -28,6 +32,17 @@ const MAX_CHECKS: u32 = 1000;
 
 /// Most retries: each repeats the query while its client waits.
 const MAX_RETRIES: u8 = 10;
+
+/// Where nothing but DNS over TLS may be spoken (RFC 7858 section 3.1).
+pub(super) const DOT_PORT: u16 = 853;
+
+/// Where systems keep the certificates that they trust: Debian, Fedora, SUSE, Alpine.
+const TRUST_STORES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
 
 /// Names of backends that metrics use as labels for something else.
 const RESERVED_NAMES: [&str; 2] = ["drill", "unknown"];
@@ -189,6 +204,10 @@ fn read_backends<'a, 'i>(
             addresses.push((value, address));
             Some(address)
         });
+        let tls = section.table("tls");
+        if !tls.is_present() && address.is_some_and(|address| address.port() == DOT_PORT) {
+            section.fail("address", Problem::CleartextOnDotPort);
+        }
         let default = Backend::new(name, address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))));
         backends.push(Backend {
             weight: section.integer("weight", default.weight, 1..=MAX_WEIGHT),
@@ -198,11 +217,50 @@ fn read_backends<'a, 'i>(
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
             source: section.value("source").and_then(|value| read_sources(&value, address)).unwrap_or_default(),
             one_shot_close: section.choice("one_shot_close", default.one_shot_close),
+            tls: read_tls(&tls),
             health: read_health(&section.table("health")),
             ..default
         });
     }
     backends
+}
+
+fn read_tls(section: &Section<'_, '_>) -> Option<BackendTls> {
+    if !section.is_present() {
+        return None;
+    }
+    let name = section.required("server_name").and_then(|value| {
+        let name = value.string()?;
+        let parsed = ServerName::try_from(name.to_owned());
+        parsed.map_err(|_| value.fail(Problem::NotAServerName(name.to_owned()))).ok()
+    });
+    let ca = section.value("ca");
+    let named = ca.as_ref().and_then(Value::string);
+    let file = match (&ca, named) {
+        // Of another type, which has been reported.
+        (Some(_), None) => None,
+        (_, Some(named)) => section.file(named),
+        (None, None) => system_store(section),
+    };
+    let trust = file.map(|file| Trust::load(&file)).transpose();
+    let trust = trust.map_err(|error| section.fail("ca", Problem::Trust(error))).ok().flatten();
+    Some(BackendTls {
+        // Without a name nothing is used: that is an error.
+        server_name: name.unwrap_or(ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into())),
+        ca: named.map(PathBuf::from),
+        proxy_outside_tls: section.boolean("proxy_outside_tls", true),
+        trust: trust.unwrap_or_default(),
+    })
+}
+
+/// The first of the usual places that has a trust store.
+fn system_store(section: &Section<'_, '_>) -> Option<PathBuf> {
+    let places: Vec<PathBuf> = TRUST_STORES.into_iter().filter_map(|place| section.file(place)).collect();
+    let found = places.iter().find(|place| place.is_file()).cloned();
+    if found.is_none() && !places.is_empty() {
+        section.fail("ca", Problem::NoTrustStore(TRUST_STORES.join(", ")));
+    }
+    found
 }
 
 fn read_health(section: &Section<'_, '_>) -> Health {

@@ -164,6 +164,15 @@ fn backend(out: &mut Writer, backend: &Backend) {
     out.duration("write_timeout", backend.write_timeout);
     out.list("source", backend.source.iter().map(ToString::to_string));
     out.text("one_shot_close", backend.one_shot_close.word());
+    if let Some(tls) = &backend.tls {
+        out.heading("[pool.backend.tls]");
+        out.text("server_name", tls.server_name.to_str());
+        if let Some(ca) = &tls.ca {
+            // A path comes from a configuration, which is UTF-8.
+            out.text("ca", ca.display());
+        }
+        out.bare("proxy_outside_tls", tls.proxy_outside_tls);
+    }
     out.heading("[pool.backend.health]");
     let health = &backend.health;
     out.text("mode", health.mode.word());

@@ -5,6 +5,7 @@
 use proptest::prelude::*;
 
 use super::contract_tests::FULL;
+use super::pools::DOT_PORT;
 use super::*;
 use crate::proxy_protocol::seal::Seal;
 
@@ -80,6 +81,17 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn backend_tls()(
+        server_name in "[a-z][a-z0-9]{0,8}(\\.[a-z][a-z0-9-]{0,8}[a-z]){0,3}|192\\.0\\.2\\.[1-9]|2001:db8::[1-9]",
+        ca in prop::option::of("\\PC{1,20}"),
+        proxy_outside_tls in any::<bool>(),
+    ) -> BackendTls {
+        let server_name = ServerName::try_from(server_name).unwrap();
+        BackendTls { server_name, ca: ca.map(PathBuf::from), proxy_outside_tls, trust: Trust::default() }
+    }
+}
+
+prop_compose! {
     fn backend()(
         port in 1..=u16::MAX,
         weight in 1..=1000u32,
@@ -89,6 +101,7 @@ prop_compose! {
         timeouts in (duration(1), duration(1)),
         sources in prop::collection::btree_set(1..=250u8, 0..4),
         one_shot_close in prop_oneof![Just(OneShotClose::Reset), Just(OneShotClose::Fin)],
+        tls in prop::option::of(backend_tls()),
         health in health(),
     ) -> Backend {
         let ip = |host: u8| -> IpAddr {
@@ -102,8 +115,9 @@ prop_compose! {
             write_timeout: timeouts.1,
             source: sources.into_iter().map(ip).collect(),
             one_shot_close,
+            tls,
             health,
-            ..Backend::new("", SocketAddr::new(ip(251), port))
+            ..Backend::new("", SocketAddr::new(ip(251), if port == DOT_PORT { 53 } else { port }))
         }
     }
 }

@@ -138,7 +138,7 @@ const BACKEND: &[Key] = &[
     table("health", HEALTH),
 ];
 
-const BACKEND_TLS: &[Key] = &[not_yet("server_name"), not_yet("ca"), not_yet("proxy_outside_tls")];
+const BACKEND_TLS: &[Key] = &[works("server_name"), works("ca"), works("proxy_outside_tls")];
 
 const HEALTH: &[Key] =
     &[works("mode"), works("interval"), works("timeout"), works("name"), works("rise"), works("fall")];

@@ -256,6 +256,13 @@ fn give_spare(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, now: 
     let at = model.known.iter().position(|conn| conn.key == key).expect("the model has it");
     let conn = &mut model.known[at];
     (conn.kind, conn.header, conn.max_in_flight) = (kind, header, max_in_flight);
+    if script.octet().unwrap_or(0) & 1 == 1 {
+        // A handshake comes first.
+        pool.reconnects(key, now);
+        if conn.phase == Phase::Open {
+            conn.phase = Phase::Connecting;
+        }
+    }
     Some(at)
 }
 

@@ -10,13 +10,14 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 
 use super::task::Target;
+use super::wire::Wire;
 use crate::backend::connect::{self, Io, OpenError};
-use crate::clock::{self, Mono};
+use crate::clock;
 use crate::close::CloseReason;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
 use crate::dns::message;
 use crate::ledger::caps::AtCap;
-use crate::ledger::{ConnKind, OpenInfo, RowState, ShardWriter, Tracked};
+use crate::ledger::{ConnKind, OpenInfo, ShardWriter, Tracked};
 
 /// RCODE of an answer that says that the server cannot serve (RFC 1035, section 4.1.1).
 const SERVFAIL: u8 = 2;
@@ -39,6 +40,12 @@ pub(super) enum Outcome {
 pub(super) enum Failure {
     Open(OpenError),
     Io(io::Error),
+    /// During the TLS handshake.
+    Handshake,
+    Tls {
+        reason: CloseReason,
+        words: String,
+    },
     Closed,
     Timeout(Duration),
     Wrong(&'static str),
@@ -49,6 +56,8 @@ impl fmt::Display for Failure {
         match self {
             Self::Open(error) => error.fmt(f),
             Self::Io(error) => error.fmt(f),
+            Self::Handshake => f.write_str("it closed the connection during the TLS handshake"),
+            Self::Tls { words, .. } => f.write_str(words),
             Self::Closed => f.write_str("it closed the connection without an answer"),
             Self::Timeout(after) => write!(f, "no answer within {after:?}"),
             Self::Wrong(what) => f.write_str(what),
@@ -61,6 +70,8 @@ impl Failure {
         match self {
             Self::Open(_) => CloseReason::ConnectFailed,
             Self::Io(_) => CloseReason::PeerReset,
+            Self::Handshake => CloseReason::HandshakeFailed,
+            Self::Tls { reason, .. } => *reason,
             Self::Closed => CloseReason::PeerClosed,
             Self::Timeout(_) => CloseReason::Unresponsive,
             Self::Wrong(_) => CloseReason::ProtocolViolation,
@@ -137,32 +148,11 @@ async fn ask(io: &Tracked<Io>, target: &Target) -> Result<(), Failure> {
     if let Some(octets) = out.get_mut(target.query + PREFIX_LEN..) {
         message::set_id(octets, id);
     }
-    let mut sent = 0;
-    while sent < out.len() {
-        let mut ready = io.io().writable().await.map_err(Failure::Io)?;
-        match ready.try_io(|io| io.get_ref().send(out.get(sent..).unwrap_or_default())) {
-            Ok(Ok(count)) => sent += count,
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return Err(Failure::Io(error)),
-            Err(_would_block) => {}
-        }
-    }
-    moved(io, clock::now());
+    let mut wire = Wire::new(io, target);
+    wire.ask(&out).await?;
     let mut answer = Vec::new();
     loop {
-        let mut ready = io.io().readable().await.map_err(Failure::Io)?;
-        let mut buffer = [0; 4096];
-        let read = match ready.try_io(|io| {
-            rustix::net::recv(io.get_ref(), &mut buffer, rustix::net::RecvFlags::empty()).map_err(io::Error::from)
-        }) {
-            Ok(Ok((0, _))) => return Err(Failure::Closed),
-            Ok(Ok((read, _))) => read,
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Ok(Err(error)) => return Err(Failure::Io(error)),
-            Err(_would_block) => continue,
-        };
-        moved(io, clock::now());
-        answer.extend_from_slice(buffer.get(..read).unwrap_or_default());
+        wire.receive(&mut answer).await?;
         match first_frame(&answer) {
             Ok(Some(end)) => {
                 let query = out.get(target.query + PREFIX_LEN..).unwrap_or_default();
@@ -172,11 +162,6 @@ async fn ask(io: &Tracked<Io>, target: &Target) -> Result<(), Failure> {
             Err(_) => return Err(Failure::Wrong("it sent a length too short for a DNS message")),
         }
     }
-}
-
-fn moved(io: &Tracked<Io>, now: Mono) {
-    io.entry().set_state(RowState::Busy);
-    io.entry().set_activity(now, 1, 1);
 }
 
 /// Any answer to this query will do but SERVFAIL: a server that refuses the name or does not know it can serve others.

@@ -10,6 +10,7 @@
 mod check;
 mod judge;
 mod task;
+mod wire;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};

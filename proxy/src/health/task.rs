@@ -16,7 +16,7 @@ use super::check::{self, Cancel, Outcome};
 use super::judge::Judge;
 use super::{Board, CheckResult, State};
 use crate::close::CloseReason;
-use crate::config::{self, Config, HealthMode, Numbers};
+use crate::config::{self, BackendTls, Config, HealthMode, Numbers};
 use crate::control::{Control, Controls};
 use crate::dns::frame;
 use crate::ledger::caps::AtCap;
@@ -54,6 +54,8 @@ pub(super) struct Target {
     pub(super) bytes: Vec<u8>,
     /// Where in `bytes` the query's length is.
     pub(super) query: usize,
+    /// The query goes over TLS.
+    pub(super) tls: Option<BackendTls>,
     source: Vec<IpAddr>,
     health: config::Health,
 }
@@ -114,6 +116,7 @@ pub(super) fn targets(config: &Config, numbers: &Numbers) -> Vec<Target> {
             timeout: health.timeout,
             bytes,
             query,
+            tls: backend.tls.clone(),
             source: backend.source.clone(),
             health: health.clone(),
         });

@@ -120,7 +120,7 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 44] = [
+const CONTRACT: [&str; 45] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
@@ -139,6 +139,7 @@ const CONTRACT: [&str; 44] = [
     "counterfoil_backend_connections_closed_total",
     "counterfoil_backend_connections_reused_total",
     "counterfoil_backend_connect_failures_total",
+    "counterfoil_backend_tls_handshakes_total",
     "counterfoil_backend_queries_total",
     "counterfoil_pool_retries_total",
     "counterfoil_pool_acquire_total",

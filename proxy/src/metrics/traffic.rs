@@ -229,6 +229,15 @@ impl Traffic<'_> {
             self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.connect_failures))),
         )?;
         families.counters(
+            "backend_tls_handshakes",
+            "TLS handshakes with a backend that were completed, by whether a session was resumed",
+            self.backend_names().flat_map(|(i, name)| {
+                [("full", 0), ("resumed", 1)].map(|(kind, at)| {
+                    ([("backend", name), ("kind", kind)], self.backend(i, |backend| &backend.handshakes[at]))
+                })
+            }),
+        )?;
+        families.counters(
             "backend_queries",
             "Queries written to a backend, retries included",
             self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.queries))),

@@ -52,6 +52,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
                 write_timeout: Duration::from_secs(2),
                 source: Vec::new(),
                 one_shot_close: OneShotClose::Reset,
+                tls: None,
                 health: Health { mode: HealthMode::Up, ..Health::default() },
             }],
         }],

@@ -198,14 +198,17 @@ impl BackendPolicy {
         let longest = [pool.query_timeout, backend.connect_timeout, backend.write_timeout, backend.health.timeout]
             .into_iter()
             .fold(connections.idle_timeout, Duration::max);
+        // In a TLS handshake the kernel shows an established connection, and it may be silent until the time is over.
+        let handshake = if backend.tls.is_some() { backend.connect_timeout } else { Duration::ZERO };
+        let hoard = pool.query_timeout.max(connections.idle_timeout).max(handshake);
         Self {
             name: backend.name.clone(),
             address: backend.address,
             former: Vec::new(),
             configured: true,
-            hoard_after: pool.query_timeout.max(connections.idle_timeout) + connections.cleanup_interval,
-            spent_after: connections.cleanup_interval,
-            spare_after: connections.spare_idle_timeout + connections.cleanup_interval,
+            hoard_after: hoard + connections.cleanup_interval,
+            spent_after: handshake + connections.cleanup_interval,
+            spare_after: connections.spare_idle_timeout.max(handshake) + connections.cleanup_interval,
             stuck_after: longest + connections.cleanup_interval,
             embryo_after: backend.connect_timeout + connections.cleanup_interval,
         }

@@ -26,7 +26,7 @@ pub(crate) enum Violation {
 }
 
 impl Core {
-    /// `connect(2)` has succeeded.
+    /// `connect(2)` has succeeded, and the TLS handshake if there is one.
     pub(crate) fn conn_connected(&mut self, key: ConnKey, now: Mono) {
         self.pool.connected(key, now);
         self.after_conn(key, now);
@@ -145,7 +145,7 @@ impl Core {
         conn.out.give_back(&mut self.spares);
         let backend = conn.backend;
         // None of its queries was sent.
-        let unsent = matches!(reason, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+        let unsent = reason.is_before_queries();
         if unsent {
             self.stats.backends[usize::from(backend)].connect_failures.add(1);
         }
@@ -166,7 +166,7 @@ impl Core {
             self.unblock(owner);
         }
         let failed = match reason {
-            CloseReason::ConnectFailed | CloseReason::ConnectTimeout => FailReason::ConnectFailed,
+            reason if reason.is_before_queries() => FailReason::ConnectFailed,
             CloseReason::ProtocolViolation => FailReason::BadAnswer,
             _ => FailReason::BackendClosed,
         };

@@ -319,7 +319,7 @@ impl Core {
         let Some(conn) = self.pool.get_mut(key) else { return };
         let plan = &self.plan.backends[usize::from(conn.backend)];
         let deadline = if conn.phase == crate::backend::pool::Phase::Connecting {
-            conn.opened.after(plan.connect_timeout)
+            conn.connects_since.after(plan.connect_timeout)
         } else if conn.unwritable_since != Mono::ZERO {
             conn.unwritable_since.after(plan.write_timeout)
         } else {

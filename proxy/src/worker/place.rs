@@ -82,6 +82,9 @@ impl Core {
             let id = String::from_utf8_lossy(&id);
             tracing::debug!(backend = self.plan.backends[usize::from(conn.backend)].name, %id, "unique ID of a connection");
         }
+        if self.plan.backends[usize::from(conn.backend)].tls.is_some() {
+            conn.header_left = out.len() - start;
+        }
     }
 
     /// A spare connection, or a new one if the caps allow. One that must be fresh is never spare: its peer may have
@@ -91,6 +94,12 @@ impl Core {
             && let Some(spare) = self.pool.ready_spare(backend)
         {
             self.pool.give_spare(spare, assigned, now);
+            if self.plan.backends[usize::from(backend)].header_in_clear() {
+                // It knows now what goes before the handshake.
+                self.pool.reconnects(spare, now);
+                self.settle_conn(spare);
+                self.wake_conn(spare);
+            }
             return Ok(spare);
         }
         let permit = self.shared.caps.acquire(backend)?;

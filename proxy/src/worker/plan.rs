@@ -8,8 +8,8 @@ use crate::backend::choose;
 use crate::client::session::{Limits, Pace};
 use crate::config::network::masked;
 use crate::config::{
-    AcceptProxy, Backend, Config, Connections, Listener, Numbers, OnFailure, OneShotClose, Overload, Policy, Pool,
-    ProxyProtocol,
+    AcceptProxy, Backend, BackendTls, Config, Connections, Listener, Numbers, OnFailure, OneShotClose, Overload,
+    Policy, Pool, ProxyProtocol,
 };
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
@@ -123,6 +123,8 @@ pub(crate) struct BackendPlan {
     pub(crate) write_timeout: Duration,
     pub(crate) source: Vec<IpAddr>,
     pub(crate) one_shot_close: OneShotClose,
+    /// Queries go over TLS only.
+    pub(crate) tls: Option<Rc<BackendTls>>,
     /// This host's address on the way to the backend, for `identity = "forwarder"`.
     pub(crate) own_side: SocketAddr,
     /// What its pool's headers say.
@@ -231,6 +233,7 @@ impl BackendPlan {
             // The header names the source of the connection, so it must be the same for all that share it.
             source: if forwarder { backend.source.iter().copied().take(1).collect() } else { backend.source.clone() },
             one_shot_close: backend.one_shot_close,
+            tls: backend.tls.clone().map(Rc::new),
             own_side: own_side(backend.address, &backend.source),
             header: pool.proxy_protocol.clone(),
             in_use: true,
@@ -247,6 +250,12 @@ impl BackendPlan {
             && other.in_use
             && (self.address, &self.source, self.own_side) == (other.address, &other.source, other.own_side)
             && self.header == other.header
+            && self.tls == other.tls
+    }
+
+    /// Whether the PROXY header goes before a TLS handshake.
+    pub(crate) fn header_in_clear(&self) -> bool {
+        self.header.is_some() && self.tls.as_ref().is_some_and(|tls| tls.proxy_outside_tls)
     }
 }
 
@@ -278,6 +287,7 @@ impl Default for BackendPlan {
             write_timeout: Duration::ZERO,
             source: Vec::new(),
             one_shot_close: OneShotClose::default(),
+            tls: None,
             own_side: nowhere,
             header: None,
             in_use: false,

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use super::ADDRESS;
+use crate::certificates::Certificate;
 use crate::process::{self, Process};
 use crate::tempdir::TempDir;
 
@@ -35,10 +36,31 @@ impl TlvOracle {
     /// If it does not start.
     #[track_caller]
     pub fn start() -> Self {
+        Self::start_at(|port| format!("setLocal(\"127.0.0.1:{port}\")"))
+    }
+
+    /// Starts it with DNS over TLS alone. Version 1.7 wants the PROXY header inside.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start_dot(certificate: &Certificate) -> Self {
+        let Certificate { certificate, key } = certificate;
+        let (certificate, key) = (certificate.display(), key.display());
+        Self::start_at(|port| {
+            // Without an address for clear text it would listen at port 53.
+            let plain = process::free_port();
+            format!("setLocal(\"127.0.0.1:{plain}\")\naddTLSLocal(\"127.0.0.1:{port}\", \"{certificate}\", \"{key}\")")
+        })
+    }
+
+    #[track_caller]
+    fn start_at(local: impl Fn(u16) -> String) -> Self {
         let dir = TempDir::new("oracle");
         let (process, address) = start("dnsdist (oracle)", "dnsdist", &dir, |port| {
+            let local = local(port);
             format!(
-                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}setProxyProtocolACL({{\"127.0.0.0/8\"}})\n{ORACLE}\
+                "{local}\n{COMMON}setProxyProtocolACL({{\"127.0.0.0/8\"}})\n{ORACLE}\
                  addAction(AllRule(), SpoofAction(\"{ADDRESS}\"))\n"
             )
         });

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use super::{ADDRESS, ZONE};
+use crate::certificates::Certificate;
 use crate::netns::Namespace;
 use crate::process::{self, Process};
 use crate::tempdir::TempDir;
@@ -28,7 +29,30 @@ impl Unbound {
     pub fn start(log_queries: bool) -> Self {
         let dir = TempDir::new("unbound");
         let (process, port, ()) = process::start_on_free_port("unbound", |port| {
-            let file = dir.write("unbound.conf", &config(Ipv4Addr::LOCALHOST, port, log_queries));
+            let file = dir.write("unbound.conf", &config(Ipv4Addr::LOCALHOST, port, log_queries, &proxy_port(port)));
+            (Process::start("unbound", "unbound", &["-d".as_ref(), "-c".as_ref(), file.as_os_str()]), ())
+        });
+        Self { process, address: super::loopback(port), _dir: dir }
+    }
+
+    /// Starts it with DNS over TLS alone; with `proxy` it also wants a PROXY header.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start_dot(certificate: &Certificate, proxy: bool) -> Self {
+        let dir = TempDir::new("unbound");
+        let (process, port, ()) = process::start_on_free_port("unbound", |port| {
+            let Certificate { certificate, key } = certificate;
+            let mut more = format!(
+                "    tls-port: {port}\n    tls-service-pem: {:?}\n    tls-service-key: {:?}\n",
+                certificate.display().to_string(),
+                key.display().to_string()
+            );
+            if proxy {
+                more += &proxy_port(port);
+            }
+            let file = dir.write("unbound.conf", &config(Ipv4Addr::LOCALHOST, port, true, &more));
             (Process::start("unbound", "unbound", &["-d".as_ref(), "-c".as_ref(), file.as_os_str()]), ())
         });
         Self { process, address: super::loopback(port), _dir: dir }
@@ -43,7 +67,7 @@ impl Unbound {
         let dir = TempDir::new("unbound");
         // Nothing else lives in the namespace, so no port is taken.
         let port = 5353;
-        let file = dir.write("unbound.conf", &config(address, port, false));
+        let file = dir.write("unbound.conf", &config(address, port, false, &proxy_port(port)));
         let file = file.display().to_string();
         let mut process = namespace.start("unbound", &["unbound", "-d", "-c", &file]);
         assert!(process.listens(port, Duration::from_secs(20)), "unbound does not listen:\n{}", process.tail());
@@ -64,14 +88,17 @@ impl Unbound {
     }
 }
 
-fn config(address: Ipv4Addr, port: u16, log_queries: bool) -> String {
+fn proxy_port(port: u16) -> String {
+    format!("    proxy-protocol-port: {port}\n")
+}
+
+fn config(address: Ipv4Addr, port: u16, log_queries: bool, more: &str) -> String {
     let log_queries = if log_queries { "yes" } else { "no" };
     format!(
         r#"server:
     interface: {address}@{port}
     port: {port}
-    proxy-protocol-port: {port}
-    do-udp: no
+{more}    do-udp: no
     do-ip6: no
     num-threads: 1
     chroot: ""
