@@ -66,10 +66,11 @@ impl Unpacked {
             .join(":")
     }
 
-    /// Debian's library directories, relative to a root.
-    pub(crate) fn library_directories(&self) -> [String; 3] {
+    /// Debian's library directories, relative to a root. systemd has one of its own.
+    pub(crate) fn library_directories(&self) -> [String; 4] {
         let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
-        [format!("usr/lib/{triplet}"), format!("lib/{triplet}"), "usr/lib".to_owned()]
+        let systemd = format!("usr/lib/{triplet}/systemd");
+        [format!("usr/lib/{triplet}"), format!("lib/{triplet}"), "usr/lib".to_owned(), systemd]
     }
 
     fn stamp(&self) -> PathBuf {

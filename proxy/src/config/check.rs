@@ -124,7 +124,7 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
 }
 
 /// Descriptors that are no connections.
-pub(super) fn reserve(config: &Config) -> usize {
+fn reserve(config: &Config) -> usize {
     OWN_DESCRIPTORS + config.server.workers * (PER_WORKER + config.listeners.len())
 }
 
