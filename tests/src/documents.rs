@@ -60,6 +60,7 @@ fn sources(module: &str) -> Vec<String> {
             root.join(format!("tests/tests/{module}.rs")),
             root.join(format!("proxy/tests/{module}.rs")),
             root.join(format!("proxy/tests/{}.rs", module.replace("::", "/"))),
+            root.join(format!("proxy/src/{}.rs", module.replace("::", "/"))),
         ],
     };
     let sources: Vec<String> = candidates.iter().filter_map(|path| std::fs::read_to_string(path).ok()).collect();
