@@ -1,4 +1,4 @@
-//! The load generator over TLS, against another implementation of it: it counts the handshakes that were made, and fails
+//! The load generator over TLS, against other implementations of it: it counts the handshakes that were made, and fails
 //! unless they are those that were asked for.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
@@ -6,6 +6,8 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::thread;
 
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::load::message;
 use counterfoil_tests::load::tool::{self, Tool};
 use counterfoil_tests::servers::{DotFront, Haproxy};
@@ -80,6 +82,20 @@ fn every_kind_of_handshake_with_dnsdist() {
     // A full handshake leaves two tickets, a resumed one none: of a client's connections the first, fourth, ... are new.
     let new = every_kind_of_handshake(dnsdist.address, &certificate);
     assert!((67..=70).contains(&new), "{new} of 200 were new");
+}
+
+#[test]
+fn every_kind_of_handshake_with_counterfoil() {
+    let (certificate, answerer) = (certificate(), Tool::start(ANSWERER, &[]));
+    let config = Config::new(answerer.address.parse().unwrap())
+        // A session that one worker made is resumed at the other.
+        .set("server", "workers", "2")
+        .set("connections", "idle_timeout", "\"1s\"")
+        .set("listener.tls", "certificate", format!("{:?}", file(&certificate, "certificate.pem")))
+        .set("listener.tls", "key", format!("{:?}", file(&certificate, "key.pem")));
+    let counterfoil = Counterfoil::start(&config);
+    assert_eq!(every_kind_of_handshake(counterfoil.address, &certificate), 4);
+    counterfoil.assert_quiescent();
 }
 
 #[test]

@@ -53,6 +53,10 @@ pub(super) struct Sample {
     pub(super) kib_per_client: Option<f64>,
     /// CPU that processes outside of the benchmark took meanwhile, in cores: how far to trust the rest.
     pub(super) disturbance: f64,
+    /// CPU that the load generator took, in cores. It has one thread: near 1 it is what limits `qps`.
+    pub(super) generator_cores: f64,
+    /// TLS handshakes, in scenarios with TLS.
+    pub(super) handshakes: Option<Handshakes>,
     /// System calls of the subject's process per query, if they were counted.
     pub(super) syscalls_per_query: Option<f64>,
 }
@@ -66,6 +70,15 @@ pub(super) struct Latency {
     pub(super) max: f64,
 }
 
+/// Of the connections between clients and subject, as the clients saw them.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Handshakes {
+    /// Full ones.
+    pub(super) new: u64,
+    /// Those that took up an earlier session.
+    pub(super) resumed: u64,
+}
+
 /// What the load generator says.
 #[derive(Deserialize)]
 struct Load {
@@ -77,6 +90,7 @@ struct Load {
     unexpected: u64,
     missing: u64,
     closed: u64,
+    handshakes: Option<Handshakes>,
     first_fault: Option<String>,
 }
 
@@ -108,15 +122,19 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     if !scenario.load.iter().any(|option| option.starts_with("--seconds")) {
         command.arg(format!("--seconds={}", plan.seconds));
     }
+    if scenario.tls {
+        command.arg("--tls").arg(plan.tools.certificate().certificate());
+    }
     let mut generator = Process::start("loadgen", command.args(scenario.load), directory.path())?;
     let load: Load = generator.read()?;
     let (cpu_after, resident) = (running.process.cpu()?, running.process.resident()?);
     let watchdog = running.watchdog_cpu()?.zip(watchdog_before).map(|(after, before)| after.saturating_sub(before));
     let (machine_after, answerer_after) = (process::machine_cpu()?, answerer.cpu()?);
     let cpu = cpu_after.saturating_sub(cpu_before);
-    let ours = cpu + answerer_after.saturating_sub(answerer_before) + generator.cpu()?;
+    let generator_cpu = generator.cpu()?;
+    let ours = cpu + answerer_after.saturating_sub(answerer_before) + generator_cpu;
     let others = machine_after.saturating_sub(machine_before).saturating_sub(ours);
-    let disturbance = others as f64 / start.elapsed().as_nanos() as f64;
+    let elapsed = start.elapsed().as_nanos() as f64;
     let syscalls = counter.map(Counter::finish).transpose()?;
     let counts = ask(&mut answerer)?;
     let left_open = match scenario.header {
@@ -128,6 +146,9 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     };
     let ended = generator.finish()?;
     check(&load, &counts)?;
+    if let Some(handshakes) = load.handshakes {
+        check_handshakes(scenario, subject, handshakes)?;
+    }
     if !ended.success() {
         bail!("the load generator ended with {ended}");
     }
@@ -144,7 +165,9 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
         max_open: counts.max_open,
         left_open,
         resident_kib: resident,
-        disturbance,
+        disturbance: others as f64 / elapsed,
+        generator_cores: generator_cpu as f64 / elapsed,
+        handshakes: load.handshakes,
         syscalls_per_query: syscalls.map(|count| count as f64 / answers),
         kib_per_client: match scenario.figure {
             Figure::Speed => None,
@@ -179,4 +202,37 @@ fn check(load: &Load, counts: &Counts) -> Result<()> {
         bail!("{answers} answers reached the clients but the backend gave only {}", counts.answers);
     }
     Ok(())
+}
+
+/// Where sessions are to be resumed, only a client's first handshake may be a new one. The load generator makes no other
+/// if it holds a ticket, so too many are the subject's doing: it gave none. dnsdist's OpenSSL gives two after a full
+/// handshake and none after a resumed one, which makes one in three new.
+fn check_handshakes(scenario: &Scenario, subject: Subject, handshakes: Handshakes) -> Result<()> {
+    let Handshakes { new, resumed } = handshakes;
+    let one_in_three = if subject == Subject::Dnsdist { resumed / 2 } else { 0 };
+    if scenario.resumes() && new > scenario.clients() + one_in_three {
+        bail!("{new} TLS handshakes were new and only {resumed} resumed");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::*;
+
+    #[test]
+    fn a_run_whose_sessions_are_not_resumed_fails() {
+        let scenario = |name: &str| *super::super::scenario::choose(&[name.to_owned()]).unwrap().first().unwrap();
+        let check = |name, subject, new, resumed| {
+            check_handshakes(scenario(name), subject, Handshakes { new, resumed }).map_err(|error| error.to_string())
+        };
+        assert_eq!(check("Th-new", Subject::Haproxy, 1000, 0), Ok(()));
+        assert_eq!(check("Th-res", Subject::Haproxy, 50, 950), Ok(()));
+        let fault = Err("51 TLS handshakes were new and only 949 resumed".to_owned());
+        assert_eq!(check("Th-res", Subject::Haproxy, 51, 949), fault);
+        assert_eq!(check("Th-res", Subject::Dnsdist, 340, 660), Ok(()));
+        assert!(check("Th-res", Subject::Dnsdist, 500, 500).is_err());
+    }
 }

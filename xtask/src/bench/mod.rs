@@ -3,6 +3,7 @@
 //! Everything shares the machine's cores and the numbers drift by a third within an hour, so the subjects take turns and
 //! only ratios within one run count. A wrong or missing answer fails the benchmark.
 
+mod certificate;
 mod cost;
 mod curve;
 mod measure;
@@ -63,7 +64,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.list {
         for scenario in scenario::ALL {
-            println!("{:<5} {}", scenario.name, scenario.about);
+            println!("{:<7} {}", scenario.name, scenario.about);
         }
         return Ok(());
     }

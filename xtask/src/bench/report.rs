@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Arguments;
 use super::cost::Cost;
 use super::curve::Point;
-use super::measure::{Outcome, Sample};
+use super::measure::{Handshakes, Outcome, Sample};
 use super::scenario::{Figure, Scenario};
 use super::subject::Subject;
 use super::tools::Tools;
@@ -18,18 +18,23 @@ use crate::workspace;
 /// The table of one scenario.
 pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outcome], arguments: &Arguments) -> String {
     let (rounds, seconds) = (arguments.rounds, arguments.seconds);
+    let floor = if Subject::Relay.can(scenario) { Subject::Relay } else { Subject::Haproxy };
     let mut text = format!(
-        "\n{}: {}\nmedian of {rounds} rounds of {seconds} s; x: median of the ratios to the relay within a round; others: cores \
-         that other processes took\n",
-        scenario.name, scenario.about
+        "\n{}: {}\nmedian of {rounds} rounds of {seconds} s; x: median of the ratios to {} within a round; load, others: \
+         cores that the load generator and other processes took\n",
+        scenario.name,
+        scenario.about,
+        floor.name()
     );
+    let [qps, cpu, ratio] = ["qps", "CPU us/q", "x"];
     let _ = writeln!(
         text,
-        "{:<12}{:>11}{:>8}{:>10}{:>8}{:>10}{:>10}{:>10}{:>9}{:>7}{:>6}{:>9}{:>8}",
-        "", "qps", "x", "CPU us/q", "x", "p50 us", "p99 us", "p99.9 us", "conns/q", "most", "left", "RSS MiB", "others"
+        "{:<12}{qps:>11}{ratio:>8}{cpu:>10}{ratio:>8}{:>10}{:>10}{:>10}{:>9}{:>7}{:>6}{:>9}{:>6}{:>8}",
+        "", "p50 us", "p99 us", "p99.9 us", "conns/q", "most", "left", "RSS MiB", "load", "others"
     );
-    let relay = samples(outcomes, scenario, Subject::Relay);
-    for &subject in subjects.iter().filter(|subject| subject.can(scenario)) {
+    let floor = samples(outcomes, scenario, floor);
+    let able = || subjects.iter().copied().filter(|subject| subject.can(scenario));
+    for subject in able() {
         let own = samples(outcomes, scenario, subject);
         let runs = outcomes.iter().filter(|it| it.scenario == scenario.name && it.subject == subject).count();
         let _ = write!(text, "{:<12}", subject.name());
@@ -37,47 +42,79 @@ pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outco
             let _ = writeln!(text, " FAILED in all {runs} runs");
             continue;
         }
-        let of = |figure: fn(&Sample) -> f64| median(own.iter().map(|(_, sample)| figure(sample)));
-        let ratio = |figure: fn(&Sample) -> f64| match median_ratio(&own, &relay, figure) {
-            Some(ratio) => format!("{ratio:.2}"),
-            None => "-".to_owned(),
-        };
-        let left = if own.iter().any(|(_, sample)| sample.left_open.is_some()) {
-            format!("{:.0}", of(|sample| sample.left_open.unwrap_or_default() as f64))
-        } else {
-            "-".to_owned()
-        };
-        let _ = write!(
-            text,
-            "{:>11}{:>8}{:>10.2}{:>8}{:>10.0}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{left:>6}{:>9.1}{:>8.2}",
-            thousands(of(|sample| sample.qps)),
-            ratio(|sample| sample.qps),
-            of(|sample| sample.cpu_us),
-            ratio(|sample| sample.cpu_us),
-            of(|sample| sample.latency_us.p50),
-            of(|sample| sample.latency_us.p99),
-            of(|sample| sample.latency_us.p999),
-            of(|sample| sample.opened_per_query),
-            of(|sample| sample.max_open as f64),
-            of(|sample| sample.resident_kib as f64 / 1024.0),
-            of(|sample| sample.disturbance),
-        );
-        if arguments.syscalls {
-            let _ = write!(
-                text,
-                "  {:.2} system calls per query",
-                of(|sample| sample.syscalls_per_query.unwrap_or_default())
-            );
-        }
-        if let Figure::Memory { .. } = scenario.figure {
-            let _ = write!(text, "  {:.2} KiB per client", of(|sample| sample.kib_per_client.unwrap_or_default()));
-        }
+        text.push_str(&figures(&own, &floor));
+        text.push_str(&more_figures(&own, scenario, arguments));
         if own.len() < runs {
             let _ = write!(text, "  FAILED in {} of {runs} runs", runs - own.len());
         }
         text.push('\n');
     }
+    for peer in able().filter(|&peer| peer != Subject::Counterfoil) {
+        let (own, other) = (samples(outcomes, scenario, Subject::Counterfoil), samples(outcomes, scenario, peer));
+        text.push_str(&beside(&own, peer, &other));
+    }
     text
+}
+
+/// The columns that all scenarios have.
+fn figures(own: &[(u32, &Sample)], floor: &[(u32, &Sample)]) -> String {
+    let of = |figure: fn(&Sample) -> f64| median(own.iter().map(|(_, sample)| figure(sample)));
+    let ratio = |figure: fn(&Sample) -> f64| match median_ratio(own, floor, figure) {
+        Some(ratio) => format!("{ratio:.2}"),
+        None => "-".to_owned(),
+    };
+    let left = if own.iter().any(|(_, sample)| sample.left_open.is_some()) {
+        format!("{:.0}", of(|sample| sample.left_open.unwrap_or_default() as f64))
+    } else {
+        "-".to_owned()
+    };
+    format!(
+        "{:>11}{:>8}{:>10.2}{:>8}{:>10.0}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{left:>6}{:>9.1}{:>6.2}{:>8.2}",
+        thousands(of(|sample| sample.qps)),
+        ratio(|sample| sample.qps),
+        of(|sample| sample.cpu_us),
+        ratio(|sample| sample.cpu_us),
+        of(|sample| sample.latency_us.p50),
+        of(|sample| sample.latency_us.p99),
+        of(|sample| sample.latency_us.p999),
+        of(|sample| sample.opened_per_query),
+        of(|sample| sample.max_open as f64),
+        of(|sample| sample.resident_kib as f64 / 1024.0),
+        of(|sample| sample.generator_cores),
+        of(|sample| sample.disturbance),
+    )
+}
+
+/// What only some scenarios and runs have.
+fn more_figures(own: &[(u32, &Sample)], scenario: &Scenario, arguments: &Arguments) -> String {
+    let of = |figure: fn(&Sample) -> f64| median(own.iter().map(|(_, sample)| figure(sample)));
+    let mut text = String::new();
+    if scenario.tls {
+        let of = |kind: fn(&Handshakes) -> u64| {
+            median(own.iter().filter_map(|(_, sample)| sample.handshakes.as_ref()).map(|it| kind(it) as f64))
+        };
+        let (new, resumed) = (of(|it| it.new), of(|it| it.resumed));
+        let _ = write!(text, "  handshakes: {new:.0} new, {resumed:.0} resumed");
+    }
+    if arguments.syscalls {
+        let count = of(|sample| sample.syscalls_per_query.unwrap_or_default());
+        let _ = write!(text, "  {count:.2} system calls per query");
+    }
+    if let Figure::Memory { .. } = scenario.figure {
+        let _ = write!(text, "  {:.2} KiB per client", of(|sample| sample.kib_per_client.unwrap_or_default()));
+    }
+    text
+}
+
+/// Counterfoil's figures as ratios to those of one other; nothing if one of both was not measured.
+fn beside(own: &[(u32, &Sample)], peer: Subject, other: &[(u32, &Sample)]) -> String {
+    let ratio = |figure: fn(&Sample) -> f64| median_ratio(own, other, figure);
+    let (Some(qps), Some(cpu), Some(p99)) =
+        (ratio(|sample| sample.qps), ratio(|sample| sample.cpu_us), ratio(|sample| sample.latency_us.p99))
+    else {
+        return String::new();
+    };
+    format!("counterfoil / {}: qps {qps:.2}, CPU {cpu:.2}, p99 {p99:.2}\n", peer.name())
 }
 
 /// Everything, with what is needed to judge it later.

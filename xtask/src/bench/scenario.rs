@@ -13,6 +13,10 @@ pub(super) struct Scenario {
     pub(super) identity: &'static str,
     /// `[connections] spares_per_backend` of Counterfoil.
     pub(super) spares: u32,
+    /// `[server] workers` of Counterfoil.
+    pub(super) workers: u32,
+    /// The clients speak TLS.
+    pub(super) tls: bool,
     /// What the load generator is told.
     pub(super) load: &'static [&'static str],
     /// What the run is for.
@@ -45,6 +49,8 @@ pub(super) const BASE: Scenario = Scenario {
     header: Header::None,
     identity: "connection",
     spares: 0,
+    workers: 2,
+    tls: false,
     load: &[],
     figure: Figure::Speed,
     default: false,
@@ -126,6 +132,36 @@ pub(super) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "T",
+        about: "as A, the clients over TLS",
+        header: Header::Address,
+        tls: true,
+        load: &["--clients=50"],
+        ..BASE
+    },
+    Scenario {
+        name: "Tb",
+        about: "as B, the clients over TLS",
+        header: Header::Address,
+        tls: true,
+        load: &["--clients=50", "--in-flight=20"],
+        ..BASE
+    },
+    Scenario {
+        name: "Th-new",
+        about: "as D over TLS: a full handshake per query (latency and CPU with connection and handshake)",
+        tls: true,
+        load: &["--clients=50", "--per-connection=1", "--sources=100"],
+        ..BASE
+    },
+    Scenario {
+        name: "Th-res",
+        about: "as Th-new, but a client's later handshakes resume (dnsdist's: two of three, for want of tickets)",
+        tls: true,
+        load: &["--clients=50", "--per-connection=1", "--sources=100", "--resume"],
+        ..BASE
+    },
+    Scenario {
         name: "Fp",
         about: "9,000 idle clients after one query each, PROXY",
         header: Header::Address,
@@ -136,6 +172,17 @@ pub(super) const ALL: &[Scenario] = &[
 ];
 
 impl Scenario {
+    /// How many clients there are: what the load generator is told, or its default.
+    pub(super) fn clients(&self) -> u64 {
+        let told = self.load.iter().find_map(|option| option.strip_prefix("--clients=")?.parse().ok());
+        told.unwrap_or(50)
+    }
+
+    /// Whether clients resume TLS sessions.
+    pub(super) fn resumes(&self) -> bool {
+        self.load.contains(&"--resume")
+    }
+
     /// What the answerer is to insist on.
     pub(super) fn checks(&self) -> &'static [&'static str] {
         match (self.header, self.identity) {

@@ -62,13 +62,14 @@ impl Subject {
         }
     }
 
-    /// HAProxy in TCP mode sees no queries; Debian's sends no TLVs of one's own either.
+    /// The relay knows no TLS. HAProxy in TCP mode sees no queries; Debian's sends no TLVs of one's own either.
     pub(super) fn can(self, scenario: &Scenario) -> bool {
         match self {
+            Self::Relay => !scenario.tls,
             Self::Haproxy => scenario.header != Header::Label,
             // It has no way to name the forwarder instead of the client.
             Self::Dnsdist => scenario.identity == "connection",
-            Self::Relay | Self::Counterfoil => true,
+            Self::Counterfoil => true,
         }
     }
 
@@ -95,12 +96,12 @@ impl Subject {
                 (process, address)
             }
             Self::Haproxy => on_free_port(|address| {
-                let file = directory.write("haproxy.cfg", &haproxy(scenario, address, backend))?;
+                let file = directory.write("haproxy.cfg", &haproxy(plan, scenario, address, backend))?;
                 // -db: in the foreground, one process.
                 Process::start("haproxy", tools.peer("haproxy").args(["-db", "-f"]).arg(file), directory.path())
             })?,
             Self::Dnsdist => on_free_port(|address| {
-                let file = directory.write("dnsdist.conf", &dnsdist(scenario, address, backend))?;
+                let file = directory.write("dnsdist.conf", &dnsdist(plan, scenario, address, backend))?;
                 let mut dnsdist = tools.peer("dnsdist");
                 dnsdist.args(["--supervised", "--disable-syslog", "-C"]).arg(file);
                 Process::start("dnsdist", &mut dnsdist, directory.path())
@@ -141,20 +142,37 @@ fn on_free_port(start: impl Fn(SocketAddrV4) -> Result<Process>) -> Result<(Proc
 }
 
 /// Two threads, as Counterfoil has two workers.
-fn haproxy(scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) -> String {
+fn haproxy(plan: &Plan<'_>, scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) -> String {
     let header = if scenario.header == Header::Address { "send-proxy-v2" } else { "" };
+    let certificate = plan.tools.certificate();
+    let tls = if scenario.tls {
+        format!("ssl crt {} alpn dot ssl-min-ver TLSv1.3", certificate.both().display())
+    } else {
+        String::new()
+    };
     format!(
         "global\n    nbthread 2\n    maxconn 9500\n\
          defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 120s\n    timeout server 120s\n\
-         frontend dns\n    bind {address}\n    default_backend answerer\n\
+         frontend dns\n    bind {address} {tls}\n    default_backend answerer\n\
          backend answerer\n    server answerer {backend} {header}\n"
     )
 }
 
 /// Two TCP threads, 1,000 queries in flight on each side. Without the poll suffix it would ask the internet for its own
 /// security status.
-fn dnsdist(scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) -> String {
+fn dnsdist(plan: &Plan<'_>, scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) -> String {
+    const LISTENER: &str = "maxInFlight=1000, tcpListenQueueSize=4096";
     let proxy = scenario.header != Header::None;
+    let certificate = plan.tools.certificate();
+    let listener = if scenario.tls {
+        format!(
+            "addTLSLocal(\"{address}\", \"{}\", \"{}\", {{provider=\"openssl\", minTLSVersion=\"tls1.3\", {LISTENER}}})",
+            certificate.certificate().display(),
+            certificate.key().display()
+        )
+    } else {
+        format!("addLocal(\"{address}\", {{{LISTENER}}})")
+    };
     let rule = match scenario.header {
         Header::None | Header::Address => "",
         Header::Label => {
@@ -166,7 +184,7 @@ fn dnsdist(scenario: &Scenario, address: SocketAddrV4, backend: SocketAddrV4) ->
     format!(
         "setSecurityPollSuffix(\"\")\nsetACL({{\"127.0.0.0/8\"}})\nsetMaxTCPClientThreads(2)\n\
          setTCPRecvTimeout(120)\nsetMaxCachedTCPConnectionsPerDownstream(1000)\nsetTCPInternalPipeBufferSize(1048576)\n\
-         addLocal(\"{address}\", {{maxInFlight=1000, tcpListenQueueSize=4096}})\n\
+         {listener}\n\
          newServer({{address=\"{backend}\", useProxyProtocol={proxy}, maxInFlight=1000}})\n\
          getServer(0):setUp()\n{rule}"
     )
@@ -182,11 +200,21 @@ fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, dire
         Header::None | Header::Address => "",
         Header::Label => "[[pool.proxy_protocol.tlv]]\ntype = 0xE0\nvalue = \"{qname_label:1}\"\n",
     };
+    let certificate = plan.tools.certificate();
+    let tls = if scenario.tls {
+        format!(
+            "[listener.tls]\ncertificate = \"{}\"\nkey = \"{}\"\nmax_handshakes = 15000\n",
+            certificate.certificate().display(),
+            certificate.key().display()
+        )
+    } else {
+        String::new()
+    };
     let socket = directory.join("counterfoil.sock");
     format!(
-        "[server]\nworkers = 2\nmax_connections = 15000\n\
+        "[server]\nworkers = {}\nmax_connections = 15000\n\
          [[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:0\"\npool = \"answerers\"\n\
-         max_connections_per_client = 15000\nmax_in_flight = 1000\nidle_timeout = \"120s\"\n\
+         max_connections_per_client = 15000\nmax_in_flight = 1000\nidle_timeout = \"120s\"\n{tls}\
          [[pool]]\nname = \"answerers\"\n{proxy}{tlv}\
          [[pool.backend]]\nname = \"answerer\"\naddress = \"{backend}\"\nmax_in_flight = 1000\n\
          max_connections = 15000\n[pool.backend.health]\nmode = \"up\"\n\
@@ -194,6 +222,7 @@ fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, dire
          max_idle_per_backend = 15000\nspares_per_backend = {}\n\
          [admin]\nhttp = \"127.0.0.1:0\"\nsocket = \"{}\"\n\
          [kernel]\nview = \"{}\"\n",
+        scenario.workers,
         scenario.spares,
         socket.display(),
         plan.kernel_view

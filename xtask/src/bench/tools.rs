@@ -7,15 +7,20 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use super::certificate::Certificate;
 use super::subject::Subject;
 use crate::command::{self, EBPF_OBJECT, say};
 use crate::{ebpf, tools, workspace};
+
+/// Our own, of the package `counterfoil-tests`.
+const OWN: [&str; 4] = ["loadgen", "relay", "answerer", "certificate"];
 
 pub(super) struct Tools {
     target: PathBuf,
     counterfoil: PathBuf,
     /// Has HAProxy and dnsdist.
     path: OsString,
+    certificate: Certificate,
 }
 
 impl Tools {
@@ -34,7 +39,9 @@ impl Tools {
             command::run(&mut cargo)
         };
         say("load generator, relay and answerer: building in release mode");
-        build(&["--package", "counterfoil-tests", "--bin", "loadgen", "--bin", "relay", "--bin", "answerer"])?;
+        let own = OWN.map(|name| ["--bin", name]);
+        build(&[&["--package", "counterfoil-tests"], own.as_flattened()].concat())?;
+        let certificate = Certificate::make(&mut Command::new(release.join("certificate")))?;
         if cost {
             say("the eBPF view's cost: building");
             build(&["--package", "counterfoil-tests", "--bin", "kernel_cost"])?;
@@ -50,7 +57,12 @@ impl Tools {
         let wants_peers = subjects.iter().any(|subject| matches!(subject, Subject::Haproxy | Subject::Dnsdist));
         let path =
             if wants_peers { tools::search_path(&target)? } else { std::env::var_os("PATH").unwrap_or_default() };
-        Ok(Self { target, counterfoil, path })
+        Ok(Self { target, counterfoil, path, certificate })
+    }
+
+    /// The same for every subject that speaks TLS.
+    pub(super) fn certificate(&self) -> &Certificate {
+        &self.certificate
     }
 
     pub(super) fn target(&self) -> &Path {
