@@ -37,7 +37,7 @@ fn every_bug_has_tests_that_exist_or_a_reason() {
 
 #[test]
 fn every_test_of_a_bug_is_named() {
-    for file in ["regressions_answers", "regressions_resources"] {
+    for file in ["regressions_answers", "regressions_resources", "regressions_tls"] {
         documents::assert_all_named(file, &named::<3>(REGRESSIONS));
     }
 }
