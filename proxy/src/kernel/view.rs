@@ -11,7 +11,7 @@ use super::listeners::Listeners;
 use super::loader::Subject;
 use super::netlink::SockDiag;
 use super::reader::{Misses, Reader, Sweep, now_ns};
-use super::{Crosscheck, KernelSnapshot, KernelSocket, KernelView, Source, TcpState, ViewError, convert};
+use super::{Crosscheck, KernelSnapshot, KernelView, Source, TcpState, ViewError, convert};
 
 /// The kernel's view through eBPF.
 pub(super) struct EbpfView {
@@ -112,17 +112,22 @@ impl EbpfView {
     }
 
     fn finish(&self, sweep: &Sweep) -> Result<KernelSnapshot, ViewError> {
-        let sockets = sweep.records.iter().map(|record| convert::socket(record, sweep.ticks));
-        // A socket taken up before it was connected may have become a listener.
-        let outgoing =
-            |socket: &Result<KernelSocket, _>| socket.as_ref().map_or(true, |socket| socket.state != TcpState::Listen);
+        // Room for all at once: a list that grows by doubling would take three times the memory.
+        let mut sockets = Vec::with_capacity(sweep.records.len());
+        for record in &sweep.records {
+            let socket = convert::socket(record, sweep.ticks)?;
+            // A socket taken up before it was connected may have become a listener.
+            if socket.state != TcpState::Listen {
+                sockets.push(socket);
+            }
+        }
         let (overflowed, max) = (sweep.overflowed, self.reader.max_sockets());
         let overflow =
             (overflowed > 0).then(|| format!("{overflowed} sockets more than `kernel.max_sockets` = {max} allows"));
         let misses = self.reader.misses()?;
         Ok(KernelSnapshot {
             taken_ns: sweep.taken_ns,
-            sockets: sockets.filter(outgoing).collect::<Result<_, _>>()?,
+            sockets,
             processes: Vec::new(),
             missed: misses.tags + misses.adoptions + self.found,
             uncertain: overflow.or_else(|| self.uncertain.clone()),

@@ -33,32 +33,29 @@ impl Change {
     }
 }
 
-/// The last changes of one socket.
-#[derive(Clone, Copy, Debug, Default)]
+/// The last changes of one socket. There is one for each live socket, and most have one or two changes: it takes no more
+/// memory than it has changes.
+#[derive(Clone, Debug, Default)]
 pub struct Flight {
-    changes: [Change; CHANGES],
-    length: usize,
+    changes: Vec<Change>,
 }
 
 impl Flight {
     /// Oldest first.
     pub fn changes(&self) -> &[Change] {
-        self.changes.get(..self.length).unwrap_or_default()
+        &self.changes
     }
 
     /// Keeps it if it is another state than the last one.
     pub(super) fn record(&mut self, change: Change) {
-        if self.changes().last().is_some_and(|last| (last.tcp, last.row) == (change.tcp, change.row)) {
+        if self.changes.last().is_some_and(|last| (last.tcp, last.row) == (change.tcp, change.row)) {
             return;
         }
-        if self.length == CHANGES {
-            self.changes.copy_within(1.., 0);
-            self.length -= 1;
+        if self.changes.len() == CHANGES {
+            self.changes.remove(0);
         }
-        if let Some(place) = self.changes.get_mut(self.length) {
-            *place = change;
-            self.length += 1;
-        }
+        self.changes.reserve_exact(1);
+        self.changes.push(change);
     }
 }
 
@@ -90,7 +87,7 @@ impl Recorder {
 
     /// The changes of one socket.
     pub(super) fn flight(&self, cookie: u64) -> Flight {
-        self.flights.get(&cookie).map(|seen| seen.flight).unwrap_or_default()
+        self.flights.get(&cookie).map(|seen| seen.flight.clone()).unwrap_or_default()
     }
 }
 
