@@ -59,6 +59,10 @@ impl Core {
         };
         let session = &mut self.sessions[key.0];
         if owner {
+            if session.owned.is_empty() {
+                // Most clients own one.
+                session.owned.reserve_exact(1);
+            }
             session.owned.push(conn);
             if session.owned.len() == self.plan.connections.max_owned_per_client {
                 session.probation = Some(conn);
@@ -115,8 +119,8 @@ impl Core {
         let new =
             NewConn { backend, kind, owner, owner_serial, header_digest, header, permit, max_in_flight, seed, max_age };
         let conn = self.pool.open(new, now);
+        // Its task arms the deadline of connecting, unless that is over at once.
         self.wakes.open.push(conn);
-        self.settle_conn(conn);
         conn
     }
 

@@ -194,6 +194,8 @@ impl Sim {
                 assert!(self.core.shared.health.is_usable(backend), "none is opened to a backend that is down");
                 self.wires.insert(key, Wire { _permit: permit, ..Wire::default() });
                 self.opened += 1;
+                // As its task does while it connects.
+                self.core.settle_conn(key);
             } else if let Some(key) = self.core.wakes.conns.pop() {
                 if let Some(conn) = self.core.pool.get_mut(key) {
                     conn.woken = false;
