@@ -62,6 +62,9 @@ impl App {
         let environment = Environment::read();
         let notifier = Notifier::new(environment.notify.as_deref()).context("NOTIFY_SOCKET in the environment")?;
         raise_descriptor_limit();
+        if let Err(error) = crate::kernel::sys::forbid_huge_pages() {
+            tracing::debug!(%error, "memory may come in huge pages: more of it than is used");
+        }
         let config = Arc::new(config);
         let count = config.server.workers;
         let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();

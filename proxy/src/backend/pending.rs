@@ -78,6 +78,10 @@ impl Pending {
     pub fn insert(&mut self, query: QueryKey) -> Option<u16> {
         let grow = self.slots.len() < SPREAD || self.free == 0;
         let slot = if grow && self.slots.len() < IDS {
+            if self.slots.is_empty() {
+                // Many connections never carry more than a query or two.
+                self.slots.reserve_exact(1);
+            }
             self.slots.push(Slot::InFlight(query));
             // Below 65,535 by the condition above.
             (self.slots.len() - 1) as u16

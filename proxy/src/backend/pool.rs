@@ -18,6 +18,7 @@ use crate::close::CloseReason;
 use crate::ledger::caps::Permit;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::worker::buffer::OutBuf;
+use crate::worker::core::ROOM;
 use crate::worker::links::{Links, List};
 
 /// Index of a connection in its worker's table.
@@ -166,7 +167,7 @@ impl Pool {
     /// No connections yet, for so many backends.
     pub fn new(backends: usize) -> Self {
         Self {
-            conns: Slab::new(),
+            conns: Slab::with_capacity(ROOM),
             backends: (0..backends).map(|_| PerBackend::default()).collect(),
             keyed: HashMap::default(),
             closing: Vec::new(),

@@ -4,7 +4,8 @@
 //! * the array of records, mapped,
 //! * `getsockopt` on a descriptor that another thread owns,
 //! * descriptors that the process was started with,
-//! * a socket option that no crate knows, and the registration of a shared socket with tokio.
+//! * a socket option that no crate knows, and the registration of a shared socket with tokio,
+//! * memory without huge pages.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::ffi::{c_int, c_void};
@@ -222,6 +223,15 @@ pub(crate) fn bind_address_no_port(socket: &socket2::Socket) -> io::Result<()> {
             len,
         )
     };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Memory comes in pages of the usual size from now on (PR_SET_THP_DISABLE, prctl(2)), in threads made later too. With huge
+/// pages a table takes all the memory that it has room for, 2 MiB at a time, used or not.
+pub(crate) fn forbid_huge_pages() -> io::Result<()> {
+    let (on, unused): (libc::c_ulong, libc::c_ulong) = (1, 0);
+    // SAFETY: integers are all that is passed.
+    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, on, unused, unused, unused) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

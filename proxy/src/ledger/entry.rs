@@ -153,9 +153,11 @@ impl Reservation {
                 slot,
                 generation,
                 cookie,
+                owner: Cell::new(info.owner),
+                header: Cell::new(info.header),
+                kind: Cell::new(info.kind),
                 reason: Cell::new(CloseReason::Dropped),
-                info: Cell::new(info),
-                _permit: permit,
+                permit,
             },
         ))
     }
@@ -178,10 +180,13 @@ pub struct Entry {
     slot: Slot,
     generation: u64,
     cookie: u64,
+    // The parts of an `OpenInfo`, which alone would take more: each open connection has an entry.
+    owner: Cell<u64>,
+    header: Cell<u64>,
+    kind: Cell<ConnKind>,
     reason: Cell<CloseReason>,
-    info: Cell<OpenInfo>,
     // Last: the place is given back when the descriptor and the row are gone.
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Entry {
@@ -192,12 +197,15 @@ impl Entry {
 
     /// What the connection was opened for.
     pub fn info(&self) -> OpenInfo {
-        self.info.get()
+        let (kind, owner, header) = (self.kind.get(), self.owner.get(), self.header.get());
+        OpenInfo { backend: self.permit.backend(), kind, owner, header }
     }
 
     /// A spare connection is given to somebody. The backend stays.
     pub fn assign(&self, info: OpenInfo) {
-        self.info.set(info);
+        self.kind.set(info.kind);
+        self.owner.set(info.owner);
+        self.header.set(info.header);
         self.slot.writer.shard.assign(self.slot.index, &info);
     }
 

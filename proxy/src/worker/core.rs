@@ -30,6 +30,10 @@ use crate::ledger::BackendIndex;
 use crate::ledger::caps::Caps;
 use crate::stats::{Acquired, WorkerStats};
 
+/// Entries for which a worker's tables have room from the beginning. That takes addresses and no memory until they are
+/// used. A table that grows by being copied leaves as much memory behind as it needs.
+pub(crate) const ROOM: usize = 16_384;
+
 /// AXFR and IXFR (RFC 5936, RFC 1995): many messages answer one query, which is not supported yet.
 const ZONE_TRANSFERS: [u16; 2] = [251, 252];
 
@@ -112,7 +116,7 @@ impl Core {
             plan,
             stats,
             shared,
-            sessions: Slab::new(),
+            sessions: Slab::with_capacity(ROOM),
             pool: Pool::new(backends),
             timers: Timers::default(),
             waits: (0..backends).map(|_| WaitQueue::default()).collect(),

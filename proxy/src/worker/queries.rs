@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::core::ROOM;
 use super::links::{Links, List};
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
@@ -74,11 +75,17 @@ pub(crate) struct Query {
 const KEEP: usize = 512;
 
 /// The table. Among queries with the same timeout the order of arrival is the order of deadlines: they stand in line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Queries {
     slots: Vec<Query>,
     free: Vec<u32>,
     lines: Vec<(Duration, List)>,
+}
+
+impl Default for Queries {
+    fn default() -> Self {
+        Self { slots: Vec::with_capacity(ROOM), free: Vec::with_capacity(ROOM), lines: Vec::new() }
+    }
 }
 
 impl Queries {

@@ -187,6 +187,8 @@ impl Core {
         let digest = self.shared.digests.hash_one(self.header.as_slice()).max(1);
         self.stats.pools[usize::from(session.pool)].headers.record(digest);
         if !proxy.per_query {
+            // Most clients meet one backend: a list of four, which is what a first push makes, is memory for nothing.
+            session.headers.reserve_exact(1);
             session.headers.push((backend, Header { digest, bytes: Rc::from(self.header.as_slice()) }));
         }
         Ok(digest)
@@ -263,7 +265,10 @@ impl Core {
         let (kind, header) = if one_shot {
             (ConnKind::OneShot, Rc::default())
         } else {
-            (ConnKind::Owned, Rc::from(self.header.as_slice()))
+            // The bytes that the client connection keeps, if it keeps them, are this connection's as well.
+            let kept = self.sessions[key.0].headers.iter().find(|(_, header)| *header.bytes == *self.header);
+            let header = kept.map_or_else(|| Rc::from(self.header.as_slice()), |(_, header)| Rc::clone(&header.bytes));
+            (ConnKind::Owned, header)
         };
         self.open(key, pool, backend, Wanted { kind, digest, header }, how, now)
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::core::Core;
+use super::core::{Core, ROOM};
 use crate::backend::conn::ConnTask;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
@@ -46,7 +46,8 @@ pub(crate) struct Shell {
     workers: usize,
     sessions: RefCell<Vec<Option<Waker>>>,
     conns: RefCell<Vec<Option<Waker>>>,
-    rows: RefCell<Vec<Option<RowId>>>,
+    /// By connection: slot and generation of its row, which is in this worker's shard; generation zero: none.
+    rows: RefCell<Vec<(u32, u64)>>,
     sources: Cell<usize>,
     leaving: Cell<usize>,
     this: std::rc::Weak<Shell>,
@@ -83,9 +84,9 @@ impl Shell {
             index,
             controls,
             workers,
-            sessions: RefCell::default(),
-            conns: RefCell::default(),
-            rows: RefCell::default(),
+            sessions: RefCell::new(Vec::with_capacity(ROOM)),
+            conns: RefCell::new(Vec::with_capacity(ROOM)),
+            rows: RefCell::new(Vec::with_capacity(ROOM)),
             sources: Cell::new(0),
             leaving: Cell::new(0),
             this: this.clone(),
@@ -109,21 +110,21 @@ impl Shell {
     pub(crate) fn note_row(&self, key: ConnKey, row: RowId) {
         let mut rows = self.rows.borrow_mut();
         if rows.len() <= key.0 {
-            rows.resize(key.0 + 1, None);
+            rows.resize(key.0 + 1, (0, 0));
         }
-        rows[key.0] = Some(row);
+        rows[key.0] = (row.slot, row.generation);
     }
 
     /// The connection is closed: a late request for its row must not meet the next connection in its place.
     pub(crate) fn forget_row(&self, key: ConnKey) {
         if let Some(row) = self.rows.borrow_mut().get_mut(key.0) {
-            *row = None;
+            *row = (0, 0);
         }
     }
 
     /// The connection that the ledger has there.
     pub(crate) fn conn_at(&self, row: RowId) -> Option<ConnKey> {
-        self.rows.borrow().iter().position(|noted| *noted == Some(row)).map(ConnKey)
+        self.rows.borrow().iter().position(|noted| *noted == (row.slot, row.generation)).map(ConnKey)
     }
 
     /// Counts a client connection as leaving until the result is dropped.

@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use super::core::ROOM;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
@@ -16,9 +17,15 @@ pub(crate) enum TimerKey {
 }
 
 /// The armed deadlines.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Timers {
     heap: BinaryHeap<Reverse<(Mono, TimerKey)>>,
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Self { heap: BinaryHeap::with_capacity(ROOM) }
+    }
 }
 
 impl Timers {
