@@ -109,7 +109,11 @@ struct Counts {
 pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Result<Sample> {
     let directory = TempDir::new()?;
     let mut command = plan.tools.own("answerer");
-    let mut answerer = Process::start("answerer", command.args(scenario.checks()), directory.path())?;
+    command.args(scenario.checks());
+    if scenario.backend_tls {
+        command.arg("--tls").arg(plan.tools.certificate().directory());
+    }
+    let mut answerer = Process::start("answerer", &mut command, directory.path())?;
     let Listening { address: backend } = answerer.read()?;
     let running = subject.start(plan, scenario, backend, &directory)?;
 

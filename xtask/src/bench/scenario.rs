@@ -17,6 +17,8 @@ pub(super) struct Scenario {
     pub(super) workers: u32,
     /// The clients speak TLS.
     pub(super) tls: bool,
+    /// The backend does.
+    pub(super) backend_tls: bool,
     /// What the load generator is told.
     pub(super) load: &'static [&'static str],
     /// What the run is for.
@@ -51,6 +53,7 @@ pub(super) const BASE: Scenario = Scenario {
     spares: 0,
     workers: 2,
     tls: false,
+    backend_tls: false,
     load: &[],
     figure: Figure::Speed,
     default: false,
@@ -144,6 +147,13 @@ pub(super) const ALL: &[Scenario] = &[
         about: "as B, the clients over TLS",
         header: Header::Address,
         tls: true,
+        load: &["--clients=50", "--in-flight=20"],
+        ..BASE
+    },
+    Scenario {
+        name: "Td",
+        about: "as C, the backend over TLS",
+        backend_tls: true,
         load: &["--clients=50", "--in-flight=20"],
         ..BASE
     },

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::certificate::SERVER_NAME;
 use super::measure::Plan;
 use super::process::{self, Process, TempDir};
 use super::scenario::{Header, Scenario};
@@ -65,7 +66,7 @@ impl Subject {
     /// The relay knows no TLS. HAProxy in TCP mode sees no queries; Debian's sends no TLVs of one's own either.
     pub(super) fn can(self, scenario: &Scenario) -> bool {
         match self {
-            Self::Relay => !scenario.tls,
+            Self::Relay => !scenario.tls && !scenario.backend_tls,
             Self::Haproxy => scenario.header != Header::Label,
             // It has no way to name the forwarder instead of the client.
             Self::Dnsdist => scenario.identity == "connection",
@@ -150,11 +151,17 @@ fn haproxy(plan: &Plan<'_>, scenario: &Scenario, address: SocketAddrV4, backend:
     } else {
         String::new()
     };
+    let backend_tls = if scenario.backend_tls {
+        let ca = certificate.certificate();
+        format!("ssl verify required ca-file {} sni str({SERVER_NAME}) alpn dot", ca.display())
+    } else {
+        String::new()
+    };
     format!(
         "global\n    nbthread 2\n    maxconn 9500\n\
          defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 120s\n    timeout server 120s\n\
          frontend dns\n    bind {address} {tls}\n    default_backend answerer\n\
-         backend answerer\n    server answerer {backend} {header}\n"
+         backend answerer\n    server answerer {backend} {header} {backend_tls}\n"
     )
 }
 
@@ -173,6 +180,12 @@ fn dnsdist(plan: &Plan<'_>, scenario: &Scenario, address: SocketAddrV4, backend:
     } else {
         format!("addLocal(\"{address}\", {{{LISTENER}}})")
     };
+    let tls = if scenario.backend_tls {
+        let ca = certificate.certificate();
+        format!(", tls=\"openssl\", subjectName=\"{SERVER_NAME}\", caStore=\"{}\"", ca.display())
+    } else {
+        String::new()
+    };
     let rule = match scenario.header {
         Header::None | Header::Address => "",
         Header::Label => {
@@ -185,7 +198,7 @@ fn dnsdist(plan: &Plan<'_>, scenario: &Scenario, address: SocketAddrV4, backend:
         "setSecurityPollSuffix(\"\")\nsetACL({{\"127.0.0.0/8\"}})\nsetMaxTCPClientThreads(2)\n\
          setTCPRecvTimeout(120)\nsetMaxCachedTCPConnectionsPerDownstream(1000)\nsetTCPInternalPipeBufferSize(1048576)\n\
          {listener}\n\
-         newServer({{address=\"{backend}\", useProxyProtocol={proxy}, maxInFlight=1000}})\n\
+         newServer({{address=\"{backend}\", useProxyProtocol={proxy}, maxInFlight=1000{tls}}})\n\
          getServer(0):setUp()\n{rule}"
     )
 }
@@ -210,6 +223,12 @@ fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, dire
     } else {
         String::new()
     };
+    let backend_tls = if scenario.backend_tls {
+        let ca = certificate.certificate();
+        format!("[pool.backend.tls]\nserver_name = \"{SERVER_NAME}\"\nca = \"{}\"\n", ca.display())
+    } else {
+        String::new()
+    };
     let socket = directory.join("counterfoil.sock");
     format!(
         "[server]\nworkers = {}\nmax_connections = 15000\n\
@@ -217,7 +236,7 @@ fn counterfoil(plan: &Plan<'_>, scenario: &Scenario, backend: SocketAddrV4, dire
          max_connections_per_client = 15000\nmax_in_flight = 1000\nidle_timeout = \"120s\"\n{tls}\
          [[pool]]\nname = \"answerers\"\n{proxy}{tlv}\
          [[pool.backend]]\nname = \"answerer\"\naddress = \"{backend}\"\nmax_in_flight = 1000\n\
-         max_connections = 15000\n[pool.backend.health]\nmode = \"up\"\n\
+         max_connections = 15000\n{backend_tls}[pool.backend.health]\nmode = \"up\"\n\
          [connections]\nidle_timeout = \"120s\"\nmax_owned_per_client = 64\nmax_total = 15000\n\
          max_idle_per_backend = 15000\nspares_per_backend = {}\n\
          [admin]\nhttp = \"127.0.0.1:0\"\nsocket = \"{}\"\n\
