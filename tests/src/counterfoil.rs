@@ -171,6 +171,17 @@ impl Counterfoil {
         Client::connect(self.address, Some(source.parse().expect("an address")))
     }
 
+    /// Connects a client from `source` that begins with these octets, as a load balancer does with a PROXY header.
+    ///
+    /// # Panics
+    /// If it does not accept or `source` is no address.
+    #[track_caller]
+    pub fn client_behind(&self, source: &str, header: &[u8]) -> Client {
+        let mut client = self.client_from(source);
+        client.send_raw(header).expect("the connection is new");
+        client
+    }
+
     /// Scrapes its metrics.
     ///
     /// # Panics

@@ -142,6 +142,30 @@ impl Client {
         answer
     }
 
+    /// What a [telling](crate::fake_backend::FakeBackend::telling) backend was told of this client.
+    ///
+    /// # Panics
+    /// Like [`Self::exchange`].
+    #[track_caller]
+    pub fn told(&mut self) -> String {
+        message::texts(&self.exchange(7, "told.example.test", qtype::TXT)).concat()
+    }
+
+    /// Sends octets one by one, until something comes; what that is. [`Received::Nothing`]: all were sent.
+    #[track_caller]
+    pub fn drip(&mut self, octets: &[u8], pace: Duration) -> Received {
+        for octet in octets {
+            if self.send_raw(&[*octet]).is_err() {
+                return Received::Reset;
+            }
+            let received = self.receive(pace);
+            if received != Received::Nothing {
+                return received;
+            }
+        }
+        Received::Nothing
+    }
+
     /// Waits until the server has ended the connection.
     ///
     /// # Panics

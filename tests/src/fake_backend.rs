@@ -78,6 +78,22 @@ impl FakeBackend {
         })
     }
 
+    /// One that needs PROXY headers and whose TXT answers tell the one that it got: source, destination, TLVs with their
+    /// types in hex.
+    pub fn telling() -> Self {
+        Self::start(|connection| {
+            let Some(header) = connection.header() else { return };
+            let end = |end: Option<SocketAddr>| end.map_or_else(|| "none".to_owned(), |end| end.to_string());
+            let mut told = format!("{} {}", end(header.source), end(header.destination));
+            for (kind, value) in &header.tlvs {
+                told.push_str(&format!(" {kind:02x}={}", String::from_utf8_lossy(value)));
+            }
+            while let Some(query) = connection.query() {
+                connection.send(&message::text_answer_to(&query, &told));
+            }
+        })
+    }
+
     /// From now on connections are refused; those that are open live on.
     ///
     /// # Panics

@@ -18,6 +18,7 @@ pub mod documents;
 pub mod drill;
 pub mod driver;
 pub mod fake_backend;
+pub mod holding;
 pub mod http;
 pub mod load;
 pub mod message;

@@ -36,9 +36,7 @@ fn closed(counterfoil: &Counterfoil, reason: &str) -> f64 {
 /// A client at this address behind a load balancer at 127.0.0.1.
 fn behind(counterfoil: &Counterfoil, client: &str) -> Client {
     let service = if client.starts_with('[') { "[2001:db8::53]:53" } else { "198.51.100.53:53" };
-    let mut connected = counterfoil.client();
-    connected.send_raw(&v2(client, service, &[])).unwrap();
-    connected
+    counterfoil.client_behind("127.0.0.1", &v2(client, service, &[]))
 }
 
 #[test]

@@ -11,7 +11,6 @@ use counterfoil_tests::driver::{Client, Load, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
 use counterfoil_tests::proxy_header::v2;
-use counterfoil_tests::wait;
 
 const SOON: Duration = Duration::from_secs(5);
 const CLIENT: &str = "192.0.2.7:4007";
@@ -30,31 +29,6 @@ fn proxied(backend: SocketAddr) -> Config {
     config(backend).identity("connection").accept_proxy(&["127.0.0.1"])
 }
 
-/// A backend whose TXT answers tell the header that it got: source, destination, TLVs.
-fn telling() -> FakeBackend {
-    FakeBackend::start(|connection| {
-        let Some(header) = connection.header() else { return };
-        let mut told = format!("{} {}", header.source.unwrap(), header.destination.unwrap());
-        for (kind, value) in &header.tlvs {
-            told.push_str(&format!(" {kind}={}", String::from_utf8_lossy(value)));
-        }
-        while let Some(query) = connection.query() {
-            connection.send(&message::text_answer_to(&query, &told));
-        }
-    })
-}
-
-#[track_caller]
-fn told(client: &mut Client) -> String {
-    message::texts(&client.exchange(7, "told.example.test", qtype::TXT)).concat()
-}
-
-fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
-    let mut client = counterfoil.client();
-    client.send_raw(header).unwrap();
-    client
-}
-
 #[track_caller]
 fn expect_served(client: &mut Client) {
     Load::default().run(client).assert_all_answered(1);
@@ -62,7 +36,7 @@ fn expect_served(client: &mut Client) {
 
 #[test]
 fn header_expected_but_missing() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&proxied(backend.address));
     let mut client = counterfoil.client();
     client.ask(1, "missing.example.test", qtype::A);
@@ -74,11 +48,11 @@ fn header_expected_but_missing() {
 /// What dnsdist's rules see, a template does: IPv6 in a header over IPv4.
 #[test]
 fn the_addresses_of_the_header_are_those_that_count() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&proxied(backend.address).tlv(0xe0, "{client_ip}"));
     let (source, destination) = ("[2001:db8::9]:999", "[2001:db8::53]:53");
-    let mut client = behind(&counterfoil, &v2(source, destination, &[]));
-    assert_eq!(told(&mut client), format!("{source} {destination} 224=2001:db8::9"));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(source, destination, &[]));
+    assert_eq!(client.told(), format!("{source} {destination} e0=2001:db8::9"));
     drop(client);
     counterfoil.assert_quiescent();
 }
@@ -86,33 +60,33 @@ fn the_addresses_of_the_header_are_those_that_count() {
 /// Its types 0 and 255 are not ours to send: one is unassigned, one reserved.
 #[test]
 fn incoming_and_added_tlvs_are_forwarded() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let config = proxied(backend.address).tlv(0x01, "dns").tlv(0x2a, "static").tlv(0xe0, "{listener}");
     let counterfoil = Counterfoil::start(&config);
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (3 + 0xe0, b"bar")]));
-    assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 2=foo 227=bar 1=dns 42=static 224=dns"));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(CLIENT, SERVICE, &[(2, b"foo"), (3 + 0xe0, b"bar")]));
+    assert_eq!(client.told(), format!("{CLIENT} {SERVICE} 02=foo e3=bar 01=dns 2a=static e0=dns"));
     drop(client);
     counterfoil.assert_quiescent();
 }
 
 #[test]
 fn an_override_replaces_all_tlvs() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let config = proxied(backend.address).set("pool.proxy_protocol", "pass_incoming_tlvs", "false").tlv(0xe5, "new");
     let counterfoil = Counterfoil::start(&config);
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe5, b"old")]));
-    assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 229=new"));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe5, b"old")]));
+    assert_eq!(client.told(), format!("{CLIENT} {SERVICE} e5=new"));
     drop(client);
     counterfoil.assert_quiescent();
 }
 
 #[test]
 fn several_queries_on_one_connection_with_one_header() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&proxied(backend.address).tlv(0xe0, "added"));
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe3, b"bar")]));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(CLIENT, SERVICE, &[(2, b"foo"), (0xe3, b"bar")]));
     for _ in 0..6 {
-        assert_eq!(told(&mut client), format!("{CLIENT} {SERVICE} 2=foo 227=bar 224=added"), "none is accumulated");
+        assert_eq!(client.told(), format!("{CLIENT} {SERVICE} 02=foo e3=bar e0=added"), "none is accumulated");
     }
     assert_eq!(backend.accepted(), 1);
     drop(client);
@@ -131,7 +105,7 @@ fn not_in_the_acl_and_no_header() {
 fn not_in_the_acl_but_a_header() {
     let backend = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&config(backend.address).accept_proxy(&["127.0.0.99"]));
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(CLIENT, SERVICE, &[]));
     client.ask(1, "sent-with-a-header.example.test", qtype::A);
     client.assert_closed(SOON);
     assert_eq!(backend.accepted(), 0);
@@ -150,7 +124,7 @@ fn disabled_on_the_listener_and_no_header() {
 fn disabled_on_the_listener_but_a_header() {
     let backend = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&config(backend.address));
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[]));
+    let mut client = counterfoil.client_behind("127.0.0.1", &v2(CLIENT, SERVICE, &[]));
     client.ask(1, "sent-with-a-header.example.test", qtype::A);
     client.assert_closed(SOON);
     assert_eq!(backend.accepted(), 0);
@@ -169,8 +143,8 @@ fn a_header_in_many_reads_an_invalid_one_and_one_that_stops() {
     expect_served(&mut split);
     let mut invalid = header.clone();
     invalid[12] = 0x25;
-    behind(&counterfoil, &invalid).assert_closed(SOON);
-    behind(&counterfoil, &header[..20]).assert_closed(SOON);
+    counterfoil.client_behind("127.0.0.1", &invalid).assert_closed(SOON);
+    counterfoil.client_behind("127.0.0.1", &header[..20]).assert_closed(SOON);
     let refused = |reason| counterfoil.metrics().sum("client_connections_refused_total", &[("reason", reason)]);
     assert_eq!((refused("proxy_invalid"), refused("proxy_timeout")), (1.0, 1.0));
     drop(split);
@@ -225,14 +199,9 @@ fn max_connection_duration_with_a_slow_drip() {
     let start = Instant::now();
     expect_served(&mut client);
     let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
-    let mut octets = query.iter();
-    let ended = wait::poll(SOON, || {
-        let sent = octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_ok());
-        let received = client.receive(Duration::from_millis(100));
-        (!sent || received != Received::Nothing).then_some(received)
-    });
+    let ended = client.drip(&query, Duration::from_millis(100));
     let taken = start.elapsed();
-    assert!(matches!(ended, Some(Received::Closed | Received::Reset | Received::Nothing)), "{ended:?}");
+    assert!(matches!(ended, Received::Closed | Received::Reset), "{ended:?}");
     assert!(taken >= Duration::from_millis(1900) && taken < Duration::from_secs(4), "{taken:?}");
     drop(client);
     counterfoil.assert_quiescent();
@@ -249,12 +218,8 @@ fn a_drip_is_closed() {
     let mut client = counterfoil.client();
     let start = Instant::now();
     let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
-    let ended = query.iter().find_map(|octet| {
-        let sent = client.send_raw(&[*octet]).is_ok();
-        let received = client.receive(Duration::from_millis(50));
-        (!sent || received != Received::Nothing).then_some(received)
-    });
-    assert!(ended.is_some_and(|ended| !matches!(ended, Received::Message(_))) && start.elapsed() < SOON);
+    let ended = client.drip(&query, Duration::from_millis(50));
+    assert!(matches!(ended, Received::Closed | Received::Reset) && start.elapsed() < SOON, "{ended:?}");
     expect_served(&mut counterfoil.client());
     drop(client);
     counterfoil.assert_quiescent();

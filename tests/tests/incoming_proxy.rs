@@ -27,37 +27,9 @@ fn config(backend: SocketAddr) -> Config {
         .accept_proxy(&["127.0.0.2", "127.0.3.0/24"])
 }
 
-/// A backend whose TXT answers tell the header that it got: source, destination, TLVs.
-fn telling() -> FakeBackend {
-    FakeBackend::start(|connection| {
-        let Some(header) = connection.header() else { return };
-        let end = |end: Option<SocketAddr>| end.map_or_else(|| "none".to_owned(), |end| end.to_string());
-        let mut told = format!("{} {}", end(header.source), end(header.destination));
-        for (kind, value) in &header.tlvs {
-            told.push_str(&format!(" {kind:02x}={}", String::from_utf8_lossy(value)));
-        }
-        while let Some(query) = connection.query() {
-            connection.send(&message::text_answer_to(&query, &told));
-        }
-    })
-}
-
-/// What the backend was told of this client, from its answer to one question.
-#[track_caller]
-fn told(client: &mut Client) -> String {
-    message::texts(&client.exchange(7, "told.example.test", qtype::TXT)).concat()
-}
-
-/// A client of a load balancer that sends these octets first.
-fn behind(counterfoil: &Counterfoil, header: &[u8]) -> Client {
-    let mut client = counterfoil.client_from(TRUSTED);
-    client.send_raw(header).unwrap();
-    client
-}
-
 #[test]
 fn both_versions_name_the_client() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
     for (header, expected) in [
         (v2(CLIENT, SERVICE, &[]), format!("{CLIENT} {SERVICE}")),
@@ -65,10 +37,10 @@ fn both_versions_name_the_client() {
         (v2("[2001:db8::7]:4007", "[2001:db8::53]:53", &[]), "[2001:db8::7]:4007 [2001:db8::53]:53".to_owned()),
         (v1("[2001:db8::7]:4007", "[2001:db8::53]:53"), "[2001:db8::7]:4007 [2001:db8::53]:53".to_owned()),
     ] {
-        let mut client = behind(&counterfoil, &header);
+        let mut client = counterfoil.client_behind(TRUSTED, &header);
         // More than one query on the connection: the header counts for all of them.
-        assert_eq!(told(&mut client), expected);
-        assert_eq!(told(&mut client), expected);
+        assert_eq!(client.told(), expected);
+        assert_eq!(client.told(), expected);
     }
     counterfoil.assert_quiescent();
     assert_eq!(backend.accepted(), 4);
@@ -76,7 +48,7 @@ fn both_versions_name_the_client() {
 
 #[test]
 fn local_and_unknown_leave_the_connection_s_own_address() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
     let with_tlv = [&[9; 12][..], b"\xe0\0\x01x"].concat();
     for header in [
@@ -88,9 +60,9 @@ fn local_and_unknown_leave_the_connection_s_own_address() {
         b"PROXY UNKNOWN\r\n".to_vec(),
         b"PROXY UNKNOWN ffff:: ::1 65535 65535\r\n".to_vec(),
     ] {
-        let mut client = behind(&counterfoil, &header);
+        let mut client = counterfoil.client_behind(TRUSTED, &header);
         let expected = format!("{} {}", client.local_addr(), counterfoil.address);
-        assert_eq!(told(&mut client), expected, "{header:02x?}");
+        assert_eq!(client.told(), expected, "{header:02x?}");
     }
     counterfoil.assert_quiescent();
 }
@@ -98,7 +70,7 @@ fn local_and_unknown_leave_the_connection_s_own_address() {
 /// One octet at a time, header and queries alike.
 #[test]
 fn a_header_octet_by_octet() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
     for header in [v2(CLIENT, SERVICE, &[(0xe0, b"one")]), v1(CLIENT, SERVICE)] {
         let mut client = counterfoil.client_from(TRUSTED);
@@ -124,7 +96,8 @@ fn header_and_queries_cut_anywhere() {
         let cuts: Vec<usize> = (0..=all.len()).collect();
         for cuts in cuts.chunks(50) {
             // The first part is read by itself while the other connections are made.
-            let mut clients: Vec<Client> = cuts.iter().map(|cut| behind(&counterfoil, &all[..*cut])).collect();
+            let mut clients: Vec<Client> =
+                cuts.iter().map(|cut| counterfoil.client_behind(TRUSTED, &all[..*cut])).collect();
             for (client, cut) in clients.iter_mut().zip(cuts) {
                 client.send_raw(&all[*cut..]).unwrap();
             }
@@ -151,8 +124,10 @@ fn a_truncated_header_is_refused() {
     let (mut closed, mut late) = (0.0, 0.0);
     for header in [v2(CLIENT, SERVICE, &[(0xe0, b"one")]), v1(CLIENT, SERVICE)] {
         let start = Instant::now();
-        let mut silent: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
-        let mut finished: Vec<Client> = (0..header.len()).map(|cut| behind(&counterfoil, &header[..cut])).collect();
+        let mut silent: Vec<Client> =
+            (0..header.len()).map(|cut| counterfoil.client_behind(TRUSTED, &header[..cut])).collect();
+        let mut finished: Vec<Client> =
+            (0..header.len()).map(|cut| counterfoil.client_behind(TRUSTED, &header[..cut])).collect();
         finished.iter().for_each(Client::finish_sending);
         finished.iter_mut().for_each(|client| client.assert_closed(SOON));
         silent.iter_mut().for_each(|client| client.assert_closed(SOON));
@@ -175,15 +150,10 @@ fn a_late_header_is_refused() {
     let header = v2(CLIENT, SERVICE, &[(0xe0, &[b'x'; 200])]);
     let mut client = counterfoil.client_from(TRUSTED);
     let start = Instant::now();
-    let mut octets = header.iter();
-    let ended = wait::poll(SOON, || {
-        // One octet every 20 ms would take more than 4 s.
-        octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_err()).then_some(Received::Reset).or_else(|| {
-            Some(client.receive(Duration::from_millis(20))).filter(|received| *received != Received::Nothing)
-        })
-    });
+    // That would take more than 4 s.
+    let ended = client.drip(&header, Duration::from_millis(20));
     let taken = start.elapsed();
-    assert!(matches!(ended, Some(Received::Closed | Received::Reset)), "{ended:?}");
+    assert!(matches!(ended, Received::Closed | Received::Reset), "{ended:?}");
     assert!(taken >= Duration::from_millis(450) && taken < Duration::from_millis(2500), "{taken:?}");
     counterfoil.assert_quiescent();
     assert_eq!(counterfoil.refused("proxy_timeout"), 1.0);
@@ -241,7 +211,7 @@ fn malformed_headers_are_refused() {
         format!("PROXY UNKNOWN {}\r\n", "x".repeat(107)).into_bytes(),
     ];
     for header in &malformed {
-        behind(&counterfoil, header).assert_closed(SOON);
+        counterfoil.client_behind(TRUSTED, header).assert_closed(SOON);
     }
     assert_eq!(counterfoil.refused("proxy_invalid"), malformed.len() as f64);
     counterfoil.process.wait_for_line(SOON, "a warning that names the peer", |line| {
@@ -250,7 +220,7 @@ fn malformed_headers_are_refused() {
     // The longest that is allowed.
     let mut payload = [9; 520];
     payload[12..15].copy_from_slice(&[0xe0, 1, 249]);
-    let mut client = behind(&counterfoil, &raw(0x21, 0x11, &payload));
+    let mut client = counterfoil.client_behind(TRUSTED, &raw(0x21, 0x11, &payload));
     client.exchange(1, "longest.example.test", qtype::A);
     drop(client);
     counterfoil.assert_quiescent();
@@ -275,14 +245,14 @@ fn the_longest_headers_cost_little() {
     let empty_tlvs = [&[9; 12][..], &b"\xe0\0\0".repeat(21_841)].concat();
     let start = Instant::now();
     for header in [raw(0x21, 0x11, &empty_tlvs), raw(0x21, 0x11, &[0xff; 65_535])] {
-        behind(&counterfoil, &header).assert_closed(SOON);
+        counterfoil.client_behind(TRUSTED, &header).assert_closed(SOON);
     }
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     assert_eq!(counterfoil.refused("proxy_invalid"), 2.0);
     // One TLV that fills it is passed on whole.
     let long = vec![b'x'; 65_520];
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(0xe0, &long)]));
-    assert_eq!(told(&mut client), "65520");
+    let mut client = counterfoil.client_behind(TRUSTED, &v2(CLIENT, SERVICE, &[(0xe0, &long)]));
+    assert_eq!(client.told(), "65520");
     drop(client);
     counterfoil.assert_quiescent();
 }
@@ -290,12 +260,12 @@ fn the_longest_headers_cost_little() {
 /// Nothing inside a TLV is read: one that lies about what it holds is its receiver's business.
 #[test]
 fn tlvs_are_passed_on_unread() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("connection"));
     // An SSL TLV whose inner one says that it has 255 octets.
     let lying = b"\x01\0\0\0\0\x21\0\xffTLS";
-    let mut client = behind(&counterfoil, &v2(CLIENT, SERVICE, &[(0x20, lying), (0x02, b"\xff\0")]));
-    let told = told(&mut client);
+    let mut client = counterfoil.client_behind(TRUSTED, &v2(CLIENT, SERVICE, &[(0x20, lying), (0x02, b"\xff\0")]));
+    let told = client.told();
     let expected = format!("{CLIENT} {SERVICE} 20={} 02={}", String::from_utf8_lossy(lying), "\u{fffd}\0");
     assert_eq!(told, expected);
     drop(client);
@@ -345,7 +315,7 @@ fn a_second_header_is_refused() {
     let counterfoil = Counterfoil::start(&config(backend.address));
     let forged = v2("203.0.113.1:1", SERVICE, &[]);
     for header in [v2(CLIENT, SERVICE, &[]), v1(CLIENT, SERVICE)] {
-        behind(&counterfoil, &[header, forged.clone()].concat()).assert_closed(SOON);
+        counterfoil.client_behind(TRUSTED, &[header, forged.clone()].concat()).assert_closed(SOON);
     }
     let untrusted = [("reason", "proxy_untrusted")];
     counterfoil.wait_metrics("both are closed", SOON, |metrics| {
@@ -359,7 +329,7 @@ fn limits_count_the_address_behind() {
     let backend = FakeBackend::answering(false);
     let config = config(backend.address).set("listener", "max_connections_per_client", 2);
     let counterfoil = Counterfoil::start(&config);
-    let client_at = |address: &str| behind(&counterfoil, &v2(&format!("{address}:4000"), SERVICE, &[]));
+    let client_at = |address: &str| counterfoil.client_behind(TRUSTED, &v2(&format!("{address}:4000"), SERVICE, &[]));
     let mut clients: Vec<Client> = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.2"].map(client_at).into();
     for client in &mut clients {
         client.exchange(1, "limits.example.test", qtype::A);
@@ -389,7 +359,7 @@ fn the_total_counts_who_has_not_said_yet() {
 
 #[test]
 fn tlvs_are_passed_on_and_used_in_templates() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let tlvs: &[(u8, &[u8])] = &[(0xe1, b"tenant"), (0xe0, b"second"), (0xe1, b"again"), (0x05, b"unique")];
     let header = v2(CLIENT, SERVICE, tlvs);
     let config = |identity: &str| {
@@ -397,7 +367,7 @@ fn tlvs_are_passed_on_and_used_in_templates() {
     };
     let of = |config: &Config| {
         let counterfoil = Counterfoil::start(config);
-        let both = (told(&mut behind(&counterfoil, &header)), told(&mut counterfoil.client()));
+        let both = (counterfoil.client_behind(TRUSTED, &header).told(), counterfoil.client().told());
         counterfoil.assert_quiescent();
         both
     };
@@ -417,12 +387,12 @@ fn tlvs_are_passed_on_and_used_in_templates() {
 /// Clients of one address and with the same TLVs share, whatever connection they come by; others do not.
 #[test]
 fn identities_are_those_of_the_client_behind() {
-    let backend = telling();
+    let backend = FakeBackend::telling();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("address"));
     let mut clients: Vec<Client> = Vec::new();
     for (client, tlv) in [("192.0.2.1:1", "a"), ("192.0.2.1:2", "a"), ("192.0.2.1:3", "b"), ("192.0.2.2:1", "a")] {
-        let mut client = behind(&counterfoil, &v2(client, SERVICE, &[(0xe0, tlv.as_bytes())]));
-        told(&mut client);
+        let mut client = counterfoil.client_behind(TRUSTED, &v2(client, SERVICE, &[(0xe0, tlv.as_bytes())]));
+        client.told();
         clients.push(client);
     }
     assert_eq!(counterfoil.metrics().sum("backend_connections_opened_total", &[]), 3.0);
@@ -443,7 +413,7 @@ fn draining_waits_for_headers_but_not_long() {
     let mut counterfoil = Counterfoil::start(&config);
     let header = v2(CLIENT, SERVICE, &[]);
     let _silent = counterfoil.client_from(TRUSTED);
-    let mut client = behind(&counterfoil, &header[..20]);
+    let mut client = counterfoil.client_behind(TRUSTED, &header[..20]);
     counterfoil.client().exchange(1, "before.example.test", qtype::A);
     counterfoil.process.signal(rustix::process::Signal::TERM);
     counterfoil.process.wait_for_line(SOON, "that it drains", |line| line.contains("draining").then_some(()));

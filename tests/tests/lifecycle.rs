@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{self, Counterfoil};
 use counterfoil_tests::driver::{Client, Load, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::holding::Holding;
 use counterfoil_tests::message::{self, qtype};
 use counterfoil_tests::metrics;
 use counterfoil_tests::process::{self, Process};
@@ -22,31 +22,22 @@ const SOON: Duration = Duration::from_secs(5);
 #[test]
 fn sigterm_drains_loses_nothing_and_exits_0() {
     const IN_FLIGHT: usize = 20;
-    let (release, released) = mpsc::channel::<()>();
-    let released = Mutex::new(released);
-    let backend = FakeBackend::start(move |connection| {
-        let queries: Vec<_> = (0..IN_FLIGHT).map_while(|_| connection.query()).collect();
-        let _ = released.lock().unwrap().recv_timeout(Duration::from_secs(20));
-        for query in &queries {
-            connection.send(&message::answer_to(query, [192, 0, 2, 53]));
-        }
-        connection.wait_closed();
-    });
-    let config = Config::new(backend.address).set("server", "drain_timeout", "\"5s\"");
+    let holding = Holding::start();
+    let config = Config::new(holding.backend.address).set("server", "drain_timeout", "\"5s\"");
     let mut counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
     let mut idle = counterfoil.client();
     for id in 0..IN_FLIGHT {
-        client.ask(id as u16, &format!("n{id}.example.test"), qtype::A);
+        client.ask(id as u16, &format!("held{id}.example.test"), qtype::A);
     }
-    wait::until("all queries are at the backend", SOON, || backend.queries() == IN_FLIGHT);
+    wait::until("all queries are at the backend", SOON, || holding.backend.queries() == IN_FLIGHT);
     counterfoil.process.signal(rustix::process::Signal::TERM);
     wait::until("nobody is accepted any more", SOON, || match Client::try_connect(counterfoil.address, None) {
         Err(_) => true,
         Ok(mut late) => late.receive(Duration::from_millis(10)) != Received::Nothing,
     });
     assert!(counterfoil.process.exited().is_none(), "it waits for what is in flight");
-    release.send(()).unwrap();
+    holding.release();
     for _ in 0..IN_FLIGHT {
         client.receive(SOON).message();
     }

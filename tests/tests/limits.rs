@@ -189,15 +189,10 @@ fn message_timeout_ends_slow_senders() {
     expect_served(&mut client);
     let start = Instant::now();
     let query = message::framed(&message::query(1, &format!("{}.example.test", "s".repeat(60)), qtype::A));
-    let mut octets = query.iter();
-    let ended = wait::poll(SOON, || {
-        // One octet every 50 ms would take 4 s.
-        octets.next().is_none_or(|octet| client.send_raw(&[*octet]).is_err()).then_some(Received::Reset).or_else(|| {
-            Some(client.receive(Duration::from_millis(50))).filter(|received| *received != Received::Nothing)
-        })
-    });
+    // That would take 4 s.
+    let ended = client.drip(&query, Duration::from_millis(50));
     let taken = start.elapsed();
-    assert!(matches!(ended, Some(Received::Closed | Received::Reset)), "{ended:?}");
+    assert!(matches!(ended, Received::Closed | Received::Reset), "{ended:?}");
     assert!(taken >= Duration::from_millis(400) && taken < Duration::from_millis(2500), "{taken:?}");
     drop(client);
     counterfoil.assert_quiescent();

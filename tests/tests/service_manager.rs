@@ -3,15 +3,14 @@
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::Mutex;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{Counterfoil, Options};
 use counterfoil_tests::driver::{Load, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
-use counterfoil_tests::message::{self, qtype};
+use counterfoil_tests::holding::Holding;
+use counterfoil_tests::message::qtype;
 use counterfoil_tests::tempdir::TempDir;
 use counterfoil_tests::wait;
 use rustix::process::Signal;
@@ -89,30 +88,21 @@ fn a_manager_in_the_abstract_namespace_is_told_too() {
 #[test]
 fn ctl_drain_answers_what_is_in_flight_and_ends_the_process() {
     const IN_FLIGHT: u16 = 20;
-    let (release, released) = mpsc::channel::<()>();
-    let released = Mutex::new(released);
-    let backend = FakeBackend::start(move |connection| {
-        let queries: Vec<_> = (0..IN_FLIGHT).map_while(|_| connection.query()).collect();
-        let _ = released.lock().unwrap().recv_timeout(Duration::from_secs(20));
-        for query in &queries {
-            connection.send(&message::answer_to(query, [192, 0, 2, 53]));
-        }
-        connection.wait_closed();
-    });
-    let config = Config::new(backend.address).set("server", "drain_timeout", "\"5s\"");
+    let holding = Holding::start();
+    let config = Config::new(holding.backend.address).set("server", "drain_timeout", "\"5s\"");
     let mut counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
     for id in 0..IN_FLIGHT {
-        client.ask(id, &format!("n{id}.example.test"), qtype::A);
+        client.ask(id, &format!("held{id}.example.test"), qtype::A);
     }
-    wait::until("all queries are at the backend", SOON, || backend.queries() == usize::from(IN_FLIGHT));
+    wait::until("all queries are at the backend", SOON, || holding.backend.queries() == usize::from(IN_FLIGHT));
     let (ended, output) = std::thread::scope(|scope| {
         let operator = scope.spawn(|| counterfoil.ctl(&["drain"], Duration::from_secs(20)));
         wait::until("it is not ready any more", SOON, || {
             let (head, _) = counterfoil_tests::metrics::get(counterfoil.admin.unwrap(), "/readyz").unwrap();
             head.contains(" 503 ")
         });
-        release.send(()).unwrap();
+        holding.release();
         for _ in 0..IN_FLIGHT {
             client.receive(SOON).message();
         }
@@ -124,7 +114,7 @@ fn ctl_drain_answers_what_is_in_flight_and_ends_the_process() {
     assert!(output.trim_end().ends_with("done  message: drained  ok: true"), "{output}");
     let status = counterfoil.process.wait_exit(SOON);
     assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
-    wait::until("its backend connection is closed", SOON, || backend.open() == 0);
+    wait::until("its backend connection is closed", SOON, || holding.backend.open() == 0);
 }
 
 /// `systemctl stop` after `ctl drain` must not cut it short; a second signal does.

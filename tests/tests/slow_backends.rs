@@ -1,83 +1,18 @@
 //! Backends that cannot keep up: what they are given to do is bounded, and no wire ID is used while it is in use.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::{Client, Load};
-use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::holding::Holding;
 use counterfoil_tests::message::{self, rcode};
 use counterfoil_tests::wait;
 
 const SOON: Duration = Duration::from_secs(10);
 /// For 70,000 queries, on a busy machine.
 const LATER: Duration = Duration::from_secs(60);
-
-/// More than there are in any of these tests, one after the other.
-const CONNECTIONS: usize = 256;
-
-/// Keeps queries whose name begins with `held` until it is told to answer them; answers all others at once.
-struct Holding {
-    backend: FakeBackend,
-    release: Arc<AtomicBool>,
-    /// By connection, those that it has and has not answered: now, and at most.
-    held: Arc<[(AtomicUsize, AtomicUsize); CONNECTIONS]>,
-}
-
-impl Holding {
-    fn start() -> Self {
-        let (release, held) = (Arc::new(AtomicBool::new(false)), Arc::new(std::array::from_fn(|_| Default::default())));
-        let (signal, counts): (_, Arc<[(AtomicUsize, AtomicUsize); CONNECTIONS]>) =
-            (Arc::clone(&release), Arc::clone(&held));
-        let backend = FakeBackend::start(move |connection| {
-            let (now, most) = &counts[connection.number];
-            let mut held = HashMap::new();
-            let mut order = Vec::new();
-            loop {
-                match connection.query_within(Duration::from_millis(20)) {
-                    Ok(Some(query)) if message::question_name(&query).is_some_and(|name| name.starts_with("held")) => {
-                        let id = message::id(&query);
-                        order.push(id);
-                        assert!(held.insert(id, query).is_none(), "wire ID {id} is in use");
-                        now.store(held.len(), Ordering::SeqCst);
-                        most.fetch_max(held.len(), Ordering::SeqCst);
-                    }
-                    Ok(Some(query)) => {
-                        assert!(!held.contains_key(&message::id(&query)), "its wire ID is in use");
-                        connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-                    }
-                    Ok(None) => return now.store(0, Ordering::SeqCst),
-                    Err(_) => {}
-                }
-                if signal.load(Ordering::SeqCst) {
-                    for id in order.drain(..) {
-                        connection.send(&message::answer_to(&held[&id], [192, 0, 2, 53]));
-                    }
-                    held.clear();
-                    now.store(0, Ordering::SeqCst);
-                }
-            }
-        });
-        Self { backend, release, held }
-    }
-
-    fn release(&self) {
-        self.release.store(true, Ordering::SeqCst);
-    }
-
-    fn held(&self, connection: usize) -> usize {
-        self.held[connection].0.load(Ordering::SeqCst)
-    }
-
-    /// The most that one connection had at a time.
-    fn most(&self) -> usize {
-        self.held.iter().map(|(_, most)| most.load(Ordering::SeqCst)).max().unwrap()
-    }
-}
 
 fn config(holding: &Holding) -> Config {
     Config::new(holding.backend.address).set("connections", "idle_timeout", "\"1s\"").set(
@@ -152,7 +87,7 @@ fn a_slow_backend_has_no_more_to_do_than_it_may() {
     assert_eq!(holding.most(), IN_FLIGHT, "on one connection");
     assert!(holding.backend.most_open() <= AT_ONCE + 1, "one may have closed without the backend having seen it");
     holding.release();
-    wait::until("it has done everything", SOON, || (0..CONNECTIONS).all(|connection| holding.held(connection) == 0));
+    wait::until("it has done everything", SOON, || holding.is_done());
     let accepted = holding.backend.accepted();
     Load { count: 100, in_flight: 8, ..Load::default() }.run(&mut client).assert_all_answered(100);
     assert!(holding.backend.accepted() <= accepted + 1, "open connections are used");
