@@ -176,6 +176,16 @@ impl Client {
         assert!(matches!(received, Received::Closed | Received::Reset), "{received:?}");
     }
 
+    /// Waits until the server has ended the connection, over TLS also without close_notify.
+    ///
+    /// # Panics
+    /// If anything else comes, or nothing within `patience`.
+    #[track_caller]
+    pub fn assert_ended(&mut self, patience: Duration) {
+        let received = self.receive(patience);
+        assert!(matches!(received, Received::Closed | Received::Cut | Received::Reset), "{received:?}");
+    }
+
     /// Waits up to `timeout` for the next whole message.
     ///
     /// # Panics

@@ -46,6 +46,21 @@ impl Tls {
         Self { config, name: ServerName::try_from(name.to_owned()).expect("a name") }
     }
 
+    /// What a client says first.
+    ///
+    /// # Panics
+    /// Never in practice: there are random numbers.
+    pub fn hello(&self) -> Vec<u8> {
+        let mut octets = Vec::new();
+        let mut conn = self.begin().expect("a client");
+        conn.write_tls(&mut octets).expect("memory");
+        octets
+    }
+
+    fn begin(&self) -> io::Result<ClientConnection> {
+        ClientConnection::new(Arc::new(self.config.clone()), self.name.clone()).map_err(io::Error::other)
+    }
+
     /// Offers these protocols.
     #[must_use]
     pub fn offering(mut self, protocols: &[&str]) -> Self {
@@ -65,8 +80,7 @@ pub enum Wire {
 
 impl Wire {
     pub(super) fn shake_hands(mut stream: TcpStream, tls: &Tls) -> io::Result<Self> {
-        let mut conn =
-            ClientConnection::new(Arc::new(tls.config.clone()), tls.name.clone()).map_err(io::Error::other)?;
+        let mut conn = tls.begin()?;
         stream.set_read_timeout(Some(HANDSHAKE))?;
         while conn.is_handshaking() {
             conn.complete_io(&mut stream)?;

@@ -2,6 +2,7 @@
 //! scenarios must be able to see, and as one that speaks DNS over TLS.
 
 use std::net::SocketAddr;
+use std::path::Path;
 
 use super::ADDRESS;
 use crate::certificates::Certificate;
@@ -117,6 +118,22 @@ impl LeakyFront {
     /// If it does not start.
     #[track_caller]
     pub fn start_with(program: &str, backend: SocketAddr, more: &str) -> Self {
+        Self::with_options(program, backend, more, "")
+    }
+
+    /// Like [`Self::start`], with DNS over TLS to the backend, whose certificate must be for this name and from the
+    /// authority in this file. The PROXY header is the first that goes through TLS.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn over_tls(backend: SocketAddr, ca: &Path, name: &str) -> Self {
+        let tls = format!(", tls=\"openssl\", caStore=\"{}\", subjectName=\"{name}\"", ca.display());
+        Self::with_options("dnsdist", backend, "", &tls)
+    }
+
+    #[track_caller]
+    fn with_options(program: &str, backend: SocketAddr, more: &str, options: &str) -> Self {
         let dir = TempDir::new("dnsdist");
         let mut web = 0;
         let (process, address) = start("dnsdist (front)", program, &dir, |port| {
@@ -125,7 +142,7 @@ impl LeakyFront {
                 "setLocal(\"127.0.0.1:{port}\")\n{COMMON}{more}\
                  webserver(\"127.0.0.1:{web}\")\n\
                  setWebserverConfig({{statsRequireAuthentication=false, acl=\"127.0.0.0/8\"}})\n\
-                 newServer({{address=\"{backend}\", useProxyProtocol=true}})\ngetServer(0):setUp()\n\
+                 newServer({{address=\"{backend}\", useProxyProtocol=true{options}}})\ngetServer(0):setUp()\n\
                  addAction(AllRule(), LuaAction(function(dq)\n\
                  dq:setProxyProtocolValues({{[0xE0] = dq.qname:toString():match(\"^[^.]+\")}})\n\
                  return DNSAction.None, \"\"\nend))\n"

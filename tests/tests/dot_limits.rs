@@ -1,0 +1,230 @@
+//! The limits on clients hold over TLS as without it, and the handshake has its own.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use counterfoil_tests::certificates::Authority;
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::driver::{Client, Load, Received, Tls};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype, rcode};
+use counterfoil_tests::wait;
+
+const SOON: Duration = Duration::from_secs(10);
+const NAME: &str = "dns.example";
+
+/// A DoT listener in front of a backend, and how its clients speak.
+fn config(backend: SocketAddr) -> (Authority, Config, Tls) {
+    let authority = Authority::new();
+    let config = Config::new(backend)
+        .set("connections", "idle_timeout", "\"300ms\"")
+        .set("connections", "cleanup_interval", "\"100ms\"")
+        .tls(&authority.issue("dns", &[NAME]));
+    let tls = Tls::new(&authority.ca, NAME).offering(&["dot"]);
+    (authority, config, tls)
+}
+
+#[track_caller]
+fn expect_served(client: &mut Client) {
+    let answer = client.exchange(77, "served.example.test", qtype::A);
+    assert_eq!(message::response_code(&answer), rcode::NOERROR);
+}
+
+/// Silent clients, one that drips its hello, and one that says hello and then nothing: each has its time, all of them
+/// together have their places, and who is in is served meanwhile (CVE-2024-28854).
+#[test]
+fn f02_slow_and_silent_handshakes() {
+    const PLACES: usize = 6;
+    const TIME: Duration = Duration::from_secs(2);
+    let backend = FakeBackend::answering(false);
+    let (_files, config, tls) = config(backend.address);
+    let config = config.set("server", "workers", 2).set("listener.tls", "max_handshakes", PLACES).set(
+        "listener.tls",
+        "handshake_timeout",
+        "\"2s\"",
+    );
+    let counterfoil = Counterfoil::start(&config);
+    let mut served = Client::connect_tls(counterfoil.address, None, &tls);
+    expect_served(&mut served);
+
+    let begun = Instant::now();
+    let mut slow: Vec<Client> = (0..PLACES).map(|_| counterfoil.client()).collect();
+    slow[4].send_raw(&tls.hello()).unwrap();
+    counterfoil.wait_metrics("all places are taken", SOON, |metrics| {
+        metrics.sum("client_connections_pending", &[("stage", "tls_handshake")]) == PLACES as f64
+    });
+    // Beyond them nobody waits: refused at once.
+    for _ in 0..3 {
+        let start = Instant::now();
+        assert!(counterfoil.client().over_tls(&tls).is_err());
+        assert!(start.elapsed() < Duration::from_secs(1) || begun.elapsed() > TIME, "{:?}", start.elapsed());
+    }
+    let hello = tls.hello();
+    let mut dripped = 0;
+    while begun.elapsed() < TIME && dripped < hello.len() {
+        expect_served(&mut served);
+        if slow[5].send_raw(&hello[dripped..=dripped]).is_err() {
+            break;
+        }
+        dripped += 1;
+        // The pace of the drip, not a wait for something.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    for client in &mut slow {
+        let mut rest = Vec::new();
+        let end = client.read_to_end(&mut rest, SOON);
+        assert!(matches!(end, Received::Closed | Received::Reset), "{end:?}");
+    }
+    assert!(begun.elapsed() >= TIME && begun.elapsed() < 3 * TIME, "{:?}", begun.elapsed());
+    assert_eq!(counterfoil.refused("max_handshakes"), 3.0);
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.sum("tls_handshake_failures_total", &[("reason", "timeout")]), PLACES as f64);
+    // The places are free again.
+    expect_served(&mut Client::connect_tls(counterfoil.address, None, &tls));
+    expect_served(&mut served);
+    drop(served);
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("client_connections_pending", &[]), 0.0);
+}
+
+/// dnsdist's behaviour 30 over TLS, and the limit of one client, whose handshakes count.
+#[test]
+fn connections_are_limited() {
+    let backend = FakeBackend::answering(false);
+    let (_files, config, tls) = config(backend.address);
+    let config = config.set("listener", "max_connections", 10).set("listener", "max_connections_per_client", 4);
+    let counterfoil = Counterfoil::start(&config);
+    let connect = |source: &str| counterfoil.client_from(source).over_tls(&tls);
+    let mut clients: Vec<Client> = (0..4).map(|_| connect("127.0.0.2").unwrap()).collect();
+    clients.iter_mut().for_each(expect_served);
+    assert!(connect("127.0.0.2").is_err());
+    assert_eq!(counterfoil.refused("per_client"), 1.0);
+    // Two that do not even begin their handshake, and four that do.
+    let silent = [counterfoil.client_from("127.0.0.3"), counterfoil.client_from("127.0.0.3")];
+    counterfoil.wait_metrics("they count", SOON, |metrics| metrics.sum("client_connections_pending", &[]) == 2.0);
+    clients.extend((0..2).map(|_| connect("127.0.0.3").unwrap()));
+    assert!(connect("127.0.0.3").is_err(), "the handshakes that it does not go on with are its own");
+    clients.extend((0..2).map(|_| connect("127.0.0.4").unwrap()));
+    assert!(connect("127.0.0.5").is_err());
+    assert_eq!((counterfoil.refused("per_client"), counterfoil.refused("per_listener")), (2.0, 1.0));
+    clients.iter_mut().for_each(expect_served);
+    drop((clients, silent));
+    counterfoil.assert_quiescent();
+    assert_eq!(counterfoil.metrics().sum("tls_handshake_failures_total", &[("reason", "closed")]), 2.0);
+    expect_served(&mut connect("127.0.0.5").unwrap());
+}
+
+/// Each end that the server makes is said by close_notify.
+#[test]
+fn times_and_numbers_are_limited_and_the_end_is_orderly() {
+    let backend = FakeBackend::answering(false);
+    let partial = &message::framed(&message::query(1, "partial.example.test", qtype::A))[..20];
+    for (key, value, octets, reason) in [
+        ("idle_timeout", "\"500ms\"", &b""[..], "idle_timeout"),
+        ("message_timeout", "\"500ms\"", partial, "message_timeout"),
+        ("max_connection_duration", "\"1s\"", &[][..], "max_duration"),
+        ("max_queries_per_connection", "1", &[][..], "max_queries"),
+        ("max_in_flight", "1", &[0, 5, 1, 2, 3, 4, 5], "malformed"),
+    ] {
+        let (_files, config, tls) = config(backend.address);
+        let counterfoil = Counterfoil::start(&config.set("listener", key, value));
+        let mut client = Client::connect_tls(counterfoil.address, None, &tls);
+        expect_served(&mut client);
+        // What is over already may be closed.
+        let _ = client.send_raw(octets);
+        assert_eq!(client.receive(SOON), Received::Closed, "{reason}");
+        counterfoil.wait_metrics(reason, SOON, |metrics| {
+            metrics.sum("client_connections_closed_total", &[("reason", reason)]) == 1.0
+        });
+        drop(client);
+        counterfoil.assert_quiescent();
+    }
+}
+
+#[test]
+fn max_in_flight_holds_and_loses_nothing() {
+    let backend = FakeBackend::start(|connection| {
+        let mut held = Vec::new();
+        loop {
+            match connection.query_within(Duration::from_millis(100)) {
+                Ok(Some(query)) => held.push(query),
+                Ok(None) => return,
+                Err(_) => {
+                    assert!(held.len() <= 4, "{} at once", held.len());
+                    for query in held.drain(..) {
+                        connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+                    }
+                }
+            }
+        }
+    });
+    let (_files, config, tls) = config(backend.address);
+    let counterfoil = Counterfoil::start(&config.set("listener", "max_in_flight", 4));
+    let mut client = Client::connect_tls(counterfoil.address, None, &tls);
+    Load { count: 40, in_flight: 40, ..Load::default() }.run(&mut client).assert_all_answered(40);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// It is closed after `write_timeout`, keeps little memory until then, and nobody else waits for it.
+#[test]
+fn a_client_that_does_not_read_is_closed() {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(answer.len() + 30_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let (_files, config, tls) = config(backend.address);
+    let counterfoil = Counterfoil::start(&config.set("listener", "write_timeout", "\"1s\""));
+    let before = counterfoil.process.resident_bytes();
+    let mut deaf = Client::connect_tls(counterfoil.address, None, &tls);
+    let queries: Vec<u8> = (0..2000u16)
+        .flat_map(|n| message::framed(&message::query(n, &format!("n{n}.example.test"), qtype::A)))
+        .collect();
+    deaf.send_raw(&queries).unwrap();
+    let mut other = Client::connect_tls(counterfoil.address, None, &tls);
+    counterfoil.wait_metrics("the deaf client is closed", Duration::from_secs(20), |metrics| {
+        let start = Instant::now();
+        other.exchange(1, "other.example.test", qtype::A);
+        assert!(start.elapsed() < Duration::from_secs(2), "others wait for it: {:?}", start.elapsed());
+        metrics.sum("client_connections_closed_total", &[("reason", "write_timeout")]) == 1.0
+    });
+    let grown = counterfoil.process.resident_bytes().saturating_sub(before);
+    assert!(grown < 32 << 20, "{grown} octets of memory");
+    drop((deaf, other));
+    counterfoil.assert_quiescent();
+}
+
+/// SIGTERM: what is in flight is answered, who is idle hears close_notify, who is in its handshake may end it, and who is
+/// silent does not hold it up.
+#[test]
+fn draining_ends_in_order() {
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            if message::question_name(&query).is_some_and(|name| name.starts_with("slow")) {
+                // Nobody else asks on this connection.
+                assert!(connection.query_within(Duration::from_secs(1)).is_err());
+            }
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let (_files, config, tls) = config(backend.address);
+    let mut counterfoil = Counterfoil::start(&config.set("server", "drain_timeout", "\"5s\""));
+    let mut idle = Client::connect_tls(counterfoil.address, None, &tls);
+    expect_served(&mut idle);
+    let mut asking = Client::connect_tls(counterfoil.address, None, &tls);
+    asking.ask(1, "slow.example.test", qtype::A);
+    wait::until("the query is there", SOON, || backend.queries() == 2);
+    let silent = counterfoil.client();
+    counterfoil.wait_metrics("it is in", SOON, |metrics| metrics.sum("client_connections_pending", &[]) == 1.0);
+    counterfoil.process.signal(rustix::process::Signal::TERM);
+    assert_eq!(message::response_code(&asking.receive(SOON).message()), rcode::NOERROR);
+    assert_eq!((asking.receive(SOON), idle.receive(SOON)), (Received::Closed, Received::Closed));
+    let status = counterfoil.process.wait_exit(Duration::from_secs(15));
+    assert!(status.success(), "{status}");
+    drop(silent);
+}
