@@ -1,5 +1,5 @@
 //! The limits on clients hold over TLS as without it, and the handshake has its own.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

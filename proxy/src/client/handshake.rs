@@ -19,7 +19,7 @@ const AT_A_TIME: usize = 2048;
 pub enum HandshakeFailure {
     /// What came is not TLS: a query in the clear, for instance.
     NotTls,
-    /// The client offers no version from 1.2 on (RFC 8310 section 8).
+    /// The client offers no version from 1.2 on (RFC 8310 section 9).
     Version,
     /// The client offers other protocols than `dot`, and not that.
     Alpn,

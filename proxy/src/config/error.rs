@@ -150,6 +150,12 @@ pub enum Problem {
     /// An address that nothing can be sent to, or from.
     #[error("{0} is not the address of one host")]
     NotUnicast(IpAddr),
+    /// Port 853 of a listener without TLS.
+    #[error("port 853 is for DNS over TLS, never in the clear (RFC 7858 section 3.1): [listener.tls] is missing")]
+    ListensInClearOnDotPort,
+    /// Port 53 of a listener with TLS.
+    #[error("port 53 is for DNS in the clear, never over TLS (RFC 7858 section 3.1): [listener.tls] has another port")]
+    ListensForTlsOnPort53,
     /// Port 0 where the kernel cannot choose.
     #[error("port 0 cannot be connected to")]
     PortZero,

@@ -25,6 +25,19 @@ fn tls_towards_clients() {
          f.toml:7:21: key `listener.tls.handshake_timeout`: must be from \"1ms\" to \"8760h\"\n\
          f.toml:8:18: key `listener.tls.max_handshakes`: must be from 1 to 1048576"
     );
+    let listener = |port: u16, tls: &str| {
+        errors(&MINIMAL.replace(":5300", &format!(":{port}")).replacen("\n[[pool]]", &format!("{tls}\n[[pool]]"), 1))
+    };
+    assert_eq!(
+        listener(853, ""),
+        "f.toml:4:11: key `listener.address`: port 853 is for DNS over TLS, never in the clear (RFC 7858 section 3.1): \
+         [listener.tls] is missing"
+    );
+    assert_eq!(
+        listener(53, "[listener.tls]\ncertificate = \"c\"\nkey = \"k\""),
+        "f.toml:4:11: key `listener.address`: port 53 is for DNS in the clear, never over TLS (RFC 7858 section 3.1): \
+         [listener.tls] has another port"
+    );
     assert_eq!(
         errors(&format!("{MINIMAL}[pool.proxy_protocol]\nadvertise_tls = 1")),
         "f.toml:14:17: key `pool.proxy_protocol.advertise_tls`: expected true or false, found integer"

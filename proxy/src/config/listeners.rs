@@ -47,6 +47,12 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
         let count = |key, default, min| section.integer(key, default, min..=MAX_COUNT);
         let max_pending_answers =
             section.value("max_pending_answers").and_then(|value| value.size(SHORTEST_ANSWER..=MAX_SIZE));
+        let tls = read_tls(&section.table("tls"));
+        match (default.address.port(), &tls) {
+            (853, None) => section.fail("address", Problem::ListensInClearOnDotPort),
+            (53, Some(_)) => section.fail("address", Problem::ListensForTlsOnPort53),
+            _ => {}
+        }
         listeners.push(Listener {
             max_connections: count("max_connections", default.max_connections, 0),
             max_connections_per_client: count("max_connections_per_client", default.max_connections_per_client, 1),
@@ -74,7 +80,7 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
             message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
             accept_proxy: read_accept_proxy(&section.table("accept_proxy")),
-            tls: read_tls(&section.table("tls")),
+            tls,
             ..default
         });
     }

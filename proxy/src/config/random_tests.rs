@@ -179,6 +179,8 @@ prop_compose! {
         tls in prop::option::of(tls()),
     ) -> Listener {
         let [a, b, c] = address;
+        // Neither is a port for the other.
+        let port = if [53, 853].contains(&port) { 5300 } else { port };
         Listener {
             max_connections_per_client: numbers.0,
             max_in_flight: numbers.1,
