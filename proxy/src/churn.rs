@@ -15,7 +15,7 @@ use socket2::SockRef;
 
 use tokio::io::Interest;
 
-use crate::backend::connect::{self, Io};
+use crate::backend::connect::{self, FastOpen, Io};
 use crate::clock;
 use crate::close::CloseReason;
 use crate::kernel::{KernelView, TcpState};
@@ -127,7 +127,7 @@ fn work(churn: Churn, shard: usize, claim: Claim, targets: &[SocketAddr], barrie
             let target = targets[random.usize(..targets.len())];
             let permit = ledger.caps().acquire(0).map_err(|cap| anyhow::anyhow!("{cap:?}"));
             let opened = permit.and_then(|permit| {
-                let opened = connect::connect(&ledger, permit, info, target, None, clock::now())?;
+                let (opened, _) = connect::connect(&ledger, permit, info, target, None, FastOpen::Off, clock::now())?;
                 Ok(connect::register(opened, Interest::READABLE | Interest::WRITABLE)?)
             });
             match opened {

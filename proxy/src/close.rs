@@ -63,6 +63,8 @@ reasons! {
         ProtocolViolation = "protocol_violation",
         /// Every query on it timed out, and the peer gave no sign of life since.
         Unresponsive = "unresponsive",
+        /// The backend asked for it: edns-tcp-keepalive with a timeout of zero (RFC 7828 section 3.2.2).
+        AskedToClose = "asked_to_close",
         /// The configuration has changed: what it was opened for is no more.
         Reconfigured = "reconfigured",
         /// The process drains.
@@ -104,6 +106,8 @@ reasons! {
         MaxDuration = "max_duration",
         /// The client did not keep to TLS.
         TlsError = "tls_error",
+        /// A DSO message that has a meaning in a session only (RFC 8490 section 5.1), and there is none here.
+        NoDsoSession = "no_dso_session",
         /// A PROXY header from a client whose word is not taken.
         ProxyUntrusted = "proxy_untrusted",
         /// The process drains.

@@ -49,6 +49,11 @@ fn ip(args: &[&str]) {
 }
 
 impl Namespace {
+    /// As `ip netns` has it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Starts a command inside.
     ///
     /// # Panics

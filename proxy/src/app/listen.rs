@@ -10,11 +10,13 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::num::NonZero;
 
 use anyhow::{Context as _, Result, bail};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::config::Listener;
+use crate::kernel::sys;
 use crate::systemd::activation::Inherited;
 
 /// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
@@ -71,6 +73,14 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
             addresses[index] = address;
             bound.into_iter().enumerate().collect()
         };
+        // Data are taken from SYNs (RFC 7413) if `net.ipv4.tcp_fastopen` has servers do so, else the kernel ignores it.
+        if let Some(queue) = NonZero::new(listeners[index].tcp_fast_open) {
+            for (_, socket) in &own {
+                if let Err(error) = sys::fast_open_listen(&SockRef::from(socket), queue.get()) {
+                    tracing::warn!(listener = name, %error, "the kernel knows no TCP fast open");
+                }
+            }
+        }
         for (worker, socket) in own {
             // Fewer than 65,536, as each has an address and a port.
             sockets[worker].push(Accepting { listener: index as u16, socket, inherited });

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::mpsc;
 
 use crate::client::limits::ClientLimits;
-use crate::config::{Config, Numbers};
+use crate::config::{Config, Numbers, check};
 use crate::control::{Control, Controls};
 use crate::health::Board;
 use crate::ledger::caps::Caps;
@@ -92,6 +92,9 @@ impl App {
         let tls = ServerTls::new(&config).context("TLS towards clients")?;
 
         let inherited = activation::sockets(&environment)?;
+        for warning in check::fast_open(&config, check::Limits::read()) {
+            tracing::warn!(%warning, "configuration");
+        }
         let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;
         let mut receivers = receivers.into_iter();
         let mut workers = Vec::with_capacity(count);

@@ -193,6 +193,10 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
                 let (from, to) = (old.address.to_string(), listener.address.to_string());
                 found.push((Place::Listener { index, key: "address" }, Problem::TakesRestart { from, to }));
             }
+            Some(old) if old.tcp_fast_open != listener.tcp_fast_open => {
+                let (from, to) = (old.tcp_fast_open.to_string(), listener.tcp_fast_open.to_string());
+                found.push((Place::Listener { index, key: "tcp_fast_open" }, Problem::TakesRestart { from, to }));
+            }
             Some(_) => {}
         }
     }
@@ -252,6 +256,10 @@ mod tests {
         new.listeners[0].address.set_port(54);
         let place = Place::Listener { index: 0, key: "address" };
         assert_eq!(needs_restart(&old, &new), [(place, change("127.0.0.1:0", "127.0.0.1:54"))]);
+        let mut new = old.clone();
+        new.listeners[0].tcp_fast_open = 7;
+        let place = Place::Listener { index: 0, key: "tcp_fast_open" };
+        assert_eq!(needs_restart(&old, &new), [(place, change("0", "7"))]);
     }
 
     #[test]
@@ -261,6 +269,7 @@ mod tests {
         new.server.max_connections += 1;
         new.server.drain_timeout *= 2;
         new.listeners[0].max_in_flight += 1;
+        new.listeners[0].edns_tcp_keepalive = true;
         new.pools[0].backends[0].name = "another".to_owned();
         new.connections.max_total += 1000;
         new.watchdog.reap = ReapMode::On;

@@ -13,17 +13,20 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::io::Interest;
 
 use super::conn_tls::Secure;
-use super::connect::{self, Io, OpenError};
+use super::connect::{self, FastOpen, Handshake, Io, OpenError};
 use super::pool::{Conn, ConnKey, Phase};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::OneShotClose;
+use crate::dns::message::{OPCODE_QUERY, peek};
 use crate::ledger::{ConnKind, OpenInfo, RowState, Tracked};
 use crate::worker::answer::Partial;
 use crate::worker::core::Core;
+use crate::worker::queries::Queries;
 use crate::worker::shell::{SCRATCH, Shell};
 
 /// Reads per wake-up before others get their turn.
@@ -48,25 +51,31 @@ impl ConnTask {
     }
 
     /// Connects, and writes at once what there is to write: towards a near backend the handshake is over when
-    /// `connect(2)` returns, so that nobody need be woken to write. Towards any other the attempt says EAGAIN.
+    /// `connect(2)` returns, so that nobody need be woken to write. Towards any other the attempt says EAGAIN. With TCP
+    /// fast open it may go with the SYN, and says nothing of the handshake.
     fn open(&mut self, now: Mono) -> Result<(), CloseReason> {
         let mut core = self.shell.core.borrow_mut();
         let plan = Rc::clone(&core.plan);
-        let Core { pool, spares, .. } = &mut *core;
+        let Core { pool, spares, queries, .. } = &mut *core;
         let Some(conn) = pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
         let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
         let backend = &plan.backends[usize::from(conn.backend)];
         let info = info(conn);
         self.tls = Secure::new(backend);
         let source = self.shell.next_source(&backend.source);
-        let opened =
-            connect::connect(&self.shell.ledger, permit, info, backend.address, source, now).and_then(|socket| {
+        let fast_open = if backend.tcp_fast_open && self.tls.is_none() && may_come_twice(conn, queries) {
+            FastOpen::WithFirstWrite
+        } else {
+            FastOpen::Off
+        };
+        let opened = connect::connect(&self.shell.ledger, permit, info, backend.address, source, fast_open, now)
+            .and_then(|(socket, handshake)| {
                 if !conn.out.is_empty() && self.tls.is_none() {
                     match socket.io().send(conn.out.pending()) {
                         Ok(sent) => {
                             conn.last_byte = now;
                             conn.out.advance(sent, spares);
-                            self.connected = true;
+                            self.connected = handshake == Handshake::Begun;
                         }
                         Err(error) if is_transient(&error) => {}
                         Err(error) => {
@@ -92,7 +101,8 @@ impl ConnTask {
             }
             Err(error) => {
                 self.shell.complain(&backend.name, backend.address, None, &error.to_string());
-                Err(CloseReason::ConnectFailed)
+                // What was written may have arrived.
+                Err(if self.connected { CloseReason::PeerReset } else { CloseReason::ConnectFailed })
             }
         }
     }
@@ -314,6 +324,17 @@ fn info(conn: &Conn) -> OpenInfo {
 /// The handshake is not over yet, or a signal came.
 fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+        || error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error())
+}
+
+/// Whether what is to be written first may reach the backend twice, as data in a SYN may (RFC 7413 section 2.1): there is
+/// something, and all of it are questions.
+fn may_come_twice(conn: &Conn, queries: &Queries) -> bool {
+    let is_question = |query| {
+        let opcode = queries.get(query).and_then(|entry| peek(&entry.message)).map(|peek| peek.opcode);
+        opcode == Some(OPCODE_QUERY)
+    };
+    !conn.out.is_empty() && conn.pending.quarantined() == 0 && conn.pending.queries().all(is_question)
 }
 
 impl Future for ConnTask {

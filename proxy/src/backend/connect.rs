@@ -19,6 +19,15 @@ use crate::ledger::{ConnKind, OpenInfo, ReserveError, ShardWriter, Tracked};
 /// socket, which the watchdog upgrades for one system call (I4).
 pub(crate) type Io = AsyncFd<Arc<Socket>>;
 
+/// How far `connect(2)` has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Handshake {
+    /// The SYN is on its way. Towards a near peer the handshake is over already: a write then says so.
+    Begun,
+    /// The SYN waits for the first write, which tells nothing of the peer.
+    Deferred,
+}
+
 /// Why no socket was opened.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
@@ -34,6 +43,16 @@ pub(crate) enum OpenError {
     Register(io::Error),
 }
 
+/// Whether `connect(2)` may wait for the first write (`TCP_FASTOPEN_CONNECT`, tcp(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FastOpen {
+    /// The SYN goes at once.
+    Off,
+    /// If the kernel has a cookie of the peer (RFC 7413), the SYN goes with what is written first, and carries it. It may
+    /// reach the peer twice. Who asks for this must write at once.
+    WithFirstWrite,
+}
+
 /// Begins to connect. The row is in the ledger before `connect(2)` is called, so the kernel never has a connection of
 /// ours that the ledger has not (I2). What comes next is a first write, then [`register`].
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
@@ -43,16 +62,17 @@ pub(crate) fn connect(
     info: OpenInfo,
     address: SocketAddr,
     source: Option<IpAddr>,
+    fast_open: FastOpen,
     now: Mono,
-) -> Result<Tracked<Arc<Socket>>, OpenError> {
+) -> Result<(Tracked<Arc<Socket>>, Handshake), OpenError> {
     let reservation = ledger.reserve_with(permit, info)?;
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
         .map_err(OpenError::Socket)?;
     let (socket, entry) = reservation.bind(socket, now).map_err(OpenError::Socket)?;
     // From here on the pair is closed in order: the descriptor, then the row.
     let opened = Tracked::new(socket, entry);
-    match begin(opened.io(), info.kind, address, source) {
-        Ok(()) => Ok(opened),
+    match begin(opened.io(), info.kind, address, source, fast_open) {
+        Ok(handshake) => Ok((opened, handshake)),
         Err(error) => {
             opened.close(CloseReason::ConnectFailed);
             Err(error)
@@ -61,7 +81,13 @@ pub(crate) fn connect(
 }
 
 #[expect(clippy::disallowed_methods, reason = "the second half of the one place")]
-fn begin(socket: &Socket, kind: ConnKind, address: SocketAddr, source: Option<IpAddr>) -> Result<(), OpenError> {
+fn begin(
+    socket: &Socket,
+    kind: ConnKind,
+    address: SocketAddr,
+    source: Option<IpAddr>,
+    fast_open: FastOpen,
+) -> Result<Handshake, OpenError> {
     if kind != ConnKind::OneShot {
         // Queries are small and must not wait for each other's acknowledgement (RFC 7766 section 8). A one-shot
         // connection writes once, which waits for nothing.
@@ -71,9 +97,14 @@ fn begin(socket: &Socket, kind: ConnKind, address: SocketAddr, source: Option<Ip
         sys::bind_address_no_port(socket).map_err(|error| OpenError::Bind(source, error))?;
         socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;
     }
+    if fast_open == FastOpen::WithFirstWrite {
+        // Where `net.ipv4.tcp_fastopen` forbids it the kernel says so here, and the SYN goes as always.
+        let _ = sys::fast_open_connect(socket);
+    }
     match socket.connect(&address.into()) {
-        Ok(()) => Ok(()),
-        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => Ok(()),
+        // Only one that waits for the first write succeeds at once.
+        Ok(()) => Ok(Handshake::Deferred),
+        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => Ok(Handshake::Begun),
         Err(error) => Err(OpenError::Connect(error)),
     }
 }

@@ -135,7 +135,15 @@ impl Pending {
         }
     }
 
-    /// Queries in flight.
+    /// The queries in flight.
+    pub fn queries(&self) -> impl Iterator<Item = QueryKey> {
+        self.slots.iter().filter_map(|slot| match slot {
+            Slot::InFlight(query) => Some(*query),
+            Slot::Free { .. } | Slot::Quarantined => None,
+        })
+    }
+
+    /// How many queries are in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight as usize
     }

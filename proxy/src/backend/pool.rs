@@ -6,6 +6,7 @@
 //! ones in their session's short list.
 
 use std::collections::HashMap;
+use std::num::NonZero;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use super::pending::{IDS, Pending};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::CloseReason;
+use crate::dns::keepalive::TIMEOUT_UNIT;
 use crate::ledger::caps::Permit;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::worker::buffer::OutBuf;
@@ -67,6 +69,8 @@ pub struct Conn {
     pub(crate) idle_since: Mono,
     pub(crate) last_received: Mono,
     pub(crate) last_byte: Mono,
+    /// The peer keeps it for so long while it is idle, in units of 100 ms (RFC 7828); none: it did not say.
+    pub(crate) kept_for: Option<NonZero<u16>>,
     pub(crate) unwritable_since: Mono,
     /// It was opened in advance.
     pub(crate) was_spare: bool,
@@ -129,6 +133,11 @@ impl Conn {
         } else {
             reason
         }
+    }
+
+    /// For how long it may be idle before its peer closes it.
+    pub(crate) fn kept_for(&self) -> Duration {
+        self.kept_for.map_or(Duration::MAX, |units| TIMEOUT_UNIT * u32::from(units.get()))
     }
 
     /// Whether its owner's words for it are over: it is about to close.
@@ -239,6 +248,7 @@ impl Pool {
             idle_since: Mono::ZERO,
             last_received: Mono::ZERO,
             last_byte: now,
+            kept_for: None,
             unwritable_since: Mono::ZERO,
             was_spare: new.kind == ConnKind::Spare,
             carried: 0,
@@ -343,6 +353,16 @@ impl Pool {
         if let Some(conn) = self.conns.get_mut(key.0) {
             conn.retire.get_or_insert(reason);
             self.update(key, now);
+        }
+    }
+
+    /// The peer has told for how long it keeps the connection while it is idle, in units of 100 ms. Zero asks for an end:
+    /// no more queries, and the close when all answers are in (RFC 7828 section 3.2.2).
+    pub(crate) fn keeps(&mut self, key: ConnKey, timeout: u16, now: Mono) {
+        match (NonZero::new(timeout), self.conns.get_mut(key.0)) {
+            (None, _) => self.retire(key, CloseReason::AskedToClose, now),
+            (told, Some(conn)) => conn.kept_for = told,
+            (Some(_), None) => {}
         }
     }
 

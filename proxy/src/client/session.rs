@@ -9,6 +9,7 @@ use crate::backend::history::History;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
 use crate::close::ClientCloseReason;
+use crate::dns::keepalive::{self, TIMEOUT_UNIT, Treatment};
 use crate::proxy_protocol::client_tls;
 use crate::tls::Negotiated;
 use crate::worker::buffer::OutBuf;
@@ -46,6 +47,8 @@ pub struct Limits {
     pub message_timeout: Duration,
     /// For a client that does not read.
     pub write_timeout: Duration,
+    /// Clients are told `idle_timeout` if they ask (RFC 7828).
+    pub edns_tcp_keepalive: bool,
 }
 
 /// A header that stays the same for a client connection, per backend.
@@ -248,6 +251,27 @@ impl Session {
             }
         }
         deadline
+    }
+
+    /// For how long the connection will be kept from now on if it is idle, in units of 100 ms, rounded down: what
+    /// edns-tcp-keepalive tells (RFC 7828 section 3.3.2). Zero: the client should close it once it has all answers.
+    pub(crate) fn keepalive(&self, now: Mono) -> u16 {
+        if self.ending.is_some() || self.close.is_some() || self.drain_at != Mono::ZERO {
+            return 0;
+        }
+        let time = self.limits.idle_timeout.min(self.expiry().since(now));
+        u16::try_from(time.as_millis() / TIMEOUT_UNIT.as_millis()).unwrap_or(u16::MAX)
+    }
+
+    /// An answer of this length was appended: tells in it for how long the connection will be kept, if the query asked for
+    /// that. What the backend tells there of its own connection, if it does.
+    pub(crate) fn tell_keepalive(&mut self, treatment: Treatment, length: usize, now: Mono) -> Option<u16> {
+        if treatment == Treatment::Pass {
+            return None;
+        }
+        let timeout = self.keepalive(now);
+        let (out, start) = self.out.last_message(length);
+        keepalive::tell(out, start, timeout, treatment)
     }
 
     /// When it has been open for long enough.

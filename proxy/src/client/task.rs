@@ -5,8 +5,10 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use rustix::net::RecvFlags;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::farewell;
@@ -140,6 +142,12 @@ impl SessionTask {
             && let Some((client, serial)) = self.session(|session| (session.client, session.serial))
         {
             self.shell.complain_client(client, Some(serial), reason.label());
+        }
+        if reason == ClientCloseReason::NoDsoSession
+            && let Some(stream) = &self.stream
+        {
+            // To "forcibly abort" a connection is to reset it (RFC 8490 section 3).
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
         let (stream, admitted) = (self.stream.take(), self.admitted.take());
         let written = self.session(|session| session.out.is_empty()).unwrap_or(false);

@@ -26,6 +26,10 @@ const OWN_DESCRIPTORS: usize = 64;
 /// Descriptors of each worker beside its listeners: epoll, eventfd, timer.
 const PER_WORKER: usize = 4;
 
+/// The bits of `net.ipv4.tcp_fastopen` that allow it to clients and to servers (Linux' ip-sysctl).
+const FAST_OPEN_CLIENT: u32 = 1;
+const FAST_OPEN_SERVER: u32 = 2;
+
 /// How long the kernel keeps TIME_WAIT, seconds (TCP_TIMEWAIT_LEN).
 pub(super) const TIME_WAIT_SECONDS: u64 = 60;
 
@@ -38,6 +42,8 @@ pub struct Limits {
     pub ports: Option<u64>,
     /// Memory of the machine, bytes; none: not known.
     pub memory: Option<u64>,
+    /// `net.ipv4.tcp_fastopen`; none: not known.
+    pub fast_open: Option<u32>,
 }
 
 impl Limits {
@@ -50,7 +56,9 @@ impl Limits {
         let kib =
             meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")?.trim().parse().ok());
         let memory = kib.and_then(|kib: u64| kib.checked_mul(1024));
-        Self { descriptors: getrlimit(Resource::Nofile).maximum, ports, memory }
+        let fast_open = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_fastopen").unwrap_or_default();
+        let fast_open = fast_open.trim().parse().ok();
+        Self { descriptors: getrlimit(Resource::Nofile).maximum, ports, memory, fast_open }
     }
 }
 
@@ -102,6 +110,7 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
     let mut warnings = Vec::new();
     warnings.extend(descriptors(config, limits));
     clients::forecast(config, limits, &mut warnings);
+    warnings.extend(fast_open(config, limits));
     for (index, pool) in config.pools.iter().enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
         warnings.extend(usefulness(config, index, &path));
@@ -150,6 +159,28 @@ fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
              RLIMIT_NOFILE allows {limit}: clients will be refused before the limit here is reached"
         ),
     })
+}
+
+/// TCP fast open is asked for, and the kernel does not do it: neither side would notice.
+pub(crate) fn fast_open(config: &Config, limits: Limits) -> Vec<Warning> {
+    let mut warnings = Vec::new();
+    let Some(allowed) = limits.fast_open else { return warnings };
+    let mut warn = |key: String, side: &str, bit: u32| {
+        if allowed & bit == 0 {
+            let message = format!(
+                "net.ipv4.tcp_fastopen is {allowed}, which allows {side} none: `sysctl net.ipv4.tcp_fastopen={}` would",
+                allowed | bit
+            );
+            warnings.push(Warning { key, message });
+        }
+    };
+    if let Some(listener) = config.listeners.iter().find(|listener| listener.tcp_fast_open > 0) {
+        warn(format!("listener.tcp_fast_open` of `{}", listener.name), "servers", FAST_OPEN_SERVER);
+    }
+    if let Some(backend) = config.pools.iter().flat_map(|pool| &pool.backends).find(|backend| backend.tcp_fast_open) {
+        warn(format!("pool.backend.tcp_fast_open` of `{}", backend.name), "clients", FAST_OPEN_CLIENT);
+    }
+    warnings
 }
 
 /// A pool that nobody asks, or that cannot answer.
@@ -281,7 +312,8 @@ mod tests {
     use super::*;
 
     /// Enough for the defaults with two workers.
-    const ROOMY: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30) };
+    const ROOMY: Limits =
+        Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30), fast_open: Some(3) };
 
     /// The warnings for the minimal configuration with two workers and this behind it.
     fn warned(text: &str, limits: Limits) -> Vec<String> {
@@ -437,6 +469,22 @@ mod tests {
             warned("health.mode = \"down\"\n", ROOMY),
             ["key `pool.backend`: all backends of this pool are down: every query fails"]
         );
+    }
+
+    #[test]
+    fn tcp_fast_open_that_the_kernel_does_not_do() {
+        let text = MINIMAL.replace("pool = ", "tcp_fast_open = 16\npool = ") + "tcp_fast_open = true\n";
+        let config = from_str("f.toml", &format!("server.workers = 2\n{text}")).unwrap();
+        let warned = |allowed| {
+            let limits = Limits { fast_open: Some(allowed), ..ROOMY };
+            warnings(&config, limits).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(warned(3), [""; 0]);
+        let listener = "key `listener.tcp_fast_open` of `dns`: net.ipv4.tcp_fastopen is 1, which allows servers none: \
+                        `sysctl net.ipv4.tcp_fastopen=3` would";
+        assert_eq!(warned(1), [listener]);
+        assert_eq!(warned(0).len(), 2);
+        assert!(warned(2)[0].contains("`pool.backend.tcp_fast_open` of `unbound-1`"), "{:?}", warned(2));
     }
 
     #[test]

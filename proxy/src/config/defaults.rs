@@ -77,6 +77,8 @@ impl Listener {
             max_pending_answers: 256 << 10,
             connection_rate_per_client: 0,
             ban_duration: Self::DEFAULT_BAN,
+            edns_tcp_keepalive: false,
+            tcp_fast_open: 0,
             accept_proxy: None,
             tls: None,
         }
@@ -143,6 +145,7 @@ impl Backend {
             connect_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(2),
             source: Vec::new(),
+            tcp_fast_open: false,
             one_shot_close: OneShotClose::Reset,
             tls: None,
             health: Health::default(),

@@ -67,13 +67,6 @@ fn unknown_keys() {
 #[test]
 fn not_supported_yet() {
     assert_eq!(value("[admin]", "token_file = \"t\""), "f.toml:14:1: key `admin.token_file`: not supported yet");
-    assert_eq!(
-        pool(
-            POOL,
-            &format!("{BACKEND}\n[[pool.backend]]\nname = \"c\"\naddress = \"192.0.2.2:53\"\n\ntcp_fast_open = true")
-        ),
-        "f.toml:14:1: key `pool.backend[1].tcp_fast_open`: not supported yet"
-    );
 }
 
 #[test]

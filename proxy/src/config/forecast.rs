@@ -127,7 +127,8 @@ mod tests {
     use super::super::from_str;
     use super::*;
 
-    const LIMITS: Limits = Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30) };
+    const LIMITS: Limits =
+        Limits { descriptors: Some(20_000), ports: Some(28_232), memory: Some(16 << 30), fast_open: Some(3) };
 
     fn forecast(text: &str) -> Vec<String> {
         lines(&from_str("f.toml", &format!("server.workers = 2\n{MINIMAL}{text}")).unwrap(), LIMITS)

@@ -17,6 +17,9 @@ use crate::tls::server::Identity;
 /// The least that is kept for a client that does not read: what every answer may have (RFC 1035 section 4.2.1), bytes.
 const SHORTEST_ANSWER: usize = 512;
 
+/// The longest queue of connections whose data came with the SYN: as long as the kernel's queue of connections can be.
+const MAX_FAST_OPEN: u32 = 65_535;
+
 /// Reads all listeners.
 pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listener> {
     let mut names = Unique::default();
@@ -76,6 +79,8 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
                 0..=1_000_000,
             ),
             ban_duration: section.duration("ban_duration", default.ban_duration, Duration::ZERO),
+            edns_tcp_keepalive: section.boolean("edns_tcp_keepalive", default.edns_tcp_keepalive),
+            tcp_fast_open: section.integer("tcp_fast_open", default.tcp_fast_open, 0..=MAX_FAST_OPEN),
             idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
             message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),

@@ -145,6 +145,11 @@ pub struct Listener {
     pub connection_rate_per_client: u32,
     /// For a client over that rate.
     pub ban_duration: Duration,
+    /// Clients that ask by edns-tcp-keepalive (RFC 7828) are told the idle timeout.
+    pub edns_tcp_keepalive: bool,
+    /// Connections at once that have sent data with their SYN (RFC 7413) and whose handshake is not over, 0: no data are
+    /// taken from a SYN.
+    pub tcp_fast_open: u32,
     /// `[listener.accept_proxy]`; none: nobody speaks for a client.
     pub accept_proxy: Option<AcceptProxy>,
     /// `[listener.tls]`; none: in the clear.
@@ -241,6 +246,8 @@ pub struct Backend {
     pub write_timeout: Duration,
     /// Local addresses, used in turn.
     pub source: Vec<IpAddr>,
+    /// Questions go with the SYN where the kernel has a cookie (RFC 7413).
+    pub tcp_fast_open: bool,
     /// How a one-shot connection is closed.
     pub one_shot_close: OneShotClose,
     /// `[pool.backend.tls]`; none: queries are sent in clear.

@@ -216,6 +216,7 @@ fn read_backends<'a, 'i>(
             connect_timeout: section.duration("connect_timeout", default.connect_timeout, MILLISECOND),
             write_timeout: section.duration("write_timeout", default.write_timeout, MILLISECOND),
             source: section.value("source").and_then(|value| read_sources(&value, address)).unwrap_or_default(),
+            tcp_fast_open: section.boolean("tcp_fast_open", default.tcp_fast_open),
             one_shot_close: section.choice("one_shot_close", default.one_shot_close),
             tls: read_tls(&tls),
             health: read_health(&section.table("health")),

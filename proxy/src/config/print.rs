@@ -95,6 +95,8 @@ fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
     out.text("max_pending_answers", units::format_size(listener.max_pending_answers));
     out.bare("connection_rate_per_client", listener.connection_rate_per_client);
     out.duration("ban_duration", listener.ban_duration);
+    out.bare("edns_tcp_keepalive", listener.edns_tcp_keepalive);
+    out.bare("tcp_fast_open", listener.tcp_fast_open);
     if let Some(proxy) = &listener.accept_proxy {
         out.heading("[listener.accept_proxy]");
         out.list("from", proxy.from.iter().map(ToString::to_string));
@@ -163,6 +165,7 @@ fn backend(out: &mut Writer, backend: &Backend) {
     out.duration("connect_timeout", backend.connect_timeout);
     out.duration("write_timeout", backend.write_timeout);
     out.list("source", backend.source.iter().map(ToString::to_string));
+    out.bare("tcp_fast_open", backend.tcp_fast_open);
     out.text("one_shot_close", backend.one_shot_close.word());
     if let Some(tls) = &backend.tls {
         out.heading("[pool.backend.tls]");

@@ -102,6 +102,7 @@ prop_compose! {
         sources in prop::collection::btree_set(1..=250u8, 0..4),
         one_shot_close in prop_oneof![Just(OneShotClose::Reset), Just(OneShotClose::Fin)],
         tls in prop::option::of(backend_tls()),
+        tcp_fast_open: bool,
         health in health(),
     ) -> Backend {
         let ip = |host: u8| -> IpAddr {
@@ -116,6 +117,7 @@ prop_compose! {
             source: sources.into_iter().map(ip).collect(),
             one_shot_close,
             tls,
+            tcp_fast_open,
             health,
             ..Backend::new("", SocketAddr::new(ip(251), if port == DOT_PORT { 53 } else { port }))
         }
@@ -175,6 +177,7 @@ prop_compose! {
         numbers in (1..=100_000usize, 1..=65_536usize, 0..=100_000usize, 512..=(1usize << 30)),
         limits in (1..=32u8, 1..=128u8, any::<u32>(), 0..=1_000_000u32),
         timeouts in (duration(1), duration(1), duration(1), duration(0), duration(0)),
+        tcp in (any::<bool>(), 0..=65_535u32),
         accept_proxy in prop::option::of(accept_proxy()),
         tls in prop::option::of(tls()),
     ) -> Listener {
@@ -195,6 +198,8 @@ prop_compose! {
             idle_timeout: timeouts.0,
             message_timeout: timeouts.1,
             write_timeout: timeouts.2,
+            edns_tcp_keepalive: tcp.0,
+            tcp_fast_open: tcp.1,
             accept_proxy,
             tls,
             ..Listener::new("", SocketAddr::from(([127, a, b, c], port)), pool)

@@ -3,9 +3,9 @@
 use super::message::MAX_LABEL;
 
 /// Type of the OPT record (RFC 6891, section 6.1.1).
-const OPT: u16 = 41;
+pub(super) const OPT: u16 = 41;
 /// Octets of a record between its name and its data: TYPE, CLASS, TTL, RDLENGTH.
-const FIXED: usize = 10;
+pub(super) const FIXED: usize = 10;
 
 /// The value of the first option of this code in the first OPT record of the additional section. `records` are the octets
 /// behind the question, `count` says how many records come before that section, and how many are in it: octets that the
@@ -39,7 +39,7 @@ fn opt(records: &[u8], (before, additional): (u32, u16)) -> Option<&[u8]> {
 }
 
 /// Octets of the name at the front, its end or a pointer included. Pointers are not followed.
-fn name_len(octets: &[u8]) -> Option<usize> {
+pub(super) fn name_len(octets: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
         match *octets.get(at)? {

@@ -2,11 +2,14 @@
 //!
 //! [`frame`], [`message`] and [`rtype`] are the hot path: no allocation, no panic, no copy. They read only what the
 //! forwarder must know and leave the rest of a message unread, so that it passes unchanged.
+//! [`keepalive`] alone changes messages, where it was asked to, and then nothing but that option.
 //! [`synth`] builds the answers that the program gives itself, with `hickory-proto`.
 
 pub(crate) mod edns;
 pub mod frame;
+pub(crate) mod keepalive;
 pub mod message;
 pub mod name;
+mod opt;
 pub mod rtype;
 pub mod synth;

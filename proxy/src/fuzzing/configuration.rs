@@ -15,7 +15,8 @@ pub fn configuration(bytes: &[u8]) {
                 Ok(read) => assert_eq!(read, config, "{printed}"),
                 Err(errors) => panic!("{errors}\n{printed}"),
             }
-            let limits = Limits { descriptors: Some(1024), ports: Some(28_232), memory: Some(64 << 20) };
+            let limits =
+                Limits { descriptors: Some(1024), ports: Some(28_232), memory: Some(64 << 20), fast_open: Some(0) };
             assert!(forecast::lines(&config, limits).iter().all(|line| !line.contains('\n')));
             for warning in check::warnings(&config, limits) {
                 assert!(!warning.to_string().is_empty());

@@ -8,11 +8,13 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken promise is to stop the fuzzer")]
 
 mod configuration;
+mod keepalive;
 mod pending;
 mod pool;
 mod wire;
 
 pub use configuration::configuration;
+pub use keepalive::keepalive;
 pub use pending::pending;
 pub use pool::pool;
 pub use wire::{frame, header_against_ppp, header_out, proxy_in, question, template};
@@ -88,6 +90,7 @@ mod tests {
         corpus_of_configuration: configuration,
         corpus_of_frame: frame,
         corpus_of_header_out: header_out,
+        corpus_of_keepalive: keepalive,
         corpus_of_pending: pending,
         corpus_of_pool: pool,
         corpus_of_proxy_in: proxy_in,

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use super::task::Target;
 use super::wire::Wire;
-use crate::backend::connect::{self, Io, OpenError};
+use crate::backend::connect::{self, FastOpen, Io, OpenError};
 use crate::clock;
 use crate::close::CloseReason;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
@@ -87,8 +87,8 @@ pub(super) async fn run(ledger: &ShardWriter, target: &Target, source: Option<Ip
         Err(cap) => return Outcome::NoPlace(cap),
     };
     let info = OpenInfo { backend: target.backend, kind: ConnKind::Check, owner: 0, header: 0 };
-    let opened = connect::connect(ledger, permit, info, target.address, source, now)
-        .and_then(|socket| connect::register(socket, Interest::READABLE | Interest::WRITABLE));
+    let opened = connect::connect(ledger, permit, info, target.address, source, FastOpen::Off, now)
+        .and_then(|(socket, _)| connect::register(socket, Interest::READABLE | Interest::WRITABLE));
     let io = match opened {
         Ok(io) => io,
         Err(error) => return Outcome::Failed(Failure::Open(error)),

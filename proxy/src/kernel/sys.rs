@@ -235,6 +235,26 @@ pub(crate) fn forbid_huge_pages() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// An option of the TCP level with a number as its value.
+fn set_tcp_option(socket: &socket2::Socket, name: c_int, value: c_int) -> io::Result<()> {
+    let len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of `value`, and the descriptor is open while `socket` is borrowed.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, name, (&raw const value).cast(), len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `TCP_FASTOPEN_CONNECT` (tcp(7)): if there is a cookie of the peer, `connect(2)` returns at once and the SYN goes with
+/// the first write.
+pub(crate) fn fast_open_connect(socket: &socket2::Socket) -> io::Result<()> {
+    set_tcp_option(socket, libc::TCP_FASTOPEN_CONNECT, 1)
+}
+
+/// `TCP_FASTOPEN` (tcp(7)): data in a SYN are taken, on as many connections at once whose handshake is not over.
+pub(crate) fn fast_open_listen(socket: &socket2::Socket, queue: u32) -> io::Result<()> {
+    set_tcp_option(socket, libc::TCP_FASTOPEN, c_int::try_from(queue).unwrap_or(c_int::MAX))
+}
+
 /// Registers a socket with the runtime of this thread.
 pub(crate) fn register(
     socket: Arc<socket2::Socket>,

@@ -51,6 +51,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
                 connect_timeout: Duration::from_secs(2),
                 write_timeout: Duration::from_secs(2),
                 source: Vec::new(),
+                tcp_fast_open: false,
                 one_shot_close: OneShotClose::Reset,
                 tls: None,
                 health: Health { mode: HealthMode::Up, ..Health::default() },

@@ -8,7 +8,8 @@ use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
 use crate::config::OnFailure;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
-use crate::dns::{message, synth};
+use crate::dns::message::{self, OPCODE_DSO};
+use crate::dns::synth;
 use crate::ledger::{BackendIndex, ConnKind};
 
 /// What a backend did that it must not (RFC 7766 section 7: answers are matched by ID, and by question where there is
@@ -23,6 +24,8 @@ pub(crate) enum Violation {
     UnknownId,
     #[error("an answer to another question")]
     WrongQuestion,
+    #[error("a DSO message, which nobody has asked for")]
+    Dso,
 }
 
 impl Core {
@@ -62,18 +65,38 @@ impl Core {
     }
 
     fn backend_message(&mut self, key: ConnKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
-        let peek = message::peek(answer).filter(|peek| peek.qr).ok_or(Violation::NotAnAnswer)?;
+        let peek = message::peek(answer).ok_or(Violation::NotAnAnswer)?;
+        if peek.opcode == OPCODE_DSO {
+            // None is ever forwarded, so there is no session (RFC 8490 sections 5.1 and 9.4).
+            return Err(Violation::Dso);
+        }
+        if !peek.qr {
+            return Err(Violation::NotAnAnswer);
+        }
         let Some(backend) = self.pool.get(key).map(|conn| conn.backend) else { return Ok(()) };
         match self.pool.answered(key, peek.id, now) {
             Answered::Unknown => Err(Violation::UnknownId),
             Answered::Late => Ok(()),
-            Answered::Query(query) => self.deliver(query, backend, answer, now),
+            Answered::Query(query) => {
+                let kept_for = self.deliver(query, backend, answer, now)?;
+                if let Some(timeout) = kept_for {
+                    self.pool.keeps(key, timeout, now);
+                }
+                Ok(())
+            }
         }
     }
 
-    fn deliver(&mut self, query: QueryKey, backend: BackendIndex, answer: &[u8], now: Mono) -> Result<(), Violation> {
+    /// What the backend tells by edns-tcp-keepalive, if it does and somebody looks.
+    fn deliver(
+        &mut self,
+        query: QueryKey,
+        backend: BackendIndex,
+        answer: &[u8],
+        now: Mono,
+    ) -> Result<Option<u16>, Violation> {
         // A query leaves the table only together with its ID in the pending table, so it is there.
-        let Some(entry) = self.queries.get_mut(query) else { return Ok(()) };
+        let Some(entry) = self.queries.get_mut(query) else { return Ok(None) };
         entry.place = Place::Nowhere;
         if !message::question_matches(&entry.message, answer) {
             self.fail(query, FailReason::BadAnswer);
@@ -84,16 +107,17 @@ impl Core {
         let client = &mut self.sessions[session.0];
         if !client.keeps(answer.len()) {
             self.fail(query, FailReason::ClientSlow);
-            return Ok(());
+            return Ok(None);
         }
         client.out.push_message(&mut self.spares, answer, entry.client_id);
+        let kept_for = client.tell_keepalive(entry.keepalive, answer.len(), now);
         self.queries.remove(query, Some(&mut client.queries));
         self.stats.pools[usize::from(pool)].latency.record(now.since(arrived));
         let stats = &self.stats.listeners[usize::from(listener)];
         stats.answers.add(1);
         stats.in_flight.sub(1);
         self.wake_session(session);
-        Ok(())
+        Ok(kept_for)
     }
 
     /// Something on a connection has ended: it may be done for, or useful to somebody else.
@@ -144,7 +168,7 @@ impl Core {
         let Some(mut conn) = self.pool.remove(key) else { return };
         conn.out.give_back(&mut self.spares);
         let backend = conn.backend;
-        // None of its queries was sent.
+        // None of its queries was sent, but perhaps with the SYN: those that may be asked twice.
         let unsent = reason.is_before_queries();
         if unsent {
             self.stats.backends[usize::from(backend)].connect_failures.add(1);
@@ -226,9 +250,13 @@ impl Core {
         let (session, listener, id) = (entry.session, entry.listener, entry.client_id);
         let on_failure = self.plan.pools[usize::from(entry.pool)].on_failure;
         let answer = (on_failure == OnFailure::Servfail).then(|| synth::servfail(&entry.message));
+        let (keepalive, latest) = (entry.keepalive, entry.deadline);
         let Some(client) = self.sessions.get_mut(session.0) else { return };
         match answer {
-            Some(answer) => client.out.push_message(&mut self.spares, &answer, id),
+            Some(answer) => {
+                client.out.push_message(&mut self.spares, &answer, id);
+                client.tell_keepalive(keepalive, answer.len(), latest);
+            }
             None => drop(client.close.get_or_insert(ClientCloseReason::QueryFailed)),
         }
         client.stalled.retain(|stalled| *stalled != query);

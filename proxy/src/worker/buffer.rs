@@ -58,6 +58,12 @@ impl OutBuf {
         bytes.extend_from_slice(message.get(2..).unwrap_or_default());
     }
 
+    /// The buffer, at the end of which is a message of this length, and where that message's length octets begin.
+    pub(crate) fn last_message(&mut self, length: usize) -> (&mut Vec<u8>, usize) {
+        let start = self.bytes.len().saturating_sub(length + 2);
+        (&mut self.bytes, start)
+    }
+
     /// So many bytes were written. An empty buffer goes back.
     pub(crate) fn advance(&mut self, written: usize, spares: &mut Spares) {
         self.written = (self.written + written).min(self.bytes.len());

@@ -23,7 +23,8 @@ use crate::client::preface;
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
-use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY};
+use crate::dns::keepalive::{self, Treatment};
+use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
 use crate::dns::synth;
 use crate::health::Board;
 use crate::ledger::BackendIndex;
@@ -210,10 +211,9 @@ impl Core {
         };
         let stats = Arc::clone(&self.stats);
         let stats = &stats.listeners[usize::from(listener)];
-        if peek.qr {
-            // An answer where a query belongs gets no answer: two such programs could go on for ever.
-            self.sessions[key.0].message_came(now);
+        if peek.qr || (peek.opcode == OPCODE_DSO && peek.id == 0) {
             stats.ignored.add(1);
+            self.take_unanswered(key, peek, now);
             return Taken::Yes;
         }
         let question = message::first_question(message);
@@ -221,11 +221,21 @@ impl Core {
             || matches!(&question, Some(Ok(question)) if ZONE_TRANSFERS.contains(&question.qtype));
         let refusal = if unsupported {
             Some((FailReason::NotSupported, synth::notimp(message)))
-        } else if peek.opcode == OPCODE_QUERY && matches!(question, Some(Err(_))) {
+        } else if peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || matches!(question, Some(Err(_)))) {
+            // RFC 9619 section 4. A QUERY without any question is none of a middlebox's business: a backend answers it.
             Some((FailReason::Malformed, synth::formerr(message)))
         } else {
             None
         };
+        let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
+            false => Ok(Treatment::Pass),
+            true => keepalive::asked(message),
+        };
+        let refusal = refusal.or_else(|| {
+            let malformed = keepalive.is_err();
+            malformed.then(|| (FailReason::Malformed, synth::formerr(message)))
+        });
+        let keepalive = keepalive.unwrap_or_default();
         if let Some((reason, answer)) = refusal {
             stats.queries.add(1);
             stats.failed[reason as usize].add(1);
@@ -259,14 +269,31 @@ impl Core {
                 arrived: now,
                 deadline: now.after(plan.query_timeout),
                 retries,
+                keepalive,
                 message,
             },
             &mut session.queries,
         );
+        if keepalive == Treatment::Tell
+            && let Some(entry) = self.queries.get_mut(query)
+        {
+            keepalive::take_out(&mut entry.message);
+        }
         stats.queries.add(1);
         stats.in_flight.add(1);
         self.follow(query, route, now);
         Taken::Yes
+    }
+
+    /// A message gets no answer. An answer where a query belongs: two programs that answer it could go on for ever. A DSO
+    /// message that is a response, or wants none, belongs to a session (RFC 8490 sections 5.1 and 5.2.2), which there
+    /// never is: the connection is aborted.
+    fn take_unanswered(&mut self, key: SessionKey, peek: Peek, now: Mono) {
+        let session = &mut self.sessions[key.0];
+        session.message_came(now);
+        if peek.opcode == OPCODE_DSO {
+            session.close = Some(ClientCloseReason::NoDsoSession);
+        }
     }
 
     /// The client has sent FIN.

@@ -165,12 +165,14 @@ impl Core {
             ConnKind::Spare => connections.spare_idle_timeout,
             _ => connections.idle_timeout,
         };
+        // Before the peer does, which is at the clean-up before.
+        let kept = |conn: &crate::backend::pool::Conn| conn.kept_for().saturating_sub(connections.cleanup_interval);
         let due = |conn: &crate::backend::pool::Conn| {
             if conn.is_closing() || conn.phase == Phase::Connecting {
                 None
             } else if conn.expires <= now {
                 Some(CloseReason::MaxAge)
-            } else if conn.is_idle() && conn.last_byte.after(idle_timeout(conn.kind)) <= now {
+            } else if conn.is_idle() && conn.last_byte.after(idle_timeout(conn.kind).min(kept(conn))) <= now {
                 Some(CloseReason::IdleTimeout)
             } else {
                 None

@@ -48,6 +48,7 @@ impl ListenerPlan {
             idle_timeout: listener.idle_timeout,
             message_timeout: listener.message_timeout,
             write_timeout: listener.write_timeout,
+            edns_tcp_keepalive: listener.edns_tcp_keepalive,
         };
         let max_duration = match (limits.max_duration, overload.max_connection_duration) {
             (Duration::ZERO, max) | (max, Duration::ZERO) => max,
@@ -122,6 +123,7 @@ pub(crate) struct BackendPlan {
     pub(crate) connect_timeout: Duration,
     pub(crate) write_timeout: Duration,
     pub(crate) source: Vec<IpAddr>,
+    pub(crate) tcp_fast_open: bool,
     pub(crate) one_shot_close: OneShotClose,
     /// Queries go over TLS only.
     pub(crate) tls: Option<Rc<BackendTls>>,
@@ -232,6 +234,7 @@ impl BackendPlan {
             write_timeout: backend.write_timeout,
             // The header names the source of the connection, so it must be the same for all that share it.
             source: if forwarder { backend.source.iter().copied().take(1).collect() } else { backend.source.clone() },
+            tcp_fast_open: backend.tcp_fast_open,
             one_shot_close: backend.one_shot_close,
             tls: backend.tls.clone().map(Rc::new),
             own_side: own_side(backend.address, &backend.source),
@@ -286,6 +289,7 @@ impl Default for BackendPlan {
             connect_timeout: Duration::ZERO,
             write_timeout: Duration::ZERO,
             source: Vec::new(),
+            tcp_fast_open: false,
             one_shot_close: OneShotClose::default(),
             tls: None,
             own_side: nowhere,

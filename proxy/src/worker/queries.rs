@@ -8,6 +8,7 @@ use super::links::{Links, List};
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
+use crate::dns::keepalive::Treatment;
 
 /// A query, and proof against its slot being used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +66,8 @@ pub(crate) struct Query {
     pub(crate) fresh_only: bool,
     /// The backends that failed it, a bit for each place in the pool.
     pub(crate) tried: Tried,
+    /// What is done with edns-tcp-keepalive in its answer.
+    pub(crate) keepalive: Treatment,
     /// The message as it came, without the length.
     pub(crate) message: Vec<u8>,
     by_deadline: Links,
@@ -134,6 +137,7 @@ impl Queries {
         slot.retries_left = new.retries;
         slot.fresh_only = false;
         slot.tried = Tried::default();
+        slot.keepalive = new.keepalive;
         slot.message.clear();
         slot.message.extend_from_slice(new.message);
         let generation = slot.generation;
@@ -215,6 +219,7 @@ pub(crate) struct NewQuery<'a> {
     pub(crate) arrived: Mono,
     pub(crate) deadline: Mono,
     pub(crate) retries: u8,
+    pub(crate) keepalive: Treatment,
     pub(crate) message: &'a [u8],
 }
 
@@ -235,6 +240,7 @@ impl Query {
             retries_left: 0,
             fresh_only: false,
             tried: Tried::default(),
+            keepalive: Treatment::Pass,
             message: Vec::new(),
             by_deadline: Links::default(),
             by_session: Links::default(),
