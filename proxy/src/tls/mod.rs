@@ -30,7 +30,7 @@ pub mod stream;
 
 pub use stream::{Negotiated, TlsFault, TlsStream, Version, fault};
 
-/// The name of DNS over TLS in ALPN (IANA's registry of protocol IDs; RFC 9103 section 8.1 asks for it).
+/// The name of DNS over TLS in ALPN (IANA's registry of protocol IDs; RFC 9103 section 7.1 asks for it).
 pub const ALPN_DOT: &[u8] = b"dot";
 
 /// Octets of ciphertext that a task reads at once: its worker has one buffer of this size for it.
