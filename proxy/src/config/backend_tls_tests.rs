@@ -22,11 +22,17 @@ fn names_and_addresses() {
         "f.toml:15:6: key `pool.backend.tls.ca`: expected a string, found integer\n\
          f.toml:16:21: key `pool.backend.tls.proxy_outside_tls`: expected true or false, found string"
     );
-    let plain = from_str("f.toml", &MINIMAL.replace("15302", "853")).unwrap_err().to_string();
+    let port =
+        |port: &str, more: &str| from_str("f.toml", &(MINIMAL.replace("15302", port) + more)).unwrap_err().to_string();
     assert_eq!(
-        plain,
-        "f.toml:12:11: key `pool.backend.address`: port 853 is for DNS over TLS, never in clear (RFC 7858 section 3.1): \
+        port("853", ""),
+        "f.toml:12:11: key `pool.backend.address`: port 853 is for DNS over TLS, never in the clear (RFC 7858 section 3.1): \
          [pool.backend.tls] is missing"
+    );
+    assert_eq!(
+        port("53", "tls.server_name = \"a.example\""),
+        "f.toml:12:11: key `pool.backend.address`: port 53 is for DNS in the clear, never over TLS (RFC 7858 section 3.1): \
+         [pool.backend.tls] has another port"
     );
 }
 

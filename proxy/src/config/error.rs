@@ -159,9 +159,14 @@ pub enum Problem {
     /// Port 0 where the kernel cannot choose.
     #[error("port 0 cannot be connected to")]
     PortZero,
-    /// Port 853 without TLS.
-    #[error("port 853 is for DNS over TLS, never in clear (RFC 7858 section 3.1): [pool.backend.tls] is missing")]
-    CleartextOnDotPort,
+    /// Port 853 of a backend without TLS.
+    #[error("port 853 is for DNS over TLS, never in the clear (RFC 7858 section 3.1): [pool.backend.tls] is missing")]
+    AsksInClearOnDotPort,
+    /// Port 53 of a backend with TLS.
+    #[error(
+        "port 53 is for DNS in the clear, never over TLS (RFC 7858 section 3.1): [pool.backend.tls] has another port"
+    )]
+    AsksOverTlsOnPort53,
     /// A source address of the other family.
     #[error("{source_ip} and the backend's address {address} are of different families")]
     FamilyMismatch {

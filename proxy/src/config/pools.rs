@@ -205,8 +205,10 @@ fn read_backends<'a, 'i>(
             Some(address)
         });
         let tls = section.table("tls");
-        if !tls.is_present() && address.is_some_and(|address| address.port() == DOT_PORT) {
-            section.fail("address", Problem::CleartextOnDotPort);
+        match (address.map(|address| address.port()), tls.is_present()) {
+            (Some(DOT_PORT), false) => section.fail("address", Problem::AsksInClearOnDotPort),
+            (Some(53), true) => section.fail("address", Problem::AsksOverTlsOnPort53),
+            _ => {}
         }
         let default = Backend::new(name, address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))));
         backends.push(Backend {

@@ -119,7 +119,7 @@ prop_compose! {
             tls,
             tcp_fast_open,
             health,
-            ..Backend::new("", SocketAddr::new(ip(251), if port == DOT_PORT { 53 } else { port }))
+            ..Backend::new("", SocketAddr::new(ip(251), if [53, DOT_PORT].contains(&port) { 5300 } else { port }))
         }
     }
 }

@@ -307,6 +307,31 @@ fn after_a_pause_one_connection_is_tried_alone() {
     sim.assert_quiescent();
 }
 
+/// Nothing has left before a backend is authenticated, so another one gets the query, and that is no retry.
+#[test]
+fn a_handshake_that_fails_sends_the_query_elsewhere() {
+    use crate::close::CloseReason::{CertificateRefused, HandshakeFailed};
+
+    for reason in [CertificateRefused, HandshakeFailed] {
+        let tls = "tls.server_name = \"a.test\"";
+        let mut sim = Sim::new(&configuration("retries = 0\npolicy = \"first-available\"", "", &[tls, tls]));
+        let client = sim.connect_client("192.0.2.1:1000");
+        for id in 0..10 {
+            sim.ask(client, id, "n.test");
+            for key in sim.to_backend(0) {
+                sim.refuse(key, reason);
+            }
+            sim.answer_all();
+            assert_eq!(sim.clients[&client].answers.len(), usize::from(id) + 1);
+        }
+        assert!(sim.clients[&client].answers.iter().all(|answer| answer[3] & 15 == 0));
+        assert_eq!(sim.closed[&reason], 3, "then it is left alone");
+        assert_eq!(sim.core.stats.backends[0].connect_failures.get(), 3);
+        assert_eq!(sim.core.stats.pools[0].retries.get(), 0);
+        sim.assert_quiescent();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 

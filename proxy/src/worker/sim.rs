@@ -218,7 +218,12 @@ impl Sim {
             self.close_wire(key, reason, Partial::None);
             return;
         }
+        let connecting = conn.phase == Phase::Connecting;
         let Some(wire) = self.wires.get_mut(&key) else { return };
+        if connecting {
+            // Still, or again: a TLS handshake is to come.
+            wire.connected = false;
+        }
         if !wire.connected {
             return;
         }
@@ -301,6 +306,12 @@ impl Sim {
         let Some(wire) = self.wires.get(&key) else { return };
         let reason = if wire.connected { CloseReason::PeerClosed } else { CloseReason::ConnectFailed };
         let reason = self.core.pool.get(key).map_or(reason, |conn| conn.precisely(reason));
+        self.close_wire(key, reason, Partial::None);
+        self.settle();
+    }
+
+    /// A connection does not come about, for this reason.
+    pub(crate) fn refuse(&mut self, key: ConnKey, reason: CloseReason) {
         self.close_wire(key, reason, Partial::None);
         self.settle();
     }

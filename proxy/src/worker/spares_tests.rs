@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::core_tests::{ops, run};
 use super::sim::Sim;
-use crate::backend::pool::ConnKey;
+use crate::backend::pool::{ConnKey, Phase};
 use crate::client::session::SessionKey;
 use crate::close::CloseReason;
 use crate::ledger::ConnKind;
@@ -148,17 +148,46 @@ fn a_spare_one_that_dies_as_it_is_taken_costs_a_retry_only() {
     sim.assert_quiescent();
 }
 
+/// Where the header goes before the TLS handshake, who gets a spare connection waits for the handshake, and has the whole
+/// time to connect for it.
+#[test]
+fn a_handshake_that_comes_after_the_header_is_connecting() {
+    for (outside, phase) in [(true, Phase::Connecting), (false, Phase::Open)] {
+        let tls = format!("connect_timeout = \"2s\"\ntls.server_name = \"a.test\"\ntls.proxy_outside_tls = {outside}");
+        let mut sim = Sim::new(&configuration(ADDRESS, &tls, "spare_idle_timeout = \"30s\""));
+        ask_once(&mut sim, 1000);
+        sim.pass(Duration::from_millis(1_900));
+        let spare = spares(&sim)[0];
+        let client = sim.connect_client("192.0.2.2:1000");
+        sim.ask(client, 1, "b.test");
+        let conn = sim.core.pool.get(spare).unwrap();
+        assert_eq!((conn.kind, conn.phase, conn.pending.in_flight()), (ConnKind::Keyed, phase, 1));
+        assert!(conn.header_left > 0, "TLS has to treat it apart");
+        sim.pass(Duration::from_millis(1_900));
+        assert_eq!(sim.core.pool.get(spare).unwrap().phase, phase);
+        if outside {
+            sim.pass(Duration::from_millis(200));
+            // It, and the one that was opened in its place.
+            assert_eq!(sim.closed[&CloseReason::ConnectTimeout], 2);
+        }
+        sim.answer_all();
+        assert_eq!(sim.clients[&client].answers[0][3] & 15, 0);
+        sim.assert_quiescent();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
     fn spare_connections_agree_with_the_model(
         proxy in prop::sample::select(vec!["", ADDRESS, super::backends_tests::LABELLED]),
+        tls in prop::sample::select(vec!["", "tls.server_name = \"a.test\"\n"]),
         cap in 2..6u8,
         ops in ops(),
     ) {
         let extra = format!(
-            "max_connections = {cap}\n[connections]\nspares_per_backend = 2\nmax_owned_per_client = 3\n\
+            "{tls}max_connections = {cap}\n[connections]\nspares_per_backend = 2\nmax_owned_per_client = 3\n\
              max_idle_per_backend = 1\n"
         );
         run(proxy, &extra, ops);
