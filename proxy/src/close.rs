@@ -102,6 +102,8 @@ reasons! {
         Malformed = "malformed",
         /// It has asked `max_queries_per_connection` times.
         MaxQueries = "max_queries",
+        /// A zone transfer broke off after its first message: nothing else would tell the client.
+        TransferBroken = "transfer_broken",
         /// It was open for `max_connection_duration`.
         MaxDuration = "max_duration",
         /// The client did not keep to TLS.
@@ -132,13 +134,31 @@ reasons! {
         NoBackend = "no_backend",
         /// The PROXY header would be longer than `max_header`.
         HeaderTooLong = "header_too_long",
-        /// The backend answered with the wrong question.
+        /// The backend answered with the wrong question, or what it sent is no zone transfer.
         BadAnswer = "bad_answer",
         /// The client does not read, and `max_pending_answers` of what it was to get are kept for it already.
         ClientSlow = "client_slow",
-        /// No question, or one that cannot be read (FORMERR).
+        /// No question, one that cannot be read, or an IXFR query without its SOA (FORMERR).
         Malformed = "malformed",
-        /// An opcode or a type that is not supported (NOTIMP).
+        /// An opcode that is not supported (NOTIMP).
         NotSupported = "not_supported",
+    }
+}
+
+reasons! {
+    /// How a zone transfer ended.
+    pub enum TransferEnd {
+        /// All of it came.
+        Complete = "complete",
+        /// The client had the newest version.
+        UpToDate = "up_to_date",
+        /// The backend answered with an error, or with nothing.
+        Declined = "declined",
+        /// No message came: the client got an answer of our own.
+        Failed = "failed",
+        /// It broke off after the first message, and the client's connection was closed.
+        Broken = "broken",
+        /// The client left.
+        Abandoned = "abandoned",
     }
 }

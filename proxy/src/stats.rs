@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::client::handshake::{HandshakeFailure, SessionKind};
-use crate::close::{ClientCloseReason, FailReason};
+use crate::close::{ClientCloseReason, FailReason, TransferEnd};
 use crate::distinct::Distinct;
+use crate::dns::transfer::Request;
 use crate::table::Table;
 
 /// A counter with one writer.
@@ -162,6 +163,38 @@ impl Acquired {
     }
 }
 
+/// The two kinds of zone transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum TransferKind {
+    /// Full (RFC 5936).
+    Axfr,
+    /// Incremental (RFC 1995), whichever way it was answered.
+    Ixfr,
+}
+
+impl TransferKind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Axfr, Self::Ixfr];
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Axfr => "axfr",
+            Self::Ixfr => "ixfr",
+        }
+    }
+}
+
+impl From<Request> for TransferKind {
+    fn from(request: Request) -> Self {
+        match request {
+            Request::Axfr => Self::Axfr,
+            Request::Ixfr { .. } => Self::Ixfr,
+        }
+    }
+}
+
 /// Counters of one listener.
 #[derive(Debug, Default)]
 pub struct ListenerStats {
@@ -193,6 +226,10 @@ pub struct ListenerStats {
     pub ignored: Counter,
     /// Queries in flight now.
     pub in_flight: Counter,
+    /// Zone transfers that have ended, by [`TransferKind`] and [`TransferEnd`].
+    pub transfers: [[Counter; TransferEnd::ALL.len()]; TransferKind::ALL.len()],
+    /// Messages of zone transfers passed on.
+    pub transfer_messages: Counter,
 }
 
 /// Upper bounds of the latency buckets, nanoseconds.
@@ -241,7 +278,7 @@ impl Latency {
 /// Counters of one pool.
 #[derive(Debug, Default)]
 pub struct PoolStats {
-    /// From the arrival of a query to the backend's answer.
+    /// From the arrival of a query to the backend's answer, of a zone transfer to its first message.
     pub latency: Latency,
     /// By [`Acquired`].
     pub acquired: [Counter; Acquired::ALL.len()],

@@ -33,3 +33,4 @@ pub mod tempdir;
 pub mod troubles;
 pub mod wait;
 pub mod watch;
+pub mod zone;

@@ -110,13 +110,14 @@ impl ConnTask {
     /// Does what can be done now. `Err` is the reason to close.
     fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {
         if self.io.is_none() {
-            if let Phase::Closing(reason) = self.phase() {
+            if let (Phase::Closing(reason), _) = self.phase() {
                 return Err(reason);
             }
             self.open(now)?;
         }
         for _ in 0..TURNS {
-            if let Phase::Closing(reason) = self.phase() {
+            let (phase, is_transfer) = self.phase();
+            if let Phase::Closing(reason) = phase {
                 return Err(reason);
             }
             if self.tls.is_some() {
@@ -132,6 +133,10 @@ impl ConnTask {
                 continue;
             }
             self.write(cx, now)?;
+            if is_transfer && !self.shell.core.borrow_mut().transfer_reads(self.key) {
+                // It is woken when its client has read.
+                return Ok(());
+            }
             if self.read(cx, now)?.is_pending() {
                 return Ok(());
             }
@@ -140,9 +145,11 @@ impl ConnTask {
         Ok(())
     }
 
-    fn phase(&self) -> Phase {
+    /// How far the connection is, and whether it carries a zone transfer.
+    fn phase(&self) -> (Phase, bool) {
         let core = self.shell.core.borrow();
-        core.pool.get(self.key).map_or(Phase::Closing(CloseReason::Dropped), |conn| conn.phase)
+        let conn = core.pool.get(self.key);
+        conn.map_or((Phase::Closing(CloseReason::Dropped), false), |conn| (conn.phase, conn.transfer.is_some()))
     }
 
     /// A connection that did not come about says so to the first write, so there is no need to ask before it.
@@ -303,6 +310,7 @@ impl ConnTask {
             Phase::Connecting => RowState::Connecting,
             Phase::Closing(_) => RowState::Draining,
             Phase::Open if conn.pending.in_flight() == 0 => RowState::Idle,
+            Phase::Open if conn.paused => RowState::Paused,
             Phase::Open if conn.retire.is_some() => RowState::Draining,
             Phase::Open => RowState::Busy,
         };

@@ -73,6 +73,10 @@ impl ConnTask {
             return Ok(Poll::Pending);
         }
         self.send(secure, cx, now)?;
+        if self.connected && !self.shell.core.borrow_mut().transfer_reads(self.key) {
+            // It is woken when its client has read.
+            return Ok(Poll::Pending);
+        }
         self.receive(secure, cx, now)
     }
 

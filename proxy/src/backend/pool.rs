@@ -22,6 +22,7 @@ use crate::ledger::{BackendIndex, ConnKind};
 use crate::worker::buffer::OutBuf;
 use crate::worker::core::ROOM;
 use crate::worker::links::{Links, List};
+use crate::worker::queries::QueryKey;
 
 /// Index of a connection in its worker's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,6 +78,10 @@ pub struct Conn {
     /// Queries that it has carried.
     pub(crate) carried: u64,
     pub(crate) max_in_flight: usize,
+    /// The zone transfer that it was opened for. Its one ID is taken until the last message.
+    pub(crate) transfer: Option<QueryKey>,
+    /// Nothing is read from it until the transfer's client has taken what there is.
+    pub(crate) paused: bool,
     pub(crate) armed: Mono,
     pub(crate) woken: bool,
     /// Place in its group's list of connections with room.
@@ -253,6 +258,8 @@ impl Pool {
             was_spare: new.kind == ConnKind::Spare,
             carried: 0,
             max_in_flight: new.max_in_flight,
+            transfer: None,
+            paused: false,
             armed: Mono::ZERO,
             woken: false,
             at: None,
@@ -316,7 +323,7 @@ impl Pool {
     }
 
     /// A query is put on a connection: its wire ID, or none if it has no room after all.
-    pub(crate) fn assign(&mut self, key: ConnKey, query: crate::worker::queries::QueryKey, now: Mono) -> Option<u16> {
+    pub(crate) fn assign(&mut self, key: ConnKey, query: QueryKey, now: Mono) -> Option<u16> {
         let conn = self.conns.get_mut(key.0)?;
         if !conn.has_room() {
             return None;

@@ -25,8 +25,8 @@ const AT_A_TIME: usize = 4096;
 /// Whether a connection that is closed for this reason deserves a farewell. The others are closed by the client, or
 /// idle: what was sent on them has arrived long ago.
 pub(crate) fn is_due(reason: ClientCloseReason) -> bool {
-    use ClientCloseReason::{Drained, Malformed, MaxDuration, MaxQueries};
-    matches!(reason, Drained | Malformed | MaxDuration | MaxQueries)
+    use ClientCloseReason::{Drained, Malformed, MaxDuration, MaxQueries, TransferBroken};
+    matches!(reason, Drained | Malformed | MaxDuration | MaxQueries | TransferBroken)
 }
 
 /// Takes leave of a client all of whose answers are written, once `channel` has said what it still has to say. The

@@ -80,6 +80,8 @@ pub struct Session {
     pub(crate) out: OutBuf,
     /// The connections that carry this client's address and port.
     pub(crate) owned: Vec<ConnKey>,
+    /// Zone transfers on connections of its own wait until it has read.
+    pub(crate) paused: bool,
     /// The owned connection that is given up first.
     pub(crate) probation: Option<ConnKey>,
     pub(crate) history: Option<Box<History>>,
@@ -137,6 +139,7 @@ impl Session {
             stalled: Vec::new(),
             out: OutBuf::default(),
             owned: Vec::new(),
+            paused: false,
             probation: None,
             history: None,
             headers: Vec::new(),
@@ -199,6 +202,12 @@ impl Session {
         let faded = self.long_answer - self.long_answer / 8;
         self.long_answer = faded.max(u32::try_from(length).unwrap_or(u32::MAX));
         self.unwritable_since == Mono::ZERO || self.fits(length)
+    }
+
+    /// Whether the client has so much to read that no more of zone transfers may be added: the rest is for the answers
+    /// to other queries.
+    pub(crate) fn is_busy_reading(&self) -> bool {
+        self.out.len() >= self.limits.max_pending_answers / 4
     }
 
     /// Whether the task should read from the socket.
@@ -312,6 +321,8 @@ impl Session {
             // Whatever was answered before the malformed message is still delivered.
             Some(ClientCloseReason::Malformed) if !self.out.is_empty() || self.in_flight() > 0 => None,
             Some(reason) => Some(reason),
+            // Whatever came of the transfer is still delivered; other answers may be long in coming.
+            None if self.ending == Some(ClientCloseReason::TransferBroken) && self.out.is_empty() => self.ending,
             None if self.ending.is_some() && self.in_flight() == 0 && self.out.is_empty() => self.ending,
             None if self.read_closed && self.is_quiet() => Some(ClientCloseReason::ClientClosed),
             None => None,

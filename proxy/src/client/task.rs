@@ -115,6 +115,7 @@ impl SessionTask {
         let Core { sessions, spares, .. } = &mut *core;
         let Some(session) = sessions.get_mut(self.key.0) else { return Ok(()) };
         let mut socket = Polled { stream, cx };
+        let (before, mut blocked) = (session.out.len(), false);
         while !session.out.is_empty() {
             match self.channel.write(session.out.pending(), &mut socket) {
                 Ok(written) => {
@@ -123,11 +124,18 @@ impl SessionTask {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     session.wrote(false, now);
-                    return Ok(());
+                    blocked = true;
+                    break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(broken(&error)),
             }
+        }
+        if session.paused && session.out.len() < before {
+            core.client_took(self.key, now);
+        }
+        if blocked {
+            return Ok(());
         }
         // What TLS says for itself, new keys for instance.
         match self.channel.flush(&mut socket) {

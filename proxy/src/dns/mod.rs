@@ -1,6 +1,6 @@
 //! DNS messages as the forwarder needs them: framing, a peek at header and question, and the program's own answers.
 //!
-//! [`frame`], [`message`] and [`rtype`] are the hot path: no allocation, no panic, no copy. They read only what the
+//! [`frame`], [`message`], [`rtype`] and [`transfer`] are the hot path: no allocation, no panic, no copy. They read only what the
 //! forwarder must know and leave the rest of a message unread, so that it passes unchanged.
 //! [`keepalive`] alone changes messages, where it was asked to, and then nothing but that option.
 //! [`synth`] builds the answers that the program gives itself, with `hickory-proto`.
@@ -13,3 +13,4 @@ pub mod name;
 mod opt;
 pub mod rtype;
 pub mod synth;
+pub mod transfer;

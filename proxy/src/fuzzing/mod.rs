@@ -11,12 +11,14 @@ mod configuration;
 mod keepalive;
 mod pending;
 mod pool;
+mod transfer;
 mod wire;
 
 pub use configuration::configuration;
 pub use keepalive::keepalive;
 pub use pending::pending;
 pub use pool::pool;
+pub use transfer::transfer;
 pub use wire::{frame, header_against_ppp, header_out, proxy_in, question, template};
 
 /// Events of a state machine from a fuzzer's bytes, until they are used up. A number takes as few octets as it can, so
@@ -96,5 +98,6 @@ mod tests {
         corpus_of_proxy_in: proxy_in,
         corpus_of_question: question,
         corpus_of_template: template,
+        corpus_of_transfer: transfer,
     }
 }

@@ -67,11 +67,18 @@ pub enum RowState {
     Idle,
     /// No new query is given to it.
     Draining,
+    /// A zone transfer whose client does not read: nothing is read from it either, until the client does.
+    Paused,
 }
 
 impl RowState {
     /// All states.
-    pub const ALL: [Self; 4] = [Self::Connecting, Self::Busy, Self::Idle, Self::Draining];
+    pub const ALL: [Self; 5] = [Self::Connecting, Self::Busy, Self::Idle, Self::Draining, Self::Paused];
+
+    /// The state with this number.
+    fn from_u32(number: u32) -> Self {
+        Self::ALL.get(number as usize).copied().unwrap_or(Self::Draining)
+    }
 
     /// The label in metrics and logs.
     pub const fn label(self) -> &'static str {
@@ -80,6 +87,7 @@ impl RowState {
             Self::Busy => "busy",
             Self::Idle => "idle",
             Self::Draining => "draining",
+            Self::Paused => "paused",
         }
     }
 }
@@ -324,7 +332,7 @@ impl Shard {
                 cookie,
                 backend: (what >> 16) as BackendIndex,
                 kind: ConnKind::ALL.get((what >> 8 & 0xff) as usize).copied().unwrap_or(ConnKind::Shared),
-                state: RowState::ALL[(row.state.load(Ordering::Relaxed) & 3) as usize],
+                state: RowState::from_u32(row.state.load(Ordering::Relaxed)),
                 opened: Mono(row.opened.load(Ordering::Relaxed)),
                 last_byte: Mono(row.last_byte.load(Ordering::Relaxed)),
                 in_flight: row.in_flight.load(Ordering::Relaxed),

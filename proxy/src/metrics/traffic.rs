@@ -6,11 +6,13 @@ use std::fmt;
 use super::encode::{Durations, Families};
 use crate::client::handshake::{HandshakeFailure, SessionKind};
 use crate::clock;
-use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::distinct::estimate;
 use crate::health::{CheckResult, State};
 use crate::ledger::{ConnKind, RowState};
-use crate::stats::{Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal, Stage};
+use crate::stats::{
+    Acquired, BackendStats, Counter, LATENCY_BOUNDS, ListenerStats, PoolStats, Refusal, Stage, TransferKind,
+};
 use crate::watchdog::Observed;
 
 /// Reads everything when it is scraped. What the configuration had before a reload goes on being shown, so that no
@@ -25,6 +27,7 @@ impl Traffic<'_> {
         self.clients(families)?;
         self.tls(families)?;
         self.queries(families)?;
+        self.transfers(families)?;
         self.connections(families)?;
         self.backends(families)?;
         self.health(families)?;
@@ -164,6 +167,26 @@ impl Traffic<'_> {
         families.gauge("queries_in_flight", "Queries in flight now", in_flight as f64)?;
         let waiting: u64 = self.observed.stats.iter().map(|worker| worker.waiting.get()).sum();
         families.gauge("queries_waiting", "Queries that wait for a connection now", waiting as f64)
+    }
+
+    fn transfers(&self, families: &mut Families<'_>) -> fmt::Result {
+        families.counters(
+            "transfers",
+            "Zone transfers that have ended, by kind and how they ended",
+            self.listeners().flat_map(|(i, name)| {
+                TransferKind::ALL.into_iter().flat_map(move |kind| {
+                    TransferEnd::ALL.iter().map(move |end| {
+                        let labels = [("listener", name), ("kind", kind.label()), ("outcome", end.label())];
+                        (labels, self.listener(i, |l| &l.transfers[kind as usize][*end as usize]))
+                    })
+                })
+            }),
+        )?;
+        families.counters(
+            "transfer_messages",
+            "Messages of zone transfers passed on to clients",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.transfer_messages))),
+        )
     }
 
     /// Backend connections as the ledger has them: gauges are read there, never counted twice.

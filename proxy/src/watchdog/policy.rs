@@ -62,6 +62,9 @@ pub struct BackendPolicy {
     pub stuck_after: Duration,
     /// For `connect(2)`, and one clean-up.
     pub embryo_after: Duration,
+    /// A zone transfer may wait for so long since its client has last read something, whatever its backend does
+    /// meanwhile: the longest of the listeners' write timeouts, and one clean-up.
+    pub paused_after: Duration,
 }
 
 impl Policy {
@@ -106,6 +109,7 @@ impl Policy {
 
     fn set_backends(&mut self, config: &Config, numbers: &Numbers) {
         let known = self.backends.len();
+        let write_timeout = config.listeners.iter().map(|listener| listener.write_timeout).max().unwrap_or_default();
         for (pool, backend) in config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |it| (pool, it))) {
             let Some(index) = numbers.backend(&backend.name).map(usize::from).filter(|index| *index < known) else {
                 continue;
@@ -116,7 +120,8 @@ impl Policy {
                 former.push(old.address);
                 former.drain(..former.len().saturating_sub(MAX_FORMER));
             }
-            self.backends[index] = BackendPolicy { former, ..BackendPolicy::new(pool, backend, &config.connections) };
+            let new = BackendPolicy::new(pool, backend, &config.connections);
+            self.backends[index] = BackendPolicy { former, paused_after: write_timeout + new.paused_after, ..new };
         }
     }
 
@@ -130,6 +135,7 @@ impl Policy {
             ours.spare_after = ours.spare_after.max(theirs.spare_after);
             ours.stuck_after = ours.stuck_after.max(theirs.stuck_after);
             ours.embryo_after = ours.embryo_after.max(theirs.embryo_after);
+            ours.paused_after = ours.paused_after.max(theirs.paused_after);
         }
         policy
     }
@@ -152,6 +158,7 @@ impl Policy {
             spare_after: Duration::from_secs(2),
             stuck_after: idle,
             embryo_after: connect,
+            paused_after: Duration::ZERO,
         };
         Self {
             backends: backends.iter().map(backend).collect(),
@@ -211,6 +218,7 @@ impl BackendPolicy {
             spare_after: connections.spare_idle_timeout.max(handshake) + connections.cleanup_interval,
             stuck_after: longest + connections.cleanup_interval,
             embryo_after: backend.connect_timeout + connections.cleanup_interval,
+            paused_after: connections.cleanup_interval,
         }
     }
 
@@ -225,6 +233,7 @@ impl BackendPolicy {
             spare_after: connections.spare_idle_timeout + connections.cleanup_interval,
             stuck_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
             embryo_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
+            paused_after: Duration::ZERO,
         }
     }
 }

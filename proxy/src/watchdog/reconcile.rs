@@ -17,7 +17,7 @@ use super::policy::Policy;
 use crate::clock::{Mono, nanos};
 use crate::config::Class;
 use crate::kernel::{KernelSnapshot, KernelSocket, TcpState};
-use crate::ledger::{BackendIndex, ConnKind, LedgerRow, LedgerSnapshot, Pause, Tombstone};
+use crate::ledger::{BackendIndex, ConnKind, LedgerRow, LedgerSnapshot, Pause, RowState, Tombstone};
 
 /// How much of the kernel view can be relied on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,7 +202,10 @@ fn both(
 ) -> Option<Condition> {
     let backend = policy.backend(row.backend)?;
     let overdue = |class: Class, start: Mono, limit: Duration| Condition::overdue(class, start, limit, taken);
+    let paused = row.state == RowState::Paused;
     match socket.state {
+        // It may have sent all that it had: what is not read yet is the client's all the same, as long as it reads.
+        TcpState::CloseWait | TcpState::Close if paused => overdue(Class::Zombie, row.last_byte, backend.paused_after),
         TcpState::CloseWait | TcpState::Close => Some(Condition { class: Class::Zombie, since: None }),
         TcpState::FinWait1 | TcpState::FinWait2 | TcpState::Closing | TcpState::LastAck => {
             Some(Condition { class: Class::Lingering, since: None })
@@ -212,7 +215,10 @@ fn both(
         }
         TcpState::Established => {
             let last = last_byte(socket, row, pauses, trust);
-            if row.in_flight > 0 {
+            if paused {
+                // The backend cannot send: for as long as the client reads.
+                overdue(Class::Stuck, last.max(row.last_byte), backend.stuck_after.max(backend.paused_after))
+            } else if row.in_flight > 0 {
                 overdue(Class::Stuck, last, backend.stuck_after)
             } else if row.kind == ConnKind::OneShot && row.queries > 0 {
                 overdue(Class::Hoard, last, backend.spent_after)

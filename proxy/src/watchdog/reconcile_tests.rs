@@ -22,6 +22,7 @@ pub(super) fn policy() -> Policy {
         spare_after: Duration::from_secs(2),
         stuck_after: Duration::from_secs(31),
         embryo_after: Duration::from_secs(3),
+        paused_after: Duration::from_secs(6),
     };
     Policy {
         backends: vec![backend("unbound", BACKEND), backend("drill", "127.0.0.1:1")],
@@ -166,6 +167,34 @@ fn a_spare_connection_has_a_timeout_of_its_own() {
     })
     .unwrap();
     assert_eq!((finding.class, at), (Class::Hoard, start + 5 * SECOND));
+}
+
+/// A zone transfer whose client reads now and then, as the ledger says, may wait for as long as that goes on: its backend
+/// can send nothing, or has closed long ago. The same row without news from the client is found.
+#[test]
+fn a_paused_transfer_is_healthy_as_long_as_its_client_reads() {
+    let start = 100 * SECOND;
+    let paused =
+        |at| LedgerRow { kind: ConnKind::OneShot, state: RowState::Paused, in_flight: 1, ..row(7, SECOND, at) };
+    let found = |state, last: fn(u64) -> u64| {
+        sweep_until_found(start, Trust::Full, |at| {
+            (kernel(at, vec![socket(7, state, start)]), ledger(at, vec![paused(last(at))]))
+        })
+        .map(|(at, finding)| (finding.class, (at - start) / SECOND))
+    };
+    for state in [TcpState::CloseWait, TcpState::Close, TcpState::Established] {
+        assert_eq!(found(state, |at| at - 5 * SECOND), None, "{state:?}");
+    }
+    // Its client has last read at the start: 6 s, or 31 s, and the time of grace.
+    assert_eq!(found(TcpState::CloseWait, |_| 100 * SECOND), Some((Class::Zombie, 9)));
+    assert_eq!(found(TcpState::Close, |_| 100 * SECOND), Some((Class::Zombie, 9)));
+    assert_eq!(found(TcpState::Established, |_| 100 * SECOND), Some((Class::Stuck, 34)));
+    // A busy one has no such excuse.
+    let busy = sweep_until_found(start, Trust::Full, |at| {
+        let row = LedgerRow { state: RowState::Busy, ..paused(at) };
+        (kernel(at, vec![socket(7, TcpState::CloseWait, start)]), ledger(at, vec![row]))
+    });
+    assert_eq!(busy.map(|(at, finding)| (finding.class, (at - start) / SECOND)), Some((Class::Zombie, 3)));
 }
 
 #[test]

@@ -5,11 +5,12 @@ use super::queries::{Place, QueryKey};
 use crate::backend::pending::Answered;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
-use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::config::OnFailure;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
 use crate::dns::message::{self, OPCODE_DSO};
 use crate::dns::synth;
+use crate::dns::transfer::StreamError;
 use crate::ledger::{BackendIndex, ConnKind};
 
 /// What a backend did that it must not (RFC 7766 section 7: answers are matched by ID, and by question where there is
@@ -26,6 +27,8 @@ pub(crate) enum Violation {
     WrongQuestion,
     #[error("a DSO message, which nobody has asked for")]
     Dso,
+    #[error(transparent)]
+    Transfer(StreamError),
 }
 
 impl Core {
@@ -73,7 +76,12 @@ impl Core {
         if !peek.qr {
             return Err(Violation::NotAnAnswer);
         }
-        let Some(backend) = self.pool.get(key).map(|conn| conn.backend) else { return Ok(()) };
+        let Some((backend, transfer)) = self.pool.get(key).map(|conn| (conn.backend, conn.transfer)) else {
+            return Ok(());
+        };
+        if let Some(query) = transfer {
+            return self.transfer_message(key, query, &peek, answer, now);
+        }
         match self.pool.answered(key, peek.id, now) {
             Answered::Unknown => Err(Violation::UnknownId),
             Answered::Late => Ok(()),
@@ -245,18 +253,22 @@ impl Core {
     }
 
     /// A query gets an answer of our own, or its connection ends, by `on_failure`.
+    /// A zone transfer of which something has come already can have no other answer: its client's connection ends.
     pub(crate) fn fail(&mut self, query: QueryKey, reason: FailReason) {
         let Some(entry) = self.queries.get(query) else { return };
         let (session, listener, id) = (entry.session, entry.listener, entry.client_id);
         let on_failure = self.plan.pools[usize::from(entry.pool)].on_failure;
-        let answer = (on_failure == OnFailure::Servfail).then(|| synth::servfail(&entry.message));
+        let broken = entry.transfer.as_ref().is_some_and(|transfer| transfer.has_begun());
+        let answer = (on_failure == OnFailure::Servfail && !broken).then(|| synth::servfail(&entry.message));
         let (keepalive, latest) = (entry.keepalive, entry.deadline);
+        self.transfer_ended(query, if broken { TransferEnd::Broken } else { TransferEnd::Failed });
         let Some(client) = self.sessions.get_mut(session.0) else { return };
         match answer {
             Some(answer) => {
                 client.out.push_message(&mut self.spares, &answer, id);
                 client.tell_keepalive(keepalive, answer.len(), latest);
             }
+            None if broken => client.ending = Some(ClientCloseReason::TransferBroken),
             None => drop(client.close.get_or_insert(ClientCloseReason::QueryFailed)),
         }
         client.stalled.retain(|stalled| *stalled != query);
@@ -265,6 +277,9 @@ impl Core {
         stats.failed[reason as usize].add(1);
         stats.in_flight.sub(1);
         self.wake_session(session);
+        if broken {
+            self.stop_transfers(session);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The worker's state, and what the tasks tell it. A pure state machine (I13): events in, wake-ups out, no I/O and no
 //! clock. `route.rs` finds a connection for a query, `place.rs` acts
-//! on what it found, `answer.rs` brings answers and failures back, `house.rs` sees to
-//! what only time brings about.
+//! on what it found, `answer.rs` brings answers and failures back, `transfer.rs` the messages of zone transfers,
+//! `house.rs` sees to what only time brings about.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -22,10 +22,10 @@ use crate::backend::wait::WaitQueue;
 use crate::client::preface;
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
-use crate::close::{ClientCloseReason, CloseReason, FailReason};
+use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::dns::keepalive::{self, Treatment};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
-use crate::dns::synth;
+use crate::dns::{synth, transfer};
 use crate::health::Board;
 use crate::ledger::BackendIndex;
 use crate::ledger::caps::Caps;
@@ -34,9 +34,6 @@ use crate::stats::{Acquired, WorkerStats};
 /// Entries for which a worker's tables have room from the beginning. That takes addresses and no memory until they are
 /// used. A table that grows by being copied leaves as much memory behind as it needs.
 pub(crate) const ROOM: usize = 16_384;
-
-/// AXFR and IXFR (RFC 5936, RFC 1995): many messages answer one query, which is not supported yet.
-const ZONE_TRANSFERS: [u16; 2] = [251, 252];
 
 /// What all workers share: touched when connections are opened and closed and when queries wait, never per query.
 #[derive(Debug)]
@@ -217,16 +214,14 @@ impl Core {
             return Taken::Yes;
         }
         let question = message::first_question(message);
-        let unsupported = peek.opcode == OPCODE_DSO
-            || matches!(&question, Some(Ok(question)) if ZONE_TRANSFERS.contains(&question.qtype));
-        let refusal = if unsupported {
-            Some((FailReason::NotSupported, synth::notimp(message)))
-        } else if peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || matches!(question, Some(Err(_)))) {
-            // RFC 9619 section 4. A QUERY without any question is none of a middlebox's business: a backend answers it.
-            Some((FailReason::Malformed, synth::formerr(message)))
-        } else {
-            None
+        let requested = match &question {
+            Some(Ok(question)) if peek.opcode == OPCODE_QUERY && transfer::is_transfer(question.qtype) => {
+                Some(transfer::request(message, question))
+            }
+            _ => None,
         };
+        let unreadable = matches!(question, Some(Err(_))) || matches!(requested, Some(Err(_)));
+        let refusal = refusal(&peek, message, unreadable);
         let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
             false => Ok(Treatment::Pass),
             true => keepalive::asked(message),
@@ -246,7 +241,8 @@ impl Core {
         }
 
         let question = question.and_then(Result::ok);
-        let route = self.route(key, pool, question, super::route::How::First, now);
+        let requested = requested.and_then(Result::ok);
+        let route = self.route(key, pool, question, requested.is_some(), super::route::How::First, now);
         if route == super::route::Route::Blocked {
             let session = &mut self.sessions[key.0];
             session.blocked = true;
@@ -254,8 +250,9 @@ impl Core {
             return Taken::Blocked;
         }
         let plan = &self.plan.pools[usize::from(pool)];
-        // Only a QUERY may be asked twice (RFC 7766 section 6.2.4 leaves it to the client what can be retried).
-        let retries = if peek.opcode == OPCODE_QUERY { plan.retries } else { 0 };
+        // Only a QUERY may be asked twice (RFC 7766 section 6.2.4 leaves it to the client what can be retried). A zone
+        // transfer may have cost its primary much already, and its client asks again by itself (RFC 1035 section 3.3.13).
+        let retries = if peek.opcode == OPCODE_QUERY && requested.is_none() { plan.retries } else { 0 };
         let session = &mut self.sessions[key.0];
         session.message_came(now);
         session.recorded = false;
@@ -270,6 +267,7 @@ impl Core {
                 deadline: now.after(plan.query_timeout),
                 retries,
                 keepalive,
+                transfer: requested,
                 message,
             },
             &mut session.queries,
@@ -319,6 +317,7 @@ impl Core {
                 Some(Place::Waiting) => self.stop_waiting(query),
                 Some(Place::Nowhere) | None => {}
             }
+            self.transfer_ended(query, TransferEnd::Abandoned);
             self.queries.remove(query, Some(&mut queries));
             stats.abandoned.add(1);
             stats.in_flight.sub(1);
@@ -409,5 +408,17 @@ impl Core {
 
     pub(crate) fn count_acquired(&self, pool: u16, how: Acquired) {
         self.stats.pools[usize::from(pool)].acquired[how as usize].add(1);
+    }
+}
+
+/// The answer of our own to a message that no backend is to see.
+fn refusal(peek: &Peek, message: &[u8], unreadable: bool) -> Option<(FailReason, Vec<u8>)> {
+    if peek.opcode == OPCODE_DSO {
+        Some((FailReason::NotSupported, synth::notimp(message)))
+    } else if peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || unreadable) {
+        // RFC 9619 section 4. A QUERY without any question is none of a middlebox's business: a backend answers it.
+        Some((FailReason::Malformed, synth::formerr(message)))
+    } else {
+        None
     }
 }

@@ -104,6 +104,10 @@ impl Core {
     fn timed_out(&mut self, query: super::queries::QueryKey, now: Mono) {
         let Some(entry) = self.queries.get(query) else { return };
         match entry.place {
+            // Its client has to read first, and has `write_timeout` for that.
+            Place::Sent { conn, .. } if self.pool.get(conn).is_some_and(|conn| conn.paused) => {
+                self.queries.renew(query, now);
+            }
             Place::Sent { conn, id } => {
                 let sent = entry.sent;
                 self.pool.abandon(conn, id, now);

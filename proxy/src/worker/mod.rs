@@ -27,6 +27,7 @@ mod sim;
 #[cfg(test)]
 mod spares_tests;
 mod timers;
+pub(crate) mod transfer;
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -50,7 +50,7 @@ impl Core {
                 self.plan.backends[usize::from(backend)].max_in_flight
             },
         };
-        let conn = match self.obtain(backend, assigned, how, now) {
+        let conn = match self.obtain(backend, assigned, wanted.fresh || how.fresh_only(), now) {
             Ok(conn) => conn,
             Err(cap) => {
                 self.evict(backend, cap, now);
@@ -93,10 +93,8 @@ impl Core {
 
     /// A spare connection, or a new one if the caps allow. One that must be fresh is never spare: its peer may have
     /// closed it already.
-    fn obtain(&mut self, backend: BackendIndex, assigned: Assigned, how: How, now: Mono) -> Result<ConnKey, AtCap> {
-        if !how.fresh_only()
-            && let Some(spare) = self.pool.ready_spare(backend)
-        {
+    fn obtain(&mut self, backend: BackendIndex, assigned: Assigned, fresh: bool, now: Mono) -> Result<ConnKey, AtCap> {
+        if !fresh && let Some(spare) = self.pool.ready_spare(backend) {
             self.pool.give_spare(spare, assigned, now);
             if self.plan.backends[usize::from(backend)].header_in_clear() {
                 // It knows now what goes before the handshake.
@@ -224,6 +222,7 @@ impl Core {
         let (Some(entry), Some(conn)) = (self.queries.get_mut(query), self.pool.get_mut(key)) else { return };
         entry.place = Place::Sent { conn: key, id };
         entry.sent = now;
+        conn.transfer = entry.transfer.is_some().then_some(query);
         conn.out.push_message(&mut self.spares, &entry.message, id);
         let acquired = match (conn.carried, conn.kind) {
             (1, _) if conn.was_spare => Acquired::Spare,
@@ -271,16 +270,16 @@ impl Core {
     /// A place may have become free: serves those that wait for this backend, in turn.
     pub(crate) fn serve_waiting(&mut self, backend: BackendIndex, now: Mono) {
         while let Some((session, query)) = self.waits[usize::from(backend)].pop() {
-            let Some((message, pool, how)) = self.queries.get_mut(query).map(|entry| {
+            let Some((message, pool, alone, how)) = self.queries.get_mut(query).map(|entry| {
                 let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
                 // A reload may have given its listener another pool.
                 entry.pool = self.sessions[session.0].pool;
-                (std::mem::take(&mut entry.message), entry.pool, how)
+                (std::mem::take(&mut entry.message), entry.pool, entry.transfer.is_some(), how)
             }) else {
                 continue;
             };
             let question = crate::dns::message::first_question(&message).and_then(Result::ok);
-            let route = self.route(session, pool, question, how, now);
+            let route = self.route(session, pool, question, alone, how, now);
             let Some(entry) = self.queries.get_mut(query) else { continue };
             entry.message = message;
             if let Route::Wait(still) = route {
@@ -305,7 +304,7 @@ impl Core {
         entry.place = Place::Nowhere;
         // A reload may have given its listener another pool.
         entry.pool = self.sessions[entry.session.0].pool;
-        let (session, pool) = (entry.session, entry.pool);
+        let (session, pool, alone) = (entry.session, entry.pool, entry.transfer.is_some());
         let how = if entry.fresh_only {
             How::Again { tried: entry.tried }
         } else {
@@ -313,7 +312,7 @@ impl Core {
         };
         let message = std::mem::take(&mut entry.message);
         let question = crate::dns::message::first_question(&message).and_then(Result::ok);
-        let route = self.route(session, pool, question, how, now);
+        let route = self.route(session, pool, question, alone, how, now);
         if let Some(entry) = self.queries.get_mut(query) {
             entry.message = message;
         }

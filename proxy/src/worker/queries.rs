@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use super::core::ROOM;
 use super::links::{Links, List};
+use super::transfer::Transfer;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::dns::keepalive::Treatment;
+use crate::dns::transfer::Request;
 
 /// A query, and proof against its slot being used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,6 +70,8 @@ pub(crate) struct Query {
     pub(crate) tried: Tried,
     /// What is done with edns-tcp-keepalive in its answer.
     pub(crate) keepalive: Treatment,
+    /// What has come of a zone transfer; none: one message answers it.
+    pub(crate) transfer: Option<Box<Transfer>>,
     /// The message as it came, without the length.
     pub(crate) message: Vec<u8>,
     by_deadline: Links,
@@ -138,6 +142,7 @@ impl Queries {
         slot.fresh_only = false;
         slot.tried = Tried::default();
         slot.keepalive = new.keepalive;
+        slot.transfer = new.transfer.map(|request| Box::new(Transfer::new(request)));
         slot.message.clear();
         slot.message.extend_from_slice(new.message);
         let generation = slot.generation;
@@ -162,11 +167,25 @@ impl Queries {
         }
         let slot = &mut self.slots[at];
         slot.live = false;
+        slot.transfer = None;
         slot.generation = slot.generation.wrapping_add(1);
         if slot.message.capacity() > KEEP {
             slot.message = Vec::new();
         }
         self.free.push(key.index);
+    }
+
+    /// The next message of a zone transfer is due one timeout from now: it goes to the end of its line, where the latest
+    /// deadlines are.
+    pub(crate) fn renew(&mut self, key: QueryKey, now: Mono) {
+        if self.get(key).is_none() {
+            return;
+        }
+        let at = key.index as usize;
+        let (timeout, line) = &mut self.lines[usize::from(self.slots[at].line)];
+        line.remove(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
+        self.slots[at].deadline = now.after(*timeout);
+        line.push_back(&mut self.slots, at, |query: &mut Query| &mut query.by_deadline);
     }
 
     /// The backends of the pools have changed: what the queries have tried tells nothing any more.
@@ -220,6 +239,7 @@ pub(crate) struct NewQuery<'a> {
     pub(crate) deadline: Mono,
     pub(crate) retries: u8,
     pub(crate) keepalive: Treatment,
+    pub(crate) transfer: Option<Request>,
     pub(crate) message: &'a [u8],
 }
 
@@ -241,6 +261,7 @@ impl Query {
             fresh_only: false,
             tried: Tried::default(),
             keepalive: Treatment::Pass,
+            transfer: None,
             message: Vec::new(),
             by_deadline: Links::default(),
             by_session: Links::default(),

@@ -60,32 +60,39 @@ pub(super) struct Wanted {
     pub(super) kind: ConnKind,
     pub(super) digest: u64,
     pub(super) header: Rc<[u8]>,
+    /// Its query is never retried: no spare connection will do, as its peer may just have closed it.
+    pub(super) fresh: bool,
 }
 
 impl Core {
-    /// Finds a connection, or decides to open one.
+    /// Finds a connection, or decides to open one. A zone transfer gets one for itself: `alone`.
     pub(crate) fn route(
         &mut self,
         session: SessionKey,
         pool: u16,
         question: Option<Question<'_>>,
+        alone: bool,
         how: How,
         now: Mono,
     ) -> Route {
+        if alone && !self.may_transfer(session) {
+            return Route::Fail(FailReason::NoCapacity);
+        }
         let plan = Rc::clone(&self.plan);
         let proxy = plan.pools[usize::from(pool)].proxy.as_ref();
         if let Some(proxy) = proxy.filter(|proxy| proxy.owned) {
-            return self.route_owned(session, pool, proxy, question, how, now);
+            return self.route_owned(session, (pool, proxy), question, alone, how, now);
         }
         let Some(backend) = self.choose_backend(pool, question, how, now) else {
             return Route::Fail(FailReason::NoBackend);
         };
         let Some(proxy) = proxy else {
             let found = self.pool.shared(backend).filter(|key| !how.fresh_only() || self.is_fresh(*key));
-            return match found {
+            return match found.filter(|_| !alone) {
                 Some(conn) => Route::Use(conn),
                 None => {
-                    let wanted = Wanted { kind: ConnKind::Shared, digest: 0, header: Rc::default() };
+                    let kind = if alone { ConnKind::OneShot } else { ConnKind::Shared };
+                    let wanted = Wanted { kind, digest: 0, header: Rc::default(), fresh: alone };
                     self.open(session, pool, backend, wanted, how, now)
                 }
             };
@@ -94,12 +101,13 @@ impl Core {
             Ok(digest) => digest,
             Err(reason) => return Route::Fail(reason),
         };
-        let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !proxy.unique);
+        let one_shot = proxy.unique || alone;
+        let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !one_shot);
         match found.filter(|key| !how.fresh_only() || self.is_fresh(*key)) {
             Some(conn) => Route::Use(conn),
             None => {
-                let kind = if proxy.unique { ConnKind::OneShot } else { ConnKind::Keyed };
-                let wanted = Wanted { kind, digest, header: Rc::from(self.header.as_slice()) };
+                let kind = if one_shot { ConnKind::OneShot } else { ConnKind::Keyed };
+                let wanted = Wanted { kind, digest, header: Rc::from(self.header.as_slice()), fresh: alone };
                 self.open(session, pool, backend, wanted, how, now)
             }
         }
@@ -197,9 +205,9 @@ impl Core {
     fn route_owned(
         &mut self,
         key: SessionKey,
-        pool: u16,
-        proxy: &ProxyPlan,
+        (pool, proxy): (u16, &ProxyPlan),
         question: Option<Question<'_>>,
+        alone: bool,
         how: How,
         now: Mono,
     ) -> Route {
@@ -239,7 +247,7 @@ impl Core {
             Some(backend) => conn.backend == backend,
             None => self.keeps_backend(pool, conn.backend, how, now),
         };
-        if !proxy.unique {
+        if !proxy.unique && !alone {
             let mut owned = self.sessions[key.0].owned.iter();
             if let Some(found) = owned.find(|key| self.pool.get(**key).is_some_and(|conn| fits(conn) && here(conn))) {
                 return Route::Use(*found);
@@ -254,7 +262,7 @@ impl Core {
         }
         let session = &self.sessions[key.0];
         let hopeless = session.history.as_ref().is_some_and(|history| history.is_hopeless());
-        let one_shot = proxy.unique || (hopeless && seen == 0);
+        let one_shot = proxy.unique || alone || (hopeless && seen == 0);
         if one_shot && hopeless {
             self.give_up_unused(key, now);
         }
@@ -270,7 +278,7 @@ impl Core {
             let header = kept.map_or_else(|| Rc::from(self.header.as_slice()), |(_, header)| Rc::clone(&header.bytes));
             (ConnKind::Owned, header)
         };
-        self.open(key, pool, backend, Wanted { kind, digest, header }, how, now)
+        self.open(key, pool, backend, Wanted { kind, digest, header, fresh: alone }, how, now)
     }
 
     /// A client whose headers do not come back needs none of the connections that were used once.

@@ -13,7 +13,7 @@ use super::answer::Partial;
 use super::core::{Core, Shared};
 use super::plan::Plan;
 use crate::backend::pool::{ConnKey, Phase};
-use crate::client::session::{Addresses, Origin, Pace, SessionKey};
+use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason};
 use crate::config::{self, Config, Numbers};
@@ -48,6 +48,8 @@ pub(crate) struct Client {
     pub(crate) asked: u64,
     /// It does not read.
     pub(crate) deaf: bool,
+    /// Part of a message.
+    part: Vec<u8>,
 }
 
 impl Client {
@@ -143,10 +145,14 @@ impl Sim {
     }
 
     pub(crate) fn ask(&mut self, key: SessionKey, id: u16, name: &str) {
-        let message = query(id, name);
+        self.say(key, &query(id, name));
+    }
+
+    /// The client sends a message.
+    pub(crate) fn say(&mut self, key: SessionKey, message: &[u8]) {
         let client = self.clients.get_mut(&key).expect("a client");
         client.backlog.extend_from_slice(&(message.len() as u16).to_be_bytes());
-        client.backlog.extend_from_slice(&message);
+        client.backlog.extend_from_slice(message);
         client.asked += 1;
         self.run_session(key);
         self.settle();
@@ -155,25 +161,48 @@ impl Sim {
     /// What a session's task does.
     fn run_session(&mut self, key: SessionKey) {
         self.core.resume(key, self.now);
-        let Some(client) = self.clients.get_mut(&key) else { return };
+        let Some(mut client) = self.clients.get_mut(&key) else { return };
         loop {
             let taken = self.core.client_bytes(key, &client.backlog, self.now);
             client.backlog.drain(..taken);
-            let Core { sessions, spares, .. } = &mut self.core;
-            let Some(session) = sessions.get_mut(key.0) else { return };
-            let out = if client.deaf { Vec::new() } else { session.out.pending().to_vec() };
-            session.out.advance(out.len(), spares);
-            session.wrote(!out.is_empty(), self.now);
-            client.answers.extend(Frames::new(&out).map(|frame| frame.expect("whole frames").to_vec()));
+            let (rest, most) = (client.backlog.len(), if client.deaf { 0 } else { usize::MAX });
+            let written = self.write(key, most);
             // Writing may have made room for more.
-            if out.is_empty() || client.backlog.is_empty() || !session.takes_messages() {
-                break;
+            let takes = self.core.sessions.get(key.0).is_some_and(Session::takes_messages);
+            match self.clients.get_mut(&key).filter(|_| written > 0 && rest > 0 && takes) {
+                Some(again) => client = again,
+                None => break,
             }
         }
         self.core.settle_session(key);
         if let Some(reason) = self.core.sessions[key.0].finished() {
             self.close_client(key, reason);
         }
+    }
+
+    /// A slow client reads so many octets.
+    pub(crate) fn read(&mut self, key: SessionKey, octets: usize) {
+        self.write(key, octets);
+        self.core.wake_session(key);
+        self.settle();
+    }
+
+    fn write(&mut self, key: SessionKey, most: usize) -> usize {
+        let Core { sessions, spares, .. } = &mut self.core;
+        let (Some(session), Some(client)) = (sessions.get_mut(key.0), self.clients.get_mut(&key)) else { return 0 };
+        let out = session.out.pending();
+        let written = out.len().min(most);
+        client.part.extend_from_slice(&out[..written]);
+        session.out.advance(written, spares);
+        session.wrote(written > 0, self.now);
+        if written > 0 && session.paused {
+            self.core.client_took(key, self.now);
+        }
+        let mut frames = Frames::new(&client.part);
+        client.answers.extend(frames.by_ref().map(|frame| frame.expect("whole frames").to_vec()));
+        let consumed = frames.consumed();
+        client.part.drain(..consumed);
+        written
     }
 
     pub(crate) fn close_client(&mut self, key: SessionKey, reason: ClientCloseReason) {
@@ -286,6 +315,20 @@ impl Sim {
         match self.core.backend_bytes(key, &bytes, self.now) {
             Ok(taken) => assert_eq!(taken, bytes.len()),
             Err(violation) => panic!("a right answer was refused: {violation}"),
+        }
+        self.settle();
+    }
+
+    /// The backend sends these messages; the connection is closed if they are not what it may send.
+    pub(crate) fn send(&mut self, key: ConnKey, messages: &[Vec<u8>]) {
+        assert!(self.core.transfer_reads(key), "nothing is read from a paused connection");
+        let framed = messages.iter().flat_map(|message| {
+            (message.len() as u16).to_be_bytes().into_iter().chain(message.iter().copied()).collect::<Vec<u8>>()
+        });
+        let bytes: Vec<u8> = framed.collect();
+        match self.core.backend_bytes(key, &bytes, self.now) {
+            Ok(taken) => assert_eq!(taken, bytes.len()),
+            Err(_) => self.close_wire(key, CloseReason::ProtocolViolation, Partial::None),
         }
         self.settle();
     }

@@ -1,11 +1,14 @@
 //! Real servers from Debian's packages, each with the smallest configuration that shows what a scenario needs.
 //!
-//! All of them are authoritative for `example.test` (any name below it has an address), listen on a port of 127.0.0.1
-//! that the kernel chose, and demand PROXY v2 where they are backends.
+//! Knot and PowerDNS are primaries of the zone in `zone.rs`; the others are authoritative for `example.test` (any name
+//! below it has an address). All listen on a port of 127.0.0.1 that the kernel chose, and demand PROXY v2 where they are
+//! backends and can.
 
 mod alertmanager;
 mod dnsdist;
 mod haproxy;
+mod knot;
+mod powerdns;
 mod prometheus;
 mod recursor;
 mod unbound;
@@ -13,6 +16,8 @@ mod unbound;
 pub use alertmanager::{Alertmanager, Notified, Webhook};
 pub use dnsdist::{DotFront, LeakyFront, TlvOracle, Told};
 pub use haproxy::Haproxy;
+pub use knot::Knot;
+pub use powerdns::PowerDns;
 pub use prometheus::Prometheus;
 pub use recursor::{Recursor, Seen};
 pub use unbound::Unbound;
