@@ -5,6 +5,7 @@
 use super::contract_tests::MINIMAL;
 use super::{from_str, load};
 use crate::tls::fixture::{Pair, pair};
+use crate::tls::server::ServerTls;
 
 fn errors(text: &str) -> String {
     from_str("f.toml", text).unwrap_err().to_string()
@@ -51,7 +52,8 @@ fn files_of_certificates() {
     std::fs::create_dir_all(&directory).unwrap();
     let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
     let (listener, rest) = MINIMAL.split_once("\n[[pool]]").unwrap();
-    write("f.toml", &format!("{listener}[listener.tls]\ncertificate = \"c.pem\"\nkey = \"k.pem\"\n[[pool]]{rest}"));
+    let text = format!("{listener}[listener.tls]\ncertificate = \"c.pem\"\nkey = \"k.pem\"\n[[pool]]{rest}");
+    write("f.toml", &text);
     let file = directory.join("f.toml");
     let said = || load(&file).unwrap_err().to_string();
     let place = directory.display();
@@ -75,5 +77,15 @@ fn files_of_certificates() {
     std::fs::remove_dir_all(&directory).unwrap();
     assert_eq!(config.listeners[0].tls.as_ref().unwrap().certificate.to_str(), Some("c.pem"), "printed as written");
     assert_ne!(config, renewed, "the files are the same, what is in them is not");
-    assert!(crate::tls::server::ServerTls::new(&renewed).unwrap().greeting(0).is_some());
+    // What a reload does: TLS is turned off and on again; without what is in the files nothing changes.
+    let tls = ServerTls::new(&renewed).unwrap();
+    let greeting = tls.greeting(0).unwrap();
+    assert_eq!(greeting.timeout, std::time::Duration::from_secs(5));
+    let unread = from_str("f.toml", &text).unwrap();
+    assert!(tls.adopt(&unread).is_err() && ServerTls::new(&unread).is_err());
+    assert!(std::sync::Arc::ptr_eq(&tls.greeting(0).unwrap().config, &greeting.config));
+    tls.adopt(&from_str("f.toml", MINIMAL).unwrap()).unwrap();
+    assert!(tls.greeting(0).is_none());
+    tls.adopt(&config).unwrap();
+    assert!(!std::sync::Arc::ptr_eq(&tls.greeting(0).unwrap().config, &greeting.config));
 }
