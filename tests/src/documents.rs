@@ -101,3 +101,19 @@ pub fn assert_all_named(file: &str, named: &BTreeSet<&str>) {
         assert!(named.contains(test.as_str()), "{test} is in no row");
     }
 }
+
+/// All tests below `tests/tests/` whose function begins so, with their files.
+///
+/// # Panics
+/// If the folder cannot be read.
+pub fn tests_named(prefix: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(root().join("tests/tests")).expect("the folder of the tests");
+    let mut found = Vec::new();
+    for path in entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file()) {
+        let source = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let file = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let functions = functions(&source).into_iter().filter(|function| function.starts_with(prefix));
+        found.extend(functions.map(|function| format!("{file}::{function}")));
+    }
+    found
+}

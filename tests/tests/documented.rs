@@ -55,3 +55,14 @@ fn every_test_of_a_behaviour_of_dnsdist_is_named() {
         documents::assert_all_named(file, &named::<3>(DNSDIST));
     }
 }
+
+/// Whatever file they are in.
+#[test]
+fn tests_named_after_a_rule_or_a_bug_are_in_its_row() {
+    for (prefix, named) in [("rfc", named::<4>(STANDARDS)), ("cve_", named::<3>(REGRESSIONS))] {
+        let tests = documents::tests_named(prefix);
+        assert!(tests.len() > 8, "{tests:?}");
+        let missing: Vec<_> = tests.iter().filter(|test| !named.contains(test.as_str())).collect();
+        assert!(missing.is_empty(), "in no row: {missing:?}");
+    }
+}

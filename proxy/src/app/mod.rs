@@ -62,9 +62,7 @@ impl App {
         let environment = Environment::read();
         let notifier = Notifier::new(environment.notify.as_deref()).context("NOTIFY_SOCKET in the environment")?;
         raise_descriptor_limit();
-        if let Err(error) = crate::kernel::sys::forbid_huge_pages() {
-            tracing::debug!(%error, "memory may come in huge pages: more of it than is used");
-        }
+        forbid_huge_pages();
         let config = Arc::new(config);
         let count = config.server.workers;
         let backends: Vec<_> = config.pools.iter().flat_map(|pool| &pool.backends).collect();
@@ -221,6 +219,13 @@ fn start_health(observed: &Observed, requests: mpsc::UnboundedReceiver<Control>)
     let claim = observed.ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
     let board = Arc::clone(&observed.health);
     Ok(health::start(&observed.config, board, claim, requests, observed.controls.clone())?)
+}
+
+/// Memory comes in small pages, so that no more of it is taken than is used.
+fn forbid_huge_pages() {
+    if let Err(error) = crate::kernel::sys::forbid_huge_pages() {
+        tracing::debug!(%error, "memory may come in huge pages: more of it than is used");
+    }
 }
 
 /// Each connection needs a descriptor on both sides: the soft limit is raised to the hard one.
