@@ -294,7 +294,7 @@ fn transfers_among_queries() {
     }
 }
 
-/// RFC 9103 section 7.3.3: beyond the limit SERVFAIL, and queries go on.
+/// RFC 9103 section 6.3.3: beyond the limit SERVFAIL, and queries go on.
 #[test]
 fn too_many_transfers_at_once() {
     let backend = FakeBackend::start(|connection| {

@@ -143,7 +143,7 @@ fn knot_axfr_and_ixfr_byte_for_byte() {
     counterfoil.assert_quiescent();
 }
 
-/// Several transfers at once on one connection, from a real primary, with queries between them (RFC 9103 section 7.1).
+/// Several transfers at once on one connection, from a real primary, with queries between them (RFC 9103 section 6.1).
 #[test]
 fn several_transfers_at_once_on_one_connection() {
     let primary = Knot::start(100, HOSTS);

@@ -1,6 +1,6 @@
 //! Zone transfers on their way to the client.
 //!
-//! Each has a backend connection of its own (RFC 9103 section 7.4 and RFC 7766 section 6.2.2 want one for transfers), so
+//! Each has a backend connection of its own (RFC 9103 section 6.4 and RFC 7766 section 6.2.2 want one for transfers), so
 //! that a client that reads slowly stops that connection and no other: above a quarter of `max_pending_answers` nothing
 //! more is read from it until the client has read; the rest is for the answers to other queries, among which its messages
 //! are put as they come.
@@ -37,7 +37,7 @@ impl Transfer {
 
 impl Core {
     /// Whether the client may have another transfer now. They leave one of its places for other queries (RFC 9103
-    /// section 7.3.3: SERVFAIL beyond a limit).
+    /// section 6.3.3: SERVFAIL beyond a limit).
     pub(super) fn may_transfer(&self, session: SessionKey) -> bool {
         let transfers = |key: &&ConnKey| self.pool.get(**key).is_some_and(|conn| conn.transfer.is_some());
         let limit = self.plan.connections.max_owned_per_client.saturating_sub(1).max(1);

@@ -316,7 +316,7 @@ fn a_client_that_reads_nothing_is_ended() {
     sim.assert_quiescent();
 }
 
-/// RFC 9103 section 7.3.3. A place is left for other queries.
+/// RFC 9103 section 6.3.3. A place is left for other queries.
 #[test]
 fn beyond_its_limit_a_transfer_is_servfail() {
     for more in ["", OWNED] {
