@@ -82,7 +82,7 @@ fn http_says_how_it_is() {
     let (head, body) = metrics.split_once("\r\n\r\n").unwrap();
     assert!(head.contains(metrics::CONTENT_TYPE), "{head}");
     assert!(body.ends_with("# EOF\n"));
-    assert!(get(&running, "/").starts_with("HTTP/1.1 404 "));
+    assert!(get(&running, "/nothing").starts_with("HTTP/1.1 404 "));
 }
 
 #[test]

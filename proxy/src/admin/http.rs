@@ -1,4 +1,4 @@
-//! `/metrics`, `/healthz` and `/readyz`: read only.
+//! `/metrics`, `/healthz` and `/readyz`, beside the status page and `/api/v1/`.
 
 use std::sync::atomic::Ordering;
 
@@ -10,17 +10,21 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use tokio::net::TcpListener;
 
-use super::Served;
+use super::api::Api;
 use super::guard::Guarded;
+use super::{Served, page};
 use crate::metrics;
 
 /// Serves until its task is dropped.
-pub(super) async fn serve(listener: TcpListener, served: Served) {
+pub(super) async fn serve(listener: TcpListener, served: Served, api: Api) {
+    let page = Router::new().route("/", get(page::page)).with_state(api.clone());
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
-        .with_state(served);
+        .with_state(served)
+        .merge(page)
+        .merge(api.routes());
     serve_router(listener, router).await;
 }
 

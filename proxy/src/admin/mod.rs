@@ -1,15 +1,19 @@
-//! The operator's side: `/metrics`, `/healthz` and `/readyz` over HTTP, and commands over a unix socket.
+//! The operator's side: `/metrics`, `/healthz`, `/readyz`, a status page and `/api/v1/` over HTTP, and commands over a unix
+//! socket.
 //!
 //! One thread with a runtime of its own. It reads atomics and the watchdog's reports, so it can neither block a worker
 //! nor be blocked by one; what a peer can make it hold is bounded ([`guard`]).
 
+mod api;
 mod drain;
 mod guard;
 pub(crate) mod http;
 mod order;
+mod page;
 mod reload;
 mod show;
 mod socket;
+mod token;
 
 use std::fmt;
 use std::io;
@@ -29,7 +33,10 @@ use crate::config;
 use crate::drill::Setup;
 use crate::metrics::Metrics;
 use crate::watchdog::{Handle, Live};
+use api::Api;
 use socket::Bound;
+use token::Token;
+pub use token::TokenError;
 
 /// For the last answers at the socket when the process ends.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(500);
@@ -52,6 +59,14 @@ pub enum AdminError {
         path: PathBuf,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The token cannot be had.
+    #[error("admin.token_file {}: {source}", .path.display())]
+    Token {
+        /// `[admin] token_file`
+        path: PathBuf,
+        /// What is wrong with it.
+        source: TokenError,
     },
     /// The thread or its runtime cannot be started, or the drill's shard is taken.
     #[error("admin: {0}")]
@@ -113,21 +128,25 @@ pub struct Served {
 #[derive(Debug)]
 pub struct Doors {
     http: Option<TcpListener>,
+    token: Option<Token>,
     socket: Option<Bound>,
 }
 
 impl Doors {
-    /// Binds both: this may take privileges that the threads of the process do not have later.
+    /// Binds both and reads the token: this may take privileges that the threads of the process do not have later.
     ///
     /// # Errors
-    /// An address or a path cannot be bound.
+    /// An address or a path cannot be bound, or the token cannot be relied on.
     pub fn bind(config: &config::Admin) -> Result<Self, AdminError> {
         let http = config.http.map(bind_http).transpose()?;
+        let token =
+            |path: &PathBuf| Token::read(path).map_err(|source| AdminError::Token { path: path.clone(), source });
+        let token = config.token_file.as_ref().map(token).transpose()?;
         let socket = match &config.socket {
             None => None,
             Some(path) => Some(Bound::new(path).map_err(|source| AdminError::Socket { path: path.clone(), source })?),
         };
-        Ok(Self { http, socket })
+        Ok(Self { http, token, socket })
     }
 }
 
@@ -136,13 +155,13 @@ impl Doors {
 /// # Errors
 /// The thread cannot be started.
 pub fn start(served: Served, drill: Setup, doors: Doors) -> Result<Admin, AdminError> {
-    let Doors { http, socket: bound } = doors;
+    let Doors { http, token, socket: bound } = doors;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let address = http.as_ref().map(TcpListener::local_addr).transpose()?;
     let path = bound.as_ref().map(|bound| bound.path().to_owned());
     let (stop, stopped) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
-        if let Err(error) = serve(&runtime, served, http, bound, drill, stopped) {
+        if let Err(error) = serve(&runtime, served, http.map(|http| (http, token)), bound, drill, stopped) {
             tracing::error!(%error, "the admin side has ended");
         }
     })?;
@@ -159,7 +178,7 @@ fn bind_http(address: SocketAddr) -> Result<TcpListener, AdminError> {
 fn serve(
     runtime: &Runtime,
     served: Served,
-    http: Option<TcpListener>,
+    http: Option<(TcpListener, Option<Token>)>,
     bound: Option<Bound>,
     drill: Setup,
     stopped: oneshot::Receiver<()>,
@@ -167,11 +186,12 @@ fn serve(
     let local = LocalSet::new();
     local.block_on(runtime, async {
         let drill = drill.start(served.live.clone(), served.watchdog.clone(), Arc::clone(&served.metrics))?;
-        if let Some(listener) = http {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            tokio::task::spawn_local(http::serve(listener, served.clone()));
-        }
         let places = Arc::new(Semaphore::new(socket::MAX_CONNECTIONS));
+        if let Some((listener, token)) = http {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            let api = Api::new(served.clone(), Rc::clone(&drill), Arc::clone(&places), token);
+            tokio::task::spawn_local(http::serve(listener, served.clone(), api));
+        }
         if let Some(bound) = bound {
             tokio::task::spawn_local(socket::serve(bound.listen()?, served, Rc::clone(&drill), Arc::clone(&places)));
         }

@@ -146,7 +146,7 @@ pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>
 /// A request line.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
-enum Request {
+pub(super) enum Request {
     /// One drill.
     Drill(drill::Order),
     /// A page of what there is, behind the key `after`.
@@ -179,7 +179,14 @@ async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::R
     timeout(PATIENCE, reader.read_line(&mut line)).await.map_err(|_| io::ErrorKind::TimedOut)??;
     let (events, mut received) = unbounded_channel();
     let answer = async {
-        answer(&line, served, drill, events).await;
+        match serde_json::from_str(&line) {
+            Ok(request) => carry_out(request, served, drill, &events).await,
+            Err(error) => {
+                tracing::debug!(%error, "admin socket: bad request");
+                done(&events, false, &format!("the request cannot be read: {error}"));
+            }
+        }
+        drop(events);
         io::Result::Ok(())
     };
     let send = async {
@@ -206,29 +213,26 @@ async fn gone(read: OwnedReadHalf) -> io::Result<()> {
     Ok(())
 }
 
-async fn answer(line: &str, served: &Served, drill: Rc<Drill>, events: UnboundedSender<Value>) {
-    match serde_json::from_str::<Request>(line) {
-        Ok(Request::Drill(order)) => drill.run(&order, &events).await,
-        Ok(Request::Show { what, after }) => show::show(what, after, served, &events).await,
-        Ok(Request::Reap { cookie }) => order::reap(cookie, served, &events).await,
-        Ok(Request::Reload) => reload::reload(served, &events).await,
-        Ok(Request::Drain) => drain::drain(served, &events).await,
+/// Does what is asked for and sends its events, the last one is `done`.
+pub(super) async fn carry_out(request: Request, served: &Served, drill: Rc<Drill>, events: &UnboundedSender<Value>) {
+    match request {
+        Request::Drill(order) => drill.run(&order, events).await,
+        Request::Show { what, after } => show::show(what, after, served, events).await,
+        Request::Reap { cookie } => order::reap(cookie, served, events).await,
+        Request::Reload => reload::reload(served, events).await,
+        Request::Drain => drain::drain(served, events).await,
         #[cfg(feature = "test-hooks")]
-        Ok(Request::Hang { worker, millis }) => {
+        Request::Hang { worker, millis } => {
             let hang = crate::control::Control::Hang(Duration::from_millis(millis));
-            misbehave(worker, hang, served, &events);
+            misbehave(worker, hang, served, events);
         }
         #[cfg(feature = "test-hooks")]
-        Ok(Request::Neglect { worker }) => misbehave(worker, crate::control::Control::Neglect, served, &events),
+        Request::Neglect { worker } => misbehave(worker, crate::control::Control::Neglect, served, events),
         #[cfg(feature = "test-hooks")]
-        Ok(Request::Lie { witness }) => {
+        Request::Lie { witness } => {
             let named = Witness::ALL.into_iter().find(|known| witness.as_deref() == Some(known.label()));
             crate::kernel::lies::lie(named);
-            done(&events, named.map(Witness::label) == witness.as_deref(), "it lies from now on");
-        }
-        Err(error) => {
-            tracing::debug!(http = ?served.live.now().config.admin.http, %error, "admin socket: bad request");
-            done(&events, false, &format!("the request cannot be read: {error}"));
+            done(events, named.map(Witness::label) == witness.as_deref(), "it lies from now on");
         }
     }
 }

@@ -90,9 +90,7 @@ impl App {
         let tls = ServerTls::new(&config).context("TLS towards clients")?;
 
         let inherited = activation::sockets(&environment)?;
-        for warning in check::fast_open(&config, check::Limits::read()) {
-            tracing::warn!(%warning, "configuration");
-        }
+        warn_of_fast_open(&config);
         let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;
         let mut receivers = receivers.into_iter();
         let mut workers = Vec::with_capacity(count);
@@ -225,6 +223,13 @@ fn start_health(observed: &Observed, requests: mpsc::UnboundedReceiver<Control>)
 fn forbid_huge_pages() {
     if let Err(error) = crate::kernel::sys::forbid_huge_pages() {
         tracing::debug!(%error, "memory may come in huge pages: more of it than is used");
+    }
+}
+
+/// The kernel may not do it, and says so to nobody.
+fn warn_of_fast_open(config: &Config) {
+    for warning in check::fast_open(config, check::Limits::read()) {
+        tracing::warn!(%warning, "configuration");
     }
 }
 

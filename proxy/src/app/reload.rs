@@ -183,6 +183,8 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
     changed(key("admin", "http"), &http(old), &http(new));
     let socket = |config: &Config| config.admin.socket.as_ref().map_or_else(off, |path| path.display().to_string());
     changed(key("admin", "socket"), &socket(old), &socket(new));
+    let token = |config: &Config| config.admin.token_file.as_ref().map_or_else(off, |path| path.display().to_string());
+    changed(key("admin", "token_file"), &token(old), &token(new));
     for (index, listener) in new.listeners.iter().enumerate() {
         match old.listeners.iter().find(|old| old.name == listener.name) {
             None => {

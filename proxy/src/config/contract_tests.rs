@@ -1,9 +1,8 @@
 //! The format as a whole: the full file of the contract, its defaults, and what the README says of both.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use super::error::Problem;
-use super::schema::{FORMAT, Key, Shape, State};
+use super::schema::{FORMAT, Key, Shape};
 use super::*;
 
 /// The intended configuration: every section, every key, every default.
@@ -26,14 +25,13 @@ name = "unbound-1"
 address = "127.0.0.1:15302"
 "#;
 
-/// All keys below `keys` of this state, by full path.
-fn paths(keys: &[Key], state: State, prefix: &str, out: &mut Vec<String>) {
+/// All keys below `keys`, by full path.
+fn paths(keys: &[Key], prefix: &str, out: &mut Vec<String>) {
     for key in keys {
         let path = format!("{prefix}{}", key.name);
         match key.shape {
-            Shape::Value(of_key) if of_key == state => out.push(path),
-            Shape::Value(_) => {}
-            Shape::Table(keys) | Shape::Tables(keys) => paths(keys, state, &format!("{path}."), out),
+            Shape::Value => out.push(path),
+            Shape::Table(keys) | Shape::Tables(keys) => paths(keys, &format!("{path}."), out),
         }
     }
 }
@@ -59,19 +57,17 @@ fn the_schema_has_the_keys_of_the_full_file_and_no_others() {
     let mut in_file = Vec::new();
     keys_of(&FULL.parse().unwrap(), "", &mut in_file);
     let mut in_schema = Vec::new();
-    paths(FORMAT, State::Works, "", &mut in_schema);
-    paths(FORMAT, State::NotYet, "", &mut in_schema);
+    paths(FORMAT, "", &mut in_schema);
     in_file.sort();
     in_schema.sort();
     assert_eq!(in_schema, in_file);
 }
 
-/// The README's table has the keys that work, with the defaults of the full file, and its list all others.
+/// The README's table has all keys, with the defaults of the full file.
 #[test]
 fn the_readme_has_every_key() {
     let (_, section) = README.split_once("\n## Configuration\n").unwrap();
-    let (section, _) = section.split_once("\n## ").unwrap();
-    let (table, list) = section.split_once("\"not supported yet\"").unwrap();
+    let (table, _) = section.split_once("\n## ").unwrap();
     let full: toml::Value = FULL.parse::<toml::Table>().unwrap().into();
     let mut in_table = Vec::new();
     for row in table.lines().filter_map(|line| line.strip_prefix("| `")) {
@@ -83,13 +79,9 @@ fn the_readme_has_every_key() {
         let value = key.split('.').fold(full.clone(), |value, part| element(value).get(part).unwrap().clone());
         assert_eq!(default, value.to_string(), "{key}");
     }
-    let mut works = Vec::new();
-    paths(FORMAT, State::Works, "", &mut works);
-    assert_eq!(in_table, works, "in the order of the format");
-    let in_list: Vec<&str> = list.split('`').skip(1).step_by(2).filter(|key| key.contains('.')).collect();
-    let mut not_yet = Vec::new();
-    paths(FORMAT, State::NotYet, "", &mut not_yet);
-    assert_eq!(in_list, not_yet, "in the order of the format");
+    let mut in_schema = Vec::new();
+    paths(FORMAT, "", &mut in_schema);
+    assert_eq!(in_table, in_schema, "in the order of the format");
 }
 
 #[test]
@@ -100,48 +92,9 @@ fn the_readme_s_example_is_a_configuration() {
     assert_eq!(config.pools.first().unwrap().proxy_protocol.as_ref().unwrap().identity, Identity::Address);
 }
 
-/// Every key of the full file that does not work is refused, at its own line, and nothing else is.
-#[test]
-fn the_full_file_is_refused_for_what_does_not_work_yet() {
-    let errors = from_str("full.toml", FULL).unwrap_err();
-    let mut refused = Vec::new();
-    for error in errors.iter() {
-        let key = error.key.clone().unwrap();
-        let line = FULL.lines().nth(error.position.unwrap().line - 1).unwrap();
-        assert!(line.starts_with(key.rsplit('.').next().unwrap()), "{error}: {line}");
-        match &error.problem {
-            Problem::NotSupportedYet => refused.push(key),
-            _ => panic!("{error}"),
-        }
-    }
-    let mut not_yet = Vec::new();
-    paths(FORMAT, State::NotYet, "", &mut not_yet);
-    refused.sort();
-    not_yet.sort();
-    assert_eq!(refused, not_yet);
-}
-
-/// The full file without the lines of keys that do not work.
-fn full_without_what_is_refused() -> String {
-    let refused: Vec<usize> = from_str("full.toml", FULL)
-        .unwrap_err()
-        .iter()
-        .filter(|error| error.problem == Problem::NotSupportedYet)
-        .map(|error| error.position.unwrap().line)
-        .collect();
-    let mut text = String::new();
-    for (index, line) in FULL.lines().enumerate() {
-        if !refused.contains(&(index + 1)) {
-            text.push_str(line);
-            text.push('\n');
-        }
-    }
-    text
-}
-
 #[test]
 fn the_defaults_are_those_of_the_full_file() {
-    let full = from_str("full.toml", &full_without_what_is_refused()).unwrap();
+    let full = from_str("full.toml", FULL).unwrap();
     let minimal = from_str("minimal.toml", MINIMAL).unwrap();
     assert_eq!(full.server, Server::default());
     assert_eq!(full.overload, Overload::default());
@@ -178,8 +131,8 @@ fn workers_are_as_many_as_there_are_cores() {
 
 #[test]
 fn empty_strings_turn_the_admin_interfaces_off() {
-    let text = format!("{MINIMAL}[admin]\nhttp = \"\"\nsocket = \"\"\n");
-    assert_eq!(from_str("f", &text).unwrap().admin, Admin { http: None, socket: None });
+    let text = format!("{MINIMAL}[admin]\nhttp = \"\"\ntoken_file = \"\"\nsocket = \"\"\n");
+    assert_eq!(from_str("f", &text).unwrap().admin, Admin { http: None, token_file: None, socket: None });
 }
 
 #[test]

@@ -210,6 +210,7 @@ impl Default for Admin {
     fn default() -> Self {
         Self {
             http: Some(SocketAddr::from(([127, 0, 0, 1], 9120))),
+            token_file: None,
             socket: Some(PathBuf::from("/run/counterfoil/counterfoil.sock")),
         }
     }

@@ -105,9 +105,6 @@ pub enum Problem {
         /// What might have been meant.
         suggestion: Option<String>,
     },
-    /// A key that the format has and this version does not.
-    #[error("not supported yet")]
-    NotSupportedYet,
     /// A string where a number must be, and the like.
     #[error("expected {expected}, found {found}")]
     WrongType {

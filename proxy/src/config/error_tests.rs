@@ -65,11 +65,6 @@ fn unknown_keys() {
 }
 
 #[test]
-fn not_supported_yet() {
-    assert_eq!(value("[admin]", "token_file = \"t\""), "f.toml:14:1: key `admin.token_file`: not supported yet");
-}
-
-#[test]
 fn wrong_types() {
     for (table, line, message) in [
         ("[server]", "workers = \"2\"", "14:11: key `server.workers`: expected a whole number, found string"),
@@ -481,7 +476,7 @@ fn all_errors_of_a_file_are_reported_in_its_order() {
          f.toml:1:1: key `pool`: is missing\n\
          f.toml:3:10: key `watchdog.sweeps`: must be from 1 to 1000\n\
          f.toml:4:8: key `watchdog.reap`: expected a string, found integer\n\
-         f.toml:6:1: key `admin.token_file`: not supported yet\n\
+         f.toml:6:14: key `admin.token_file`: expected a string, found integer\n\
          f.toml:7:1: key `listener.pool`: is missing\n\
          f.toml:7:1: key `listener.address`: is missing\n\
          f.toml:8:8: key `listener.name`: \"a b\" is no name: 1 to 64 letters, digits, '.', '_', '-' are"

@@ -459,8 +459,10 @@ impl Class {
 /// `[admin]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
-    /// `/metrics`, `/healthz`, `/readyz`; none: off.
+    /// `/metrics`, `/healthz`, `/readyz`, the status page and `/api/v1/`; none: off.
     pub http: Option<SocketAddr>,
+    /// A file with the token of those who may change something over HTTP; none: nobody may.
+    pub token_file: Option<PathBuf>,
     /// Unix socket of `ctl` and `drill`; none: off.
     pub socket: Option<PathBuf>,
 }

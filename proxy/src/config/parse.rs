@@ -195,6 +195,9 @@ fn read_admin(section: &Section<'_, '_>) -> Admin {
             Some(_) => value.socket_address(),
         };
     }
+    if let Some(value) = section.value("token_file") {
+        admin.token_file = value.string().filter(|path| !path.is_empty()).map(PathBuf::from);
+    }
     if let Some(value) = section.value("socket") {
         let path = value.string().unwrap_or_default();
         let length = path.len();

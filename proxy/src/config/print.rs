@@ -1,6 +1,7 @@
 //! A configuration as TOML, every key that works with the value in effect. Read again, it is the same configuration.
 
 use std::fmt::{Display, Write as _};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::choices::Choice;
@@ -221,6 +222,8 @@ fn watchdog(out: &mut Writer, watchdog: &Watchdog) {
 fn admin(out: &mut Writer, admin: &Admin) {
     out.heading("[admin]");
     out.text("http", admin.http.map(|address| address.to_string()).unwrap_or_default());
-    // A path comes from a configuration, which is UTF-8.
-    out.text("socket", admin.socket.as_deref().map(|path| path.display().to_string()).unwrap_or_default());
+    // Paths come from a configuration, which is UTF-8.
+    let path = |path: &Option<PathBuf>| path.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    out.text("token_file", path(&admin.token_file));
+    out.text("socket", path(&admin.socket));
 }

@@ -272,6 +272,7 @@ prop_compose! {
         ),
         watchdog in watchdog(),
         http in prop::option::of(any::<u16>()),
+        token_file in prop::option::of("[^\u{0}]{1,26}"),
         socket in prop::option::of("[^\u{0}]{1,26}"),
     ) -> Config {
         listeners.sort_by_key(|listener| listener.address);
@@ -301,6 +302,7 @@ prop_compose! {
             watchdog,
             admin: Admin {
                 http: http.map(|port| SocketAddr::from(([127, 0, 0, 1], port))),
+                token_file: token_file.map(PathBuf::from),
                 socket: socket.map(PathBuf::from),
             },
         }

@@ -1,7 +1,4 @@
-//! Every key of the configuration format, whether this version has it, and the check that a file holds no others.
-//!
-//! The format is a contract that is fulfilled step by step: a key that belongs to it but does nothing yet is refused
-//! as such, so that nobody relies on a limit or a check that is not there.
+//! Every key of the configuration format, and the check that a file holds no others.
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -9,22 +6,12 @@ use toml::de::{DeTable, DeValue};
 use super::error::Problem;
 use super::source::{Path, Source};
 use Shape::{Table, Tables, Value};
-use State::{NotYet, Works};
-
-/// Whether a key does something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// It works.
-    Works,
-    /// It is refused as not supported yet.
-    NotYet,
-}
 
 /// What a key holds.
 #[derive(Clone, Copy, Debug)]
 pub enum Shape {
     /// A string, number, boolean, or a list of such.
-    Value(State),
+    Value,
     /// `[name]`
     Table(&'static [Key]),
     /// `[[name]]`
@@ -40,12 +27,8 @@ pub struct Key {
     pub shape: Shape,
 }
 
-const fn works(name: &'static str) -> Key {
-    Key { name, shape: Value(Works) }
-}
-
-const fn not_yet(name: &'static str) -> Key {
-    Key { name, shape: Value(NotYet) }
+const fn value(name: &'static str) -> Key {
+    Key { name, shape: Value }
 }
 
 const fn table(name: &'static str, keys: &'static [Key]) -> Key {
@@ -68,120 +51,110 @@ pub const FORMAT: &[Key] = &[
     table("admin", ADMIN),
 ];
 
-const SERVER: &[Key] = &[works("workers"), works("drain_timeout"), works("max_connections"), works("log")];
+const SERVER: &[Key] = &[value("workers"), value("drain_timeout"), value("max_connections"), value("log")];
 
-const OVERLOAD: &[Key] = &[works("threshold"), works("idle_timeout"), works("max_connection_duration")];
+const OVERLOAD: &[Key] = &[value("threshold"), value("idle_timeout"), value("max_connection_duration")];
 
 const LISTENER: &[Key] = &[
-    works("name"),
-    works("address"),
-    works("pool"),
-    works("max_connections"),
-    works("max_connections_per_client"),
-    works("client_mask_v4"),
-    works("client_mask_v6"),
-    works("max_in_flight"),
-    works("max_queries_per_connection"),
-    works("max_connection_duration"),
-    works("idle_timeout"),
-    works("message_timeout"),
-    works("write_timeout"),
-    works("max_pending_answers"),
-    works("connection_rate_per_client"),
-    works("ban_duration"),
-    works("edns_tcp_keepalive"),
-    works("tcp_fast_open"),
+    value("name"),
+    value("address"),
+    value("pool"),
+    value("max_connections"),
+    value("max_connections_per_client"),
+    value("client_mask_v4"),
+    value("client_mask_v6"),
+    value("max_in_flight"),
+    value("max_queries_per_connection"),
+    value("max_connection_duration"),
+    value("idle_timeout"),
+    value("message_timeout"),
+    value("write_timeout"),
+    value("max_pending_answers"),
+    value("connection_rate_per_client"),
+    value("ban_duration"),
+    value("edns_tcp_keepalive"),
+    value("tcp_fast_open"),
     table("accept_proxy", ACCEPT_PROXY),
     table("tls", LISTENER_TLS),
 ];
 
-const ACCEPT_PROXY: &[Key] = &[works("from"), works("max_header"), works("timeout"), works("outside_tls")];
+const ACCEPT_PROXY: &[Key] = &[value("from"), value("max_header"), value("timeout"), value("outside_tls")];
 
-const LISTENER_TLS: &[Key] = &[works("certificate"), works("key"), works("handshake_timeout"), works("max_handshakes")];
+const LISTENER_TLS: &[Key] = &[value("certificate"), value("key"), value("handshake_timeout"), value("max_handshakes")];
 
 const POOL: &[Key] = &[
-    works("name"),
-    works("policy"),
-    works("query_timeout"),
-    works("retries"),
-    works("on_failure"),
+    value("name"),
+    value("policy"),
+    value("query_timeout"),
+    value("retries"),
+    value("on_failure"),
     table("proxy_protocol", PROXY_PROTOCOL),
     tables("backend", BACKEND),
 ];
 
 const PROXY_PROTOCOL: &[Key] = &[
-    works("identity"),
-    works("subnet_v4"),
-    works("subnet_v6"),
-    works("max_header"),
-    works("crc32c"),
-    works("unique_id"),
-    works("advertise_tls"),
-    works("pass_incoming_tlvs"),
+    value("identity"),
+    value("subnet_v4"),
+    value("subnet_v6"),
+    value("max_header"),
+    value("crc32c"),
+    value("unique_id"),
+    value("advertise_tls"),
+    value("pass_incoming_tlvs"),
     tables("tlv", TLV),
 ];
 
-const TLV: &[Key] = &[works("type"), works("value")];
+const TLV: &[Key] = &[value("type"), value("value")];
 
 const BACKEND: &[Key] = &[
-    works("name"),
-    works("address"),
-    works("weight"),
-    works("max_in_flight"),
-    works("max_connections"),
-    works("connect_timeout"),
-    works("write_timeout"),
-    works("source"),
-    works("tcp_fast_open"),
-    works("one_shot_close"),
+    value("name"),
+    value("address"),
+    value("weight"),
+    value("max_in_flight"),
+    value("max_connections"),
+    value("connect_timeout"),
+    value("write_timeout"),
+    value("source"),
+    value("tcp_fast_open"),
+    value("one_shot_close"),
     table("tls", BACKEND_TLS),
     table("health", HEALTH),
 ];
 
-const BACKEND_TLS: &[Key] = &[works("server_name"), works("ca"), works("proxy_outside_tls")];
+const BACKEND_TLS: &[Key] = &[value("server_name"), value("ca"), value("proxy_outside_tls")];
 
 const HEALTH: &[Key] =
-    &[works("mode"), works("interval"), works("timeout"), works("name"), works("rise"), works("fall")];
+    &[value("mode"), value("interval"), value("timeout"), value("name"), value("rise"), value("fall")];
 
 const CONNECTIONS: &[Key] = &[
-    works("idle_timeout"),
-    works("max_age"),
-    works("max_idle_per_backend"),
-    works("max_owned_per_client"),
-    works("max_total"),
-    works("max_opens_per_client"),
-    works("max_waiting"),
-    works("max_wait"),
-    works("spares_per_backend"),
-    works("spare_idle_timeout"),
-    works("cleanup_interval"),
+    value("idle_timeout"),
+    value("max_age"),
+    value("max_idle_per_backend"),
+    value("max_owned_per_client"),
+    value("max_total"),
+    value("max_opens_per_client"),
+    value("max_waiting"),
+    value("max_wait"),
+    value("spares_per_backend"),
+    value("spare_idle_timeout"),
+    value("cleanup_interval"),
 ];
 
-const KERNEL: &[Key] = &[works("view"), works("max_sockets")];
+const KERNEL: &[Key] = &[value("view"), value("max_sockets")];
 
 const WATCHDOG: &[Key] = &[
-    works("interval"),
-    works("grace"),
-    works("sweeps"),
-    works("crosscheck_interval"),
-    works("reap"),
-    works("max_reaps_per_minute"),
-    works("classes"),
+    value("interval"),
+    value("grace"),
+    value("sweeps"),
+    value("crosscheck_interval"),
+    value("reap"),
+    value("max_reaps_per_minute"),
+    value("classes"),
 ];
 
-const ADMIN: &[Key] = &[works("http"), not_yet("token_file"), works("socket")];
+const ADMIN: &[Key] = &[value("http"), value("token_file"), value("socket")];
 
-impl Key {
-    /// Whether neither the key nor anything in it works.
-    fn is_not_yet(&self) -> bool {
-        match self.shape {
-            Value(state) => state == NotYet,
-            Table(keys) | Tables(keys) => keys.iter().all(Self::is_not_yet),
-        }
-    }
-}
-
-/// Reports unknown keys, keys that are not supported yet, and values where tables must be and the reverse.
+/// Reports unknown keys, and values where tables must be and the reverse.
 pub(super) fn check(source: &Source<'_>, root: &DeTable<'_>) {
     check_table(source, root, FORMAT, &Path::root());
 }
@@ -191,22 +164,18 @@ fn check_table(source: &Source<'_>, table: &DeTable<'_>, keys: &[Key], path: &Pa
         let path = path.key(name.get_ref());
         let at = name.span().start;
         match keys.iter().find(|key| key.name == name.get_ref()) {
-            Some(key) => check_key(source, key, value, at, &path),
+            Some(key) => check_key(source, key, value, &path),
             None => source.fail(at, &path, Problem::UnknownKey { suggestion: suggest(name.get_ref(), keys) }),
         }
     }
 }
 
-fn check_key(source: &Source<'_>, key: &Key, value: &Spanned<DeValue<'_>>, at: usize, path: &Path) {
+fn check_key(source: &Source<'_>, key: &Key, value: &Spanned<DeValue<'_>>, path: &Path) {
     let wrong_type = |expected, value: &Spanned<DeValue<'_>>| {
         source.fail(value.span().start, path, Problem::WrongType { expected, found: value.get_ref().type_str() });
     };
     match (key.shape, value.get_ref()) {
-        (Value(Works), _) => {}
-        (Value(NotYet), _) => source.fail(at, path, Problem::NotSupportedYet),
-        (Table(_), DeValue::Table(table)) if table.is_empty() && key.is_not_yet() => {
-            source.fail(at, path, Problem::NotSupportedYet);
-        }
+        (Value, _) => {}
         (Table(keys), DeValue::Table(table)) => check_table(source, table, keys, path),
         (Table(_), _) => wrong_type("a table in single brackets", value),
         (Tables(keys), DeValue::Array(elements)) => {
@@ -238,10 +207,10 @@ fn suggest(name: &str, siblings: &[Key]) -> Option<String> {
     (!elsewhere.is_empty()).then(|| elsewhere.join(" or "))
 }
 
-/// Full names of all keys that are called so and work.
+/// Full names of all keys that are called so.
 fn find(name: &str, keys: &[Key], prefix: &str, found: &mut Vec<String>) {
     for key in keys {
-        if key.name == name && !key.is_not_yet() {
+        if key.name == name {
             found.push(format!("`{prefix}{}`", key.name));
         }
         if let Table(keys) | Tables(keys) = key.shape {

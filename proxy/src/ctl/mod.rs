@@ -132,32 +132,54 @@ fn follow(request: &Value, silence: Duration, args: &CtlArgs, output: &mut impl 
 
 fn show(what: What, args: &CtlArgs, output: &mut impl Write) -> Result<()> {
     let mut shown = Map::new();
-    // Also what is empty is there.
-    for section in columns::SECTIONS.iter().filter(|section| what.lists().contains(&section.list)) {
-        shown.insert(section.key.to_owned(), Value::Array(Vec::new()));
-    }
+    what.lists().iter().for_each(|list| begin(list, &mut shown));
     let mut whole = Value::Null;
     for list in what.lists() {
         whole = read(list, args, &mut shown)?;
     }
     match args.output {
         Output::Json => {
-            // There is one of each of these.
-            for single in ["view", "total"] {
-                if let Some(value) = shown.get_mut(single) {
-                    *value = value[0].take();
-                }
-            }
+            single_out(&mut shown);
             shown.insert("source".to_owned(), whole["source"].take());
             shown.insert("uncertain".to_owned(), whole["uncertain"].take());
             writeln!(output, "{:#}", Value::Object(shown))?;
         }
-        Output::Table => {
-            columns::print(&shown, output)?;
-            if let Some(reason) = whole["uncertain"].as_str() {
-                writeln!(output, "\nThe kernel view is not to be relied on: {}", table::printable(reason))?;
-            }
+        Output::Table => print(&shown, &whole, output)?,
+    }
+    Ok(())
+}
+
+/// The arrays of a list's objects: also what is empty is there.
+pub(crate) fn begin(list: &str, shown: &mut Map<String, Value>) {
+    for section in columns::SECTIONS.iter().filter(|section| section.list == list) {
+        shown.insert(section.key.to_owned(), Value::Array(Vec::new()));
+    }
+}
+
+/// Puts an object of a list into the array of its kind.
+pub(crate) fn gather(event: &Value, shown: &mut Map<String, Value>) {
+    let Some(mut fields) = event.as_object().cloned() else { return };
+    let Some(Value::String(kind)) = fields.remove("event") else { return };
+    if let Some(section) = columns::SECTIONS.iter().find(|section| section.event == kind) {
+        let rows = shown.entry(section.key).or_insert_with(|| Value::Array(Vec::new()));
+        rows.as_array_mut().into_iter().for_each(|rows| rows.push(Value::Object(fields.clone())));
+    }
+}
+
+/// Makes an object of the arrays that can have but one.
+pub(crate) fn single_out(shown: &mut Map<String, Value>) {
+    for single in ["view", "total"] {
+        if let Some(value) = shown.get_mut(single) {
+            *value = value[0].take();
         }
+    }
+}
+
+/// Tables for people. `whole` is what ended the list.
+pub(crate) fn print(shown: &Map<String, Value>, whole: &Value, output: &mut impl Write) -> Result<()> {
+    columns::print(shown, output)?;
+    if let Some(reason) = whole["uncertain"].as_str() {
+        writeln!(output, "\nThe kernel view is not to be relied on: {}", table::printable(reason))?;
     }
     Ok(())
 }
@@ -167,13 +189,7 @@ fn read(list: &str, args: &CtlArgs, shown: &mut Map<String, Value>) -> Result<Va
     let mut after = 0;
     for _ in 0..MAX_PAGES {
         let done = exchange(&args.socket, &json!({"cmd": "show", "what": list, "after": after}), PATIENCE, |event| {
-            let Some(fields) = event.as_object() else { return Ok(()) };
-            let mut fields = fields.clone();
-            let Some(Value::String(kind)) = fields.remove("event") else { return Ok(()) };
-            if let Some(section) = columns::SECTIONS.iter().find(|section| section.event == kind) {
-                let rows = shown.entry(section.key).or_insert_with(|| Value::Array(Vec::new()));
-                rows.as_array_mut().into_iter().for_each(|rows| rows.push(Value::Object(fields.clone())));
-            }
+            gather(event, shown);
             Ok(())
         })?;
         if done["ok"] != true {

@@ -80,7 +80,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
             max_reaps_per_minute: 600,
             classes: Class::ALL.to_vec(),
         },
-        admin: Admin { http: Some("127.0.0.1:0".parse().unwrap()), socket },
+        admin: Admin { http: Some("127.0.0.1:0".parse().unwrap()), token_file: None, socket },
     }
 }
 

@@ -49,6 +49,21 @@ pub(super) enum What {
     View,
 }
 
+impl What {
+    /// As it is asked for.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Backends => "backends",
+            Self::Connections => "connections",
+            Self::Clients => "clients",
+            Self::Tlvs => "tlvs",
+            Self::Findings => "findings",
+            Self::Reaps => "reaps",
+            Self::View => "view",
+        }
+    }
+}
+
 /// A part of a list.
 #[derive(Debug, Default)]
 struct Page {
