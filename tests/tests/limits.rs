@@ -270,6 +270,36 @@ fn answers_before_broken_framing_are_delivered() {
     counterfoil.assert_quiescent();
 }
 
+/// The same to a client that does not read at all: `write_timeout` ends it.
+#[test]
+fn broken_framing_from_a_client_that_never_reads() {
+    const COUNT: u16 = 300;
+    let backend = FakeBackend::start(|connection| {
+        while let Some(query) = connection.query() {
+            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+            answer.resize(60_000, 0);
+            connection.send(&answer);
+        }
+    });
+    let config = config(backend.address)
+        .set("listener", "write_timeout", "\"4s\"")
+        .set("listener", "max_in_flight", COUNT)
+        .set("listener", "max_pending_answers", "\"64MiB\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut deaf = counterfoil.client();
+    let mut sent: Vec<u8> =
+        (0..COUNT).flat_map(|id| message::framed(&message::query(id, "large.example.test", qtype::A))).collect();
+    sent.extend([0, 3, 0, 0, 0]);
+    deaf.send_raw(&sent).unwrap();
+    let reason = [("reason", "write_timeout")];
+    let metrics = counterfoil.wait_metrics("the deaf client is closed", SOON * 4, |metrics| {
+        metrics.sum("client_connections_closed_total", &reason) == 1.0
+    });
+    assert_eq!(metrics.sum("queries_total", &[]), f64::from(COUNT), "all before the broken framing were read");
+    drop(deaf);
+    counterfoil.assert_quiescent();
+}
+
 /// A client that asks and never reads: its answers are bounded, and others are served all the while.
 #[test]
 fn a_client_that_never_reads_is_ended() {

@@ -92,6 +92,7 @@ pub struct Session {
     pub(crate) recorded: bool,
     /// The client has sent FIN.
     pub(crate) read_closed: bool,
+    /// It closes for this reason, whatever it owes the client.
     pub(crate) close: Option<ClientCloseReason>,
     /// It takes no more messages, and closes for this reason once it owes the client nothing.
     pub(crate) ending: Option<ClientCloseReason>,
@@ -318,8 +319,6 @@ impl Session {
     /// answer it is owed (RFC 7766 section 6.2.4 speaks of clients that closed; half-closing is not closing).
     pub fn finished(&self) -> Option<ClientCloseReason> {
         match self.close {
-            // Whatever was answered before the malformed message is still delivered.
-            Some(ClientCloseReason::Malformed) if !self.out.is_empty() || self.in_flight() > 0 => None,
             Some(reason) => Some(reason),
             // Whatever came of the transfer is still delivered; other answers may be long in coming.
             None if self.ending == Some(ClientCloseReason::TransferBroken) && self.out.is_empty() => self.ending,

@@ -187,7 +187,8 @@ impl Core {
                 Err(error) => {
                     if let Some(session) = self.sessions.get_mut(key.0) {
                         tracing::debug!(session = session.serial, client = %session.client, %error, "malformed message");
-                        session.close = Some(ClientCloseReason::Malformed);
+                        // Whatever was asked before it is still answered.
+                        session.ending = Some(ClientCloseReason::Malformed);
                     }
                     // Nothing after a broken length can be understood.
                     taken = bytes.len();

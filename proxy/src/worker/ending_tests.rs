@@ -91,3 +91,36 @@ fn the_shorter_times_hold_near_a_limit() {
     let [one, other] = [(); 2].map(|()| plan.listeners[0].limits(Pace::Normal));
     assert!(Rc::ptr_eq(&one, &other), "all sessions of a listener share them");
 }
+
+/// What was asked before the framing broke is still delivered, to a client that reads; who does not read has no more time
+/// for it than others, and the end of draining is the end.
+#[test]
+fn broken_framing_leaves_the_limits_in_force() {
+    for (drains, reason) in [(false, ClientCloseReason::WriteTimeout), (true, ClientCloseReason::Drained)] {
+        let mut sim = Sim::new(&configuration("write_timeout = \"2s\""));
+        let clients = [1000, 1001].map(|port| sim.connect_client(&format!("192.0.2.1:{port}")));
+        let [deaf, reader] = clients;
+        sim.clients.get_mut(&deaf).unwrap().deaf = true;
+        for client in clients {
+            sim.ask(client, 1, "a.test");
+            sim.say(client, &[0; 3]);
+            sim.ask(client, 2, "after.it.test");
+            assert_eq!(sim.core.sessions[client.0].in_flight(), 1, "what follows is not taken");
+        }
+        sim.answer_all();
+        assert!(sim.clients.contains_key(&deaf) && !sim.clients.contains_key(&reader));
+        assert_eq!(closed(&sim, ClientCloseReason::Malformed), 1);
+        assert_eq!(sim.core.stats.listeners[0].answers.get(), 2);
+        sim.pass(Duration::from_millis(1900));
+        let deadline = sim.core.sessions[deaf.0].deadline();
+        assert!(deadline > sim.now, "its timer would come again and again");
+        if drains {
+            sim.core.drain_is_over();
+            sim.settle();
+        } else {
+            sim.pass(Duration::from_millis(101));
+        }
+        assert_eq!((closed(&sim, reason), closed(&sim, ClientCloseReason::Malformed)), (1, 1));
+        sim.assert_quiescent();
+    }
+}
