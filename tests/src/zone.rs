@@ -1,6 +1,8 @@
 //! The zone that is transferred, and transfers as a client does them.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use hickory_proto::op::Message;
@@ -130,14 +132,27 @@ pub fn without_ids(mut messages: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
 /// # Panics
 /// If kdig is not content.
 #[track_caller]
-pub fn kdig(server: std::net::SocketAddr, source: &str, what: &str, signed: bool) -> String {
-    let (port, at) = (server.port().to_string(), format!("@{}", server.ip()));
+pub fn kdig(server: SocketAddr, source: &str, what: &str, signed: bool) -> String {
     let key = format!("{}:{}:{}", KEY.0, KEY.1, KEY.2);
-    let mut args =
-        vec![at.as_str(), "-p", &port, "-b", source, NAME, what, "+noall", "+answer", "+retry=0", "+timeout=15"];
-    if signed {
-        args.extend(["-y", &key]);
-    }
+    let options = ["-y", &key];
+    kdig_with(server, source, what, if signed { &options } else { &[] })
+}
+
+/// The same over TLS, from a server of this name with a certificate of this authority.
+///
+/// # Panics
+/// If kdig is not content.
+#[track_caller]
+pub fn kdig_over_tls(server: SocketAddr, source: &str, what: &str, ca: &Path, name: &str) -> String {
+    let (ca, name) = (format!("+tls-ca={}", ca.display()), format!("+tls-hostname={name}"));
+    kdig_with(server, source, what, &["+tls", &ca, &name])
+}
+
+#[track_caller]
+fn kdig_with(server: SocketAddr, source: &str, what: &str, options: &[&str]) -> String {
+    let (port, at) = (server.port().to_string(), format!("@{}", server.ip()));
+    let common = [at.as_str(), "-p", &port, "-b", source, NAME, what, "+noall", "+answer", "+retry=0", "+timeout=15"];
+    let args = [&common[..], options].concat();
     let (ok, output) = crate::process::run("kdig", &args, Duration::from_secs(60));
     assert!(ok && !output.contains(";;"), "{args:?}: {output}");
     output
