@@ -79,6 +79,17 @@ impl Namespace {
         ip(&words);
     }
 
+    /// Runs nft(8) inside with these commands, one a line, and returns what it says.
+    ///
+    /// # Panics
+    /// If it fails, as it does on a kernel without nf_tables.
+    #[track_caller]
+    pub fn nft(&self, commands: &str) -> String {
+        let (ok, output) = self.run(|| process::run("nft", &[commands], DEADLINE));
+        assert!(ok, "nft {commands}: {output}");
+        output
+    }
+
     /// Sets one of the `net` sysctls, such as `ipv4/ip_local_port_range`; each namespace has its own.
     ///
     /// # Panics

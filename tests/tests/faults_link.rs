@@ -1,0 +1,133 @@
+//! A link that loses packets and brings some twice, by chance: a fault of the network, named by its row in docs/faults.md.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::time::Duration;
+
+use counterfoil_tests::config::Config;
+use counterfoil_tests::counterfoil::{Counterfoil, Options, message as logged};
+use counterfoil_tests::driver::{Client, Load, Outcome};
+use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::message::{self, qtype, rcode};
+use counterfoil_tests::netns::{self, Namespace};
+use counterfoil_tests::wait;
+
+/// Of a hundred packets that arrive at either end, and as many again come twice. A query or an answer is late by 15 s, where
+/// the clients would call it a hang, if it is lost seven times in a row: once in ten million.
+const PERCENT: u32 = 10;
+
+const CLIENTS: usize = 4;
+
+/// Of each client.
+const QUERIES: usize = 120;
+
+/// So many have one TLV, and so a connection, in common.
+const TOGETHER: usize = 8;
+
+/// Makes what comes in at this end be lost, and what leaves it for `peer` come twice, by chance.
+fn spoil(end: &Namespace, peer: &Namespace) {
+    end.nft(&format!(
+        "table ip chance {{
+            chain arriving {{
+                type filter hook input priority 0;
+                iifname veth0 meta l4proto tcp numgen random mod 100 < {PERCENT} counter drop
+            }}
+            chain leaving {{
+                type filter hook output priority 0;
+                oifname veth0 meta l4proto tcp numgen random mod 100 < {PERCENT} counter dup to {} device veth0
+            }}
+        }}",
+        peer.address
+    ));
+}
+
+/// Makes it a good end again; how many packets were lost, and how many came twice.
+fn mend(end: &Namespace) -> [u64; 2] {
+    let rules = end.nft("list table ip chance");
+    end.nft("delete table ip chance");
+    let counts = rules.split("counter packets ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
+    counts.collect::<Vec<u64>>().try_into().unwrap()
+}
+
+/// Segments that TCP has sent again in this namespace (RFC 4022, tcpRetransSegs).
+fn sent_again(end: &Namespace) -> u64 {
+    let text = end.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: ")).map(str::split_whitespace);
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    names.zip(values).find(|(name, _)| *name == "RetransSegs").unwrap().1.parse().unwrap()
+}
+
+fn ask_all(mut client: Client, number: usize) -> Outcome {
+    let name = move |n: usize| format!("x.k{number}-{}.n{n}.example.test", n / TOGETHER);
+    let load = Load { count: QUERIES, in_flight: 10, rate: Some(30.0), name: &name, ..Load::default() };
+    // The client leaves while packets are lost.
+    load.run(&mut client)
+}
+
+/// On both sides of Counterfoil, whose connections to the backend come and go all the while.
+#[test]
+fn f52_packets_lost_and_doubled_by_chance() {
+    let (near, far) = netns::pair();
+    let listener = far.run(|| TcpListener::bind((far.address, 0)).unwrap());
+    let backend = FakeBackend::start_on(listener, |connection| {
+        if connection.header().is_none() {
+            return;
+        }
+        while let Some(query) = connection.query() {
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    // Its watchdog finds what is wrong for a second.
+    let config = Config::new(backend.address)
+        .listen(SocketAddr::from((near.address, 0)))
+        .backend_key("connect_timeout", "\"6s\"")
+        .identity("address")
+        .tlv(0xe0, "{qname_label:2}")
+        .set("pool", "query_timeout", "\"8s\"")
+        .set("listener", "idle_timeout", "\"20s\"")
+        .set("listener", "message_timeout", "\"20s\"")
+        .set("connections", "idle_timeout", "\"500ms\"")
+        .set("connections", "cleanup_interval", "\"100ms\"")
+        .set("watchdog", "interval", "\"200ms\"")
+        .set("watchdog", "grace", "\"1s\"")
+        .set("watchdog", "crosscheck_interval", "\"1s\"");
+    let counterfoil = Counterfoil::start_with(&config, Options { namespace: Some(&near), ..Options::default() });
+    let connect = || Client::connect(counterfoil.address, Some(IpAddr::from(far.address)));
+    let clients: Vec<Client> = far.run(|| (0..CLIENTS).map(|_| connect()).collect());
+    spoil(&near, &far);
+    spoil(&far, &near);
+    let outcomes: Vec<Outcome> = std::thread::scope(|scope| {
+        let loads: Vec<_> = clients
+            .into_iter()
+            .enumerate()
+            .map(|(number, client)| scope.spawn(move || ask_all(client, number)))
+            .collect();
+        loads.into_iter().map(|load| load.join().unwrap()).collect()
+    });
+    let counts = [mend(&near), mend(&far)];
+    let again = [sent_again(&near), sent_again(&far)];
+    println!("{outcomes:#?}; lost and doubled {counts:?}, sent again {again:?}");
+    for outcome in &outcomes {
+        assert!(outcome.foreign.is_empty() && outcome.missing.is_empty() && outcome.ended.is_none(), "{outcome:?}");
+        assert!(outcome.failed.keys().all(|code| *code == rcode::SERVFAIL), "{outcome:?}");
+        assert!(outcome.answered >= QUERIES / 2, "{outcome:?}");
+    }
+    assert!(counts.as_flattened().iter().chain(&again).all(|count| *count > 0), "{counts:?}, {again:?}");
+    let mut client = far.run(connect);
+    wait::until("it is well again", Duration::from_secs(10), || {
+        message::response_code(&client.exchange(1, "x.after.n.example.test", qtype::A)) == rcode::NOERROR
+    });
+    drop(client);
+    near.run(|| {
+        counterfoil.assert_quiescent();
+        assert!(counterfoil.backend_sockets(backend.address).is_empty());
+        let metrics = counterfoil.metrics();
+        assert!(metrics.sum("backend_connections_opened_total", &[]) >= (CLIENTS * QUERIES / TOGETHER) as f64);
+        for name in ["reaped_total", "kernel_witness_disagreements_total", "kernel_view_uncertain"] {
+            assert_eq!(metrics.sum(name, &[]), 0.0, "{name}");
+        }
+    });
+    let found = counterfoil.process.lines().into_iter().find(|line| logged(line, "finding").is_some());
+    assert!(found.is_none(), "{found:?}");
+    far.run(|| drop(backend));
+}
