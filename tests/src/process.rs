@@ -1,8 +1,10 @@
 //! Child processes: output captured from the first byte, stopped by their own process id.
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -257,6 +259,14 @@ pub fn run(program: &str, args: &[&str], deadline: Duration) -> (bool, String) {
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("a bound socket has an address").port()
+}
+
+/// An address at which connections are refused: the next of loopback's, at the port of tcpmux, which nobody serves. A port
+/// that was free a moment ago may be another server's by now, or the one that the last call gave.
+pub fn nobody() -> SocketAddr {
+    static LAST: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = LAST.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    SocketAddr::from(([127, 111, high, low], 1))
 }
 
 /// Starts a server on a free port, again on another one if the port was taken in between.

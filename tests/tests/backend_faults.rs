@@ -268,7 +268,7 @@ fn a_fin_on_an_idle_connection_is_seen_within_100_ms() {
 
 #[test]
 fn a_refused_connect_is_servfail_at_once() {
-    let nobody = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+    let nobody = process::nobody();
     let counterfoil = Counterfoil::start(&config(nobody).set("pool", "query_timeout", "\"5s\""));
     let mut client = counterfoil.client();
     let taken = expect_servfail(&mut client, 1);
@@ -319,7 +319,7 @@ fn a_refused_connect_spoils_no_open_connection() {
 #[test]
 fn one_of_two_backends_down_costs_no_answer() {
     let good = FakeBackend::answering(false);
-    let nobody = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+    let nobody = process::nobody();
     let counterfoil = Counterfoil::start(&config(nobody).backend(good.address, &[]));
     let mut client = counterfoil.client();
     let outcome = Load { count: 200, in_flight: 4, ..Load::default() }.run(&mut client);

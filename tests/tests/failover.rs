@@ -9,14 +9,11 @@ use counterfoil_tests::counterfoil::{Counterfoil, Options};
 use counterfoil_tests::driver::{Client, Load, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
+use counterfoil_tests::netns;
+use counterfoil_tests::process::nobody;
 use counterfoil_tests::servers::Unbound;
-use counterfoil_tests::{netns, process};
 
 const SOON: Duration = Duration::from_secs(5);
-
-fn nobody() -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, process::free_port()))
-}
 
 fn config(backend: SocketAddr) -> Config {
     Config::new(backend)

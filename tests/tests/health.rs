@@ -132,7 +132,7 @@ fn checks_are_connections_like_all_others() {
 
 #[test]
 fn who_refuses_the_first_check_gets_no_query() {
-    let nobody = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+    let nobody = process::nobody();
     let good = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&config(nobody).backend(good.address, &KEYS));
     wait_up(&counterfoil, "backend-1", true);

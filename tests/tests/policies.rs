@@ -92,7 +92,7 @@ fn the_second_takes_over_when_the_first_available_goes() {
 fn every_policy_answers_all_while_one_of_two_is_gone() {
     for policy in ["least-outstanding", "round-robin", "weighted-random", "consistent-hash", "first-available"] {
         let good = FakeBackend::answering(true);
-        let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+        let nobody = process::nobody();
         let config = Config::new(nobody)
             .backend(good.address, &[])
             .identity("connection")
