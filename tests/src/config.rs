@@ -27,6 +27,12 @@ impl Config {
         Self::default().set("server", "workers", "1").backend(backend, &[])
     }
 
+    /// Idle backend connections close after a second, so that a scenario comes to rest soon.
+    #[must_use]
+    pub fn settles_soon(self) -> Self {
+        self.set("connections", "idle_timeout", "\"1s\"").set("connections", "cleanup_interval", "\"100ms\"")
+    }
+
     /// Sets a key of a section that exists once: `server`, `overload`, `listener`, `listener.accept_proxy`, `listener.tls`,
     /// `pool`, `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
     #[must_use]

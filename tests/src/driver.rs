@@ -142,6 +142,16 @@ impl Client {
         answer
     }
 
+    /// A query of this client is answered.
+    ///
+    /// # Panics
+    /// Like [`Self::exchange`], and if the answer is an error.
+    #[track_caller]
+    pub fn assert_served(&mut self) {
+        let answer = self.exchange(77, "served.example.test", message::qtype::A);
+        assert_eq!(message::response_code(&answer), message::rcode::NOERROR);
+    }
+
     /// What a [telling](crate::fake_backend::FakeBackend::telling) backend was told of this client.
     ///
     /// # Panics

@@ -78,6 +78,20 @@ impl FakeBackend {
         })
     }
 
+    /// One that needs PROXY headers and answers, and the headers that opened its connections.
+    pub fn recording() -> (Self, Arc<Mutex<Vec<Header>>>) {
+        let headers = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&headers);
+        let backend = Self::start(move |connection| {
+            let Some(header) = connection.header() else { return };
+            seen.lock().expect("nobody panics with the lock").push(header);
+            while let Some(query) = connection.query() {
+                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+            }
+        });
+        (backend, headers)
+    }
+
     /// One that needs PROXY headers and whose TXT answers tell the one that it got: source, destination, TLVs with their
     /// types in hex.
     pub fn telling() -> Self {

@@ -28,10 +28,7 @@ fn expect_servfail(client: &mut Client, id: u16) -> Duration {
 }
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"1s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"1s\"")
 }
 
 #[test]

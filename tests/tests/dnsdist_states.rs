@@ -18,10 +18,7 @@ const SOON: Duration = Duration::from_secs(10);
 const FORMERR: u8 = 1;
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"2s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"2s\"")
 }
 
 /// Answers of 64 KiB to all names but `silent`, which gets none.

@@ -20,10 +20,7 @@ const SOON: Duration = Duration::from_secs(5);
 const NAME: &str = "dot.example.test";
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"3s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"3s\"")
 }
 
 fn load(client: &mut Client, count: usize) {

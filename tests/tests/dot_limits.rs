@@ -26,12 +26,6 @@ fn config(backend: SocketAddr) -> (Authority, Config, Tls) {
     (authority, config, tls)
 }
 
-#[track_caller]
-fn expect_served(client: &mut Client) {
-    let answer = client.exchange(77, "served.example.test", qtype::A);
-    assert_eq!(message::response_code(&answer), rcode::NOERROR);
-}
-
 /// Silent clients, one that drips its hello, and one that says hello and then nothing: each has its time, all of them
 /// together have their places, and who is in is served meanwhile (CVE-2024-28854).
 #[test]
@@ -47,7 +41,7 @@ fn f02_slow_and_silent_handshakes() {
     );
     let counterfoil = Counterfoil::start(&config);
     let mut served = Client::connect_tls(counterfoil.address, None, &tls);
-    expect_served(&mut served);
+    served.assert_served();
 
     let begun = Instant::now();
     let mut slow: Vec<Client> = (0..PLACES).map(|_| counterfoil.client()).collect();
@@ -64,7 +58,7 @@ fn f02_slow_and_silent_handshakes() {
     let hello = tls.hello();
     let mut dripped = 0;
     while begun.elapsed() < TIME && dripped < hello.len() {
-        expect_served(&mut served);
+        served.assert_served();
         if slow[5].send_raw(&hello[dripped..=dripped]).is_err() {
             break;
         }
@@ -82,8 +76,8 @@ fn f02_slow_and_silent_handshakes() {
     let metrics = counterfoil.metrics();
     assert_eq!(metrics.sum("tls_handshake_failures_total", &[("reason", "timeout")]), PLACES as f64);
     // The places are free again.
-    expect_served(&mut Client::connect_tls(counterfoil.address, None, &tls));
-    expect_served(&mut served);
+    Client::connect_tls(counterfoil.address, None, &tls).assert_served();
+    served.assert_served();
     drop(served);
     counterfoil.assert_quiescent();
     assert_eq!(counterfoil.metrics().sum("client_connections_pending", &[]), 0.0);
@@ -98,7 +92,7 @@ fn connections_are_limited() {
     let counterfoil = Counterfoil::start(&config);
     let connect = |source: &str| counterfoil.client_from(source).over_tls(&tls);
     let mut clients: Vec<Client> = (0..4).map(|_| connect("127.0.0.2").unwrap()).collect();
-    clients.iter_mut().for_each(expect_served);
+    clients.iter_mut().for_each(Client::assert_served);
     assert!(connect("127.0.0.2").is_err());
     assert_eq!(counterfoil.refused("per_client"), 1.0);
     // Two that do not even begin their handshake, and four that do.
@@ -109,11 +103,11 @@ fn connections_are_limited() {
     clients.extend((0..2).map(|_| connect("127.0.0.4").unwrap()));
     assert!(connect("127.0.0.5").is_err());
     assert_eq!((counterfoil.refused("per_client"), counterfoil.refused("per_listener")), (2.0, 1.0));
-    clients.iter_mut().for_each(expect_served);
+    clients.iter_mut().for_each(Client::assert_served);
     drop((clients, silent));
     counterfoil.assert_quiescent();
     assert_eq!(counterfoil.metrics().sum("tls_handshake_failures_total", &[("reason", "closed")]), 2.0);
-    expect_served(&mut connect("127.0.0.5").unwrap());
+    connect("127.0.0.5").unwrap().assert_served();
 }
 
 /// Each end that the server makes is said by close_notify.
@@ -131,7 +125,7 @@ fn times_and_numbers_are_limited_and_the_end_is_orderly() {
         let (_files, config, tls) = config(backend.address);
         let counterfoil = Counterfoil::start(&config.set("listener", key, value));
         let mut client = Client::connect_tls(counterfoil.address, None, &tls);
-        expect_served(&mut client);
+        client.assert_served();
         // What is over already may be closed.
         let _ = client.send_raw(octets);
         assert_eq!(client.receive(SOON), Received::Closed, "{reason}");
@@ -215,7 +209,7 @@ fn draining_ends_in_order() {
     let (_files, config, tls) = config(backend.address);
     let mut counterfoil = Counterfoil::start(&config.set("server", "drain_timeout", "\"5s\""));
     let mut idle = Client::connect_tls(counterfoil.address, None, &tls);
-    expect_served(&mut idle);
+    idle.assert_served();
     let mut asking = Client::connect_tls(counterfoil.address, None, &tls);
     asking.ask(1, "slow.example.test", qtype::A);
     wait::until("the query is there", SOON, || backend.queries() == 2);

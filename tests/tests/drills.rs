@@ -151,8 +151,7 @@ fn a_neglected_connection_is_reaped_by_its_worker() {
         .tlv(0xea, "y")
         .set("listener", "idle_timeout", "\"60s\"")
         .set("pool", "query_timeout", "\"1s\"")
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
+        .settles_soon()
         .set("watchdog", "reap", "\"on\"");
     let mut counterfoil = Counterfoil::start(&config);
     let neglect = counterfoil.admin(&json!({"cmd": "neglect", "worker": 0}), DETECTED_WITHIN);

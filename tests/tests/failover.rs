@@ -16,10 +16,7 @@ use counterfoil_tests::servers::Unbound;
 const SOON: Duration = Duration::from_secs(5);
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"2s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"2s\"")
 }
 
 /// Even without retries, and even for what must not be asked twice: nothing was sent to those that refused.

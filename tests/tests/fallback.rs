@@ -13,8 +13,7 @@ fn start(backend: &FakeBackend, view: &str) -> Counterfoil {
         .identity("connection")
         .set("kernel", "view", format!("\"{view}\""))
         .set("watchdog", "reap", "\"on\"")
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"");
+        .settles_soon();
     Counterfoil::start(&config)
 }
 

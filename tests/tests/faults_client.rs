@@ -19,17 +19,7 @@ const NOTIMP: u8 = 4;
 const FORMERR: u8 = 1;
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
-}
-
-#[track_caller]
-fn expect_served(client: &mut Client) {
-    let answer = client.exchange(77, "served.example.test", qtype::A);
-    assert_eq!(message::response_code(&answer), rcode::NOERROR);
+    Config::new(backend).settles_soon()
 }
 
 /// Its network goes away: no FIN, no RST. Its time runs out, and the connections that it owned go with it.
@@ -109,7 +99,7 @@ fn f05_a_client_that_resets_while_its_query_is_in_flight() {
         }
         release.store(true, Ordering::SeqCst);
         let mut stays = counterfoil.client();
-        expect_served(&mut stays);
+        stays.assert_served();
         assert_eq!(backend.accepted(), if owned { 2 } else { 1 });
         drop(stays);
         counterfoil.assert_quiescent();

@@ -17,11 +17,7 @@ use counterfoil_tests::wait;
 const SOON: Duration = Duration::from_secs(10);
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
+    Config::new(backend).settles_soon()
 }
 
 fn start_in(namespace: &Namespace, config: &Config) -> Counterfoil {

@@ -18,11 +18,7 @@ const SOON: Duration = Duration::from_secs(5);
 const NAME: &str = "dot.example.test";
 
 fn config(backend: SocketAddr, authority: &Authority) -> Config {
-    Config::new(backend)
-        .dot(NAME, &authority.ca)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"3s\"")
+    Config::new(backend).dot(NAME, &authority.ca).settles_soon().set("pool", "query_timeout", "\"3s\"")
 }
 
 fn closed_for(counterfoil: &Counterfoil, reason: &str) -> f64 {

@@ -137,11 +137,7 @@ fn a_client_that_half_closes_gets_all_its_answers() {
         }
         connection.wait_closed();
     });
-    let config = Config::new(backend.address).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    );
+    let config = Config::new(backend.address).settles_soon();
     let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
     for id in 0..COUNT {
@@ -160,11 +156,7 @@ fn a_client_that_half_closes_gets_all_its_answers() {
 #[test]
 fn a_client_that_leaves_spoils_nothing_for_others() {
     let backend = FakeBackend::answering(false);
-    let config = Config::new(backend.address).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    );
+    let config = Config::new(backend.address).settles_soon();
     let counterfoil = Counterfoil::start(&config);
     let mut stays = counterfoil.client();
     for round in 0..50_u16 {

@@ -2,27 +2,12 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 
 use std::net::{Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::{Client, Load};
-use counterfoil_tests::fake_backend::{FakeBackend, Header};
+use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
-
-/// A backend that answers, and the headers that opened its connections.
-fn recording() -> (FakeBackend, Arc<Mutex<Vec<Header>>>) {
-    let headers = Arc::new(Mutex::new(Vec::new()));
-    let record = Arc::clone(&headers);
-    let backend = FakeBackend::start(move |connection| {
-        let Some(header) = connection.header() else { return };
-        record.lock().unwrap().push(header);
-        while let Some(query) = connection.query() {
-            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-        }
-    });
-    (backend, headers)
-}
 
 fn config(backend: SocketAddr) -> Config {
     Config::new(backend).set("connections", "idle_timeout", "\"500ms\"").set(
@@ -34,7 +19,7 @@ fn config(backend: SocketAddr) -> Config {
 
 #[test]
 fn a_header_comes_once_and_first_and_says_what_is_true() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = config(backend.address).identity("connection").tlv(0xe1, "a").tlv(0xe0, "{qname}").tlv(0xe1, "b");
     let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client_from("127.0.0.9");
@@ -59,7 +44,7 @@ fn a_header_comes_once_and_first_and_says_what_is_true() {
 fn clients_over_ipv6_are_named_by_their_addresses() {
     let loopback = Ipv6Addr::LOCALHOST;
     for (identity, port_and_address) in [("connection", true), ("address", false), ("subnet", false)] {
-        let (backend, headers) = recording();
+        let (backend, headers) = FakeBackend::recording();
         let config = config(backend.address).identity(identity).listen(SocketAddr::from((loopback, 0)));
         let counterfoil = Counterfoil::start(&config);
         let mut client = Client::connect(counterfoil.address, None);
@@ -91,7 +76,7 @@ fn without_proxy_protocol_the_query_comes_first() {
 /// A header that would be too long for the backend fails its query and nothing else.
 #[test]
 fn a_header_over_the_limit_fails_its_query_alone() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = config(backend.address).identity("address").tlv(0xe0, "{qname}").set(
         "pool.proxy_protocol",
         "max_header",

@@ -28,11 +28,7 @@ const KEYS: [(&str, &str); 4] = [
 ];
 
 fn config(backend: SocketAddr) -> Config {
-    let config = Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    );
+    let config = Config::new(backend).settles_soon();
     KEYS.iter().fold(config, |config, (key, value)| config.backend_key(key, value))
 }
 

@@ -15,11 +15,7 @@ use counterfoil_tests::wait;
 const SOON: Duration = Duration::from_secs(5);
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
+    Config::new(backend).settles_soon()
 }
 
 /// The server turns this client away: it closes without an answer.

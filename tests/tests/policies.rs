@@ -18,7 +18,7 @@ fn queries(counterfoil: &Counterfoil) -> [usize; 2] {
 }
 
 fn settle(config: Config) -> Config {
-    config.set("connections", "idle_timeout", "\"1s\"").set("connections", "cleanup_interval", "\"100ms\"")
+    config.settles_soon()
 }
 
 #[test]

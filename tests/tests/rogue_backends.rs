@@ -13,10 +13,7 @@ use counterfoil_tests::message::{self, qtype, rcode};
 const SOON: Duration = Duration::from_secs(5);
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"2s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"2s\"")
 }
 
 /// A reset or FIN in the middle of an answer while others are outstanding: that one fails, the others are asked again,

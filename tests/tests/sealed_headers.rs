@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
@@ -16,26 +15,12 @@ const SOON: Duration = Duration::from_secs(5);
 const CRC32C: u8 = 3;
 const UNIQUE_ID: u8 = 5;
 
-/// A backend that answers, and the headers that it got.
-fn recording() -> (FakeBackend, Arc<Mutex<Vec<Header>>>) {
-    let headers = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&headers);
-    let backend = FakeBackend::start(move |connection| {
-        let Some(header) = connection.header() else { return };
-        seen.lock().unwrap().push(header);
-        while let Some(query) = connection.query() {
-            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-        }
-    });
-    (backend, headers)
-}
-
 fn value(header: &Header, kind: u8) -> Option<&[u8]> {
     header.tlvs.iter().find(|(of, _)| *of == kind).map(|(_, value)| value.as_slice())
 }
 
 fn settle(config: Config) -> Config {
-    config.set("connections", "idle_timeout", "\"1s\"").set("connections", "cleanup_interval", "\"100ms\"")
+    config.settles_soon()
 }
 
 /// Bit by bit, as the specification has it; the program does it with a table.
@@ -47,7 +32,7 @@ fn crc32c(octets: &[u8]) -> u32 {
 
 #[test]
 fn each_connection_has_its_own_id_and_who_shares_it_does_not_change() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = Config::new(backend.address)
         .identity("address")
         .tlv(0xe0, "{unique_id}")
@@ -101,7 +86,7 @@ fn servers_take_sealed_headers() {
 /// Queries with the same option share a connection; what has none gets an empty value.
 #[test]
 fn an_edns_option_becomes_a_tlv() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = Config::new(backend.address).identity("address").tlv(0xe0, "{edns:65001}");
     let counterfoil = Counterfoil::start(&settle(config));
     let mut client = counterfoil.client();
@@ -129,7 +114,7 @@ fn an_edns_option_becomes_a_tlv() {
 /// The same headers count once, whatever worker and client they belong to.
 #[test]
 fn different_headers_are_estimated_over_all_workers() {
-    let (backend, _) = recording();
+    let (backend, _) = FakeBackend::recording();
     let config = Config::new(backend.address).identity("forwarder").tlv(0xe0, "{qname_label:1}");
     let counterfoil = Counterfoil::start(&settle(config.set("server", "workers", 2)));
     for _ in 0..6 {
@@ -144,7 +129,7 @@ fn different_headers_are_estimated_over_all_workers() {
 /// With the seal it would be longer than allowed: a query that needs it fails, and the next one lives.
 #[test]
 fn the_limit_counts_the_seal() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = Config::new(backend.address)
         .identity("address")
         .tlv(0xe0, "{qname}")

@@ -15,11 +15,7 @@ const SOON: Duration = Duration::from_secs(10);
 const LATER: Duration = Duration::from_secs(60);
 
 fn config(holding: &Holding) -> Config {
-    Config::new(holding.backend.address).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
+    Config::new(holding.backend.address).settles_soon()
 }
 
 /// All wire IDs of a connection are in use, most of them for queries whose client has left: what comes then goes over

@@ -12,11 +12,7 @@ use counterfoil_tests::servers::{Recursor, Unbound};
 const SOON: Duration = Duration::from_secs(10);
 
 fn config(backend: std::net::SocketAddr) -> Config {
-    Config::new(backend).set("connections", "spares_per_backend", 3).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
+    Config::new(backend).set("connections", "spares_per_backend", 3).settles_soon()
 }
 
 /// Each client has its own header, so each needs a connection of its own: all but the first get one that was ready.

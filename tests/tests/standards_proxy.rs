@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
@@ -24,20 +23,6 @@ fn config(backend: SocketAddr) -> Config {
         "cleanup_interval",
         "\"100ms\"",
     )
-}
-
-/// A backend that answers, and the headers that it got.
-fn recording() -> (FakeBackend, Arc<Mutex<Vec<Header>>>) {
-    let headers = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&headers);
-    let backend = FakeBackend::start(move |connection| {
-        let Some(header) = connection.header() else { return };
-        seen.lock().unwrap().push(header);
-        while let Some(query) = connection.query() {
-            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-        }
-    });
-    (backend, headers)
 }
 
 /// The whole header is the first thing sent, in one write, which has the first query, too; for every identity, and however
@@ -71,7 +56,7 @@ fn section_2_the_header_is_written_at_once_and_first() {
 /// By default no header is longer than 512 octets: it fits the first segment of any path (536 octets), whatever the TLVs.
 #[test]
 fn section_2_headers_fit_the_smallest_segment() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let counterfoil = Counterfoil::start(&config(backend.address).identity("connection").tlv(0xe0, "{qname}{qname}"));
     let mut client = counterfoil.client();
     for (id, length) in (1..).zip([1, 20, 40, 57, 58, 60]) {
@@ -141,7 +126,7 @@ fn section_2_2_lengths_that_cut_something_off() {
 /// NOOP is padding; UNIQUE_ID has at most 128 octets; types that nobody knows are passed on as they are.
 #[test]
 fn section_2_2_4_types_of_tlvs() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = config(backend.address).identity("connection").accept_proxy(&["127.0.0.1"]);
     let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
@@ -199,7 +184,7 @@ fn section_2_1_lines_of_version_1() {
 /// Connections that the program opens for itself, health checks, say LOCAL and speak for nobody; those for clients PROXY.
 #[test]
 fn section_2_2_health_checks_are_local() {
-    let (backend, headers) = recording();
+    let (backend, headers) = FakeBackend::recording();
     let config = Config::default()
         .set("server", "workers", 1)
         .backend(backend.address, &[("health.mode", "\"auto\""), ("health.interval", "\"50ms\"")])

@@ -18,17 +18,7 @@ use counterfoil_tests::wait;
 const SOON: Duration = Duration::from_secs(5);
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
-}
-
-#[track_caller]
-fn expect_served(client: &mut Client) {
-    let answer = client.exchange(77, "served.example.test", qtype::A);
-    assert_eq!(message::response_code(&answer), rcode::NOERROR);
+    Config::new(backend).settles_soon()
 }
 
 /// A length below that of a header is no message. No octet of what follows is taken for one, from neither side.
@@ -54,7 +44,7 @@ fn rfc1035_4_2_2_lengths_without_room_for_a_header() {
         let mut client = counterfoil.client();
         let failed = client.exchange(1, &format!("length{length}.example.test"), qtype::A);
         assert_eq!(message::response_code(&failed), rcode::SERVFAIL, "{length}");
-        expect_served(&mut client);
+        client.assert_served();
         let query = message::framed(&message::query(2, "behind.example.test", qtype::A));
         client.send_raw(&[&[0, length][..], &query].concat()).unwrap();
         client.assert_closed(SOON);
@@ -80,7 +70,7 @@ fn rfc7766_8_a_query_split_at_every_octet() {
             client.send_raw(&query[..*cut]).unwrap();
         }
         // When the worker answers somebody else, it has read the first parts.
-        expect_served(&mut other);
+        other.assert_served();
         for (client, cut) in clients.iter_mut().zip(cuts) {
             client.send_raw(&query[*cut..]).unwrap();
         }
@@ -279,7 +269,7 @@ fn rfc7766_6_2_3_only_whole_messages_reset_the_idle_timeout() {
     let mut client = counterfoil.client();
     let start = Instant::now();
     while start.elapsed() < Duration::from_millis(1500) {
-        expect_served(&mut client);
+        client.assert_served();
         assert_eq!(client.receive(Duration::from_millis(250)), Received::Nothing);
     }
     let start = Instant::now();
@@ -312,7 +302,7 @@ fn rfc7766_6_2_4_only_queries_are_asked_again() {
     let counterfoil = Counterfoil::start(&config(backend.address));
     let mut client = counterfoil.client();
     for (opcode, times) in [(0, 2), (4, 1), (5, 1), (2, 1), (15, 1)] {
-        expect_served(&mut client);
+        client.assert_served();
         let mut query = message::query(1, "dies.example.test", qtype::A);
         query[2] = opcode << 3 | 1;
         client.send_raw(&message::framed(&query)).unwrap();
@@ -345,7 +335,7 @@ fn rfc7766_6_2_4_nothing_is_sent_to_a_client_that_left() {
     leaves.reset();
     counterfoil.wait_metrics("they are abandoned", SOON, |m| m.sum("queries_abandoned_total", &[]) == 5.0);
     let mut stays = counterfoil.client();
-    expect_served(&mut stays);
+    stays.assert_served();
     assert_eq!((counterfoil.metrics().sum("answers_total", &[]), backend.accepted()), (1.0, 1));
     drop(stays);
     counterfoil.assert_quiescent();

@@ -22,10 +22,7 @@ const FORMERR: u8 = 1;
 const SERIAL: u32 = 9;
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"2s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"2s\"")
 }
 
 fn is_transfer(query: &[u8]) -> bool {
@@ -52,12 +49,6 @@ fn primary(messages: &'static [&'static [Rr]], closes: bool) -> FakeBackend {
 
 fn ask(client: &mut Client, query: &[u8]) {
     client.send_raw(&message::framed(query)).unwrap();
-}
-
-#[track_caller]
-fn expect_served(client: &mut Client) {
-    let answer = client.exchange(77, "served.example.test", qtype::A);
-    assert_eq!(message::response_code(&answer), rcode::NOERROR);
 }
 
 /// What came until nothing came for a while, or the end; and whether it was the end.
@@ -92,7 +83,7 @@ fn one_message_and_four_message_axfr_and_what_trails() {
             assert_eq!(got.len(), count);
             let sent = messages[..count].iter().map(|records| zone::message(&query, records)).collect();
             assert_eq!(without_ids(got), without_ids(sent), "octet by octet");
-            expect_served(&mut client);
+            client.assert_served();
             assert_eq!((ended(&counterfoil, "complete"), backend.accepted()), (1.0, 2));
             drop(client);
             counterfoil.assert_quiescent();
@@ -109,7 +100,7 @@ fn one_message_without_soa_axfr() {
     ask(&mut client, &zone::query(1, None));
     let answer = client.receive(SOON).message();
     assert_eq!((message::id(&answer), message::response_code(&answer)), (1, rcode::SERVFAIL));
-    expect_served(&mut client);
+    client.assert_served();
     assert_eq!(ended(&counterfoil, "failed"), 1.0);
     assert_eq!(counterfoil.metrics().sum("queries_failed_total", &[("reason", "bad_answer")]), 1.0);
     drop(client);
@@ -201,7 +192,7 @@ fn ixfr_ends() {
             assert_eq!(message::id(&answer), 1, "{messages:?}: {number}");
         }
         // The next that comes is the answer to this.
-        expect_served(&mut client);
+        client.assert_served();
         drop(client);
         counterfoil.assert_quiescent();
     }
@@ -228,7 +219,7 @@ fn an_ixfr_whose_soa_cannot_be_read_holds_no_connection() {
     assert_eq!(backend.accepted(), 0);
     let failed = counterfoil.metrics().sum("queries_failed_total", &[("reason", "malformed")]);
     assert_eq!(failed, broken.len() as f64);
-    expect_served(&mut client);
+    client.assert_served();
     drop(client);
     counterfoil.assert_quiescent();
 }
@@ -288,7 +279,7 @@ fn transfers_among_queries() {
         }
         assert_eq!(streams.len(), 3);
         assert_eq!((ended(&counterfoil, "complete"), answered), (3.0, 57));
-        expect_served(&mut client);
+        client.assert_served();
         drop(client);
         counterfoil.assert_quiescent();
     }
@@ -318,7 +309,7 @@ fn too_many_transfers_at_once() {
         *codes.entry(message::response_code(&client.receive(SOON).message())).or_insert(0) += 1;
     }
     assert_eq!(codes, BTreeMap::from([(rcode::NOERROR, 3), (rcode::SERVFAIL, 2)]));
-    expect_served(&mut client);
+    client.assert_served();
     // To say only that no more queries come would be no reason to end what was asked for.
     client.reset();
     counterfoil.assert_quiescent();
@@ -381,14 +372,14 @@ fn a_slow_reader_costs_little_memory_and_nobody_else() {
     let backend = endless(COUNT, 50_000, Arc::clone(&sent));
     let config = config(backend.address).set("listener", "write_timeout", "\"60s\"");
     let counterfoil = Counterfoil::start(&config);
-    expect_served(&mut counterfoil.client());
+    counterfoil.client().assert_served();
     let before = counterfoil.process.resident_bytes();
     let mut slow = counterfoil.client();
     ask(&mut slow, &zone::query(1, None));
     let paused = [("state", "paused")];
     counterfoil.wait_metrics("the transfer waits", SOON, |metrics| metrics.sum("backend_connections", &paused) == 1.0);
     for _ in 0..200 {
-        expect_served(&mut counterfoil.client());
+        counterfoil.client().assert_served();
     }
     assert!(sent.load(Ordering::Relaxed) < COUNT, "the backend was not stopped");
     let mut most = 0;
@@ -417,7 +408,7 @@ fn many_messages(count: usize) {
         let answer = client.receive(SOON).message();
         assert_eq!(message::id(&answer), 1, "{number}");
     }
-    expect_served(&mut client);
+    client.assert_served();
     assert!(counterfoil.process.resident_bytes() < before + 8 * 1024 * 1024);
     assert_eq!(counterfoil.metrics().sum("transfer_messages_total", &[]), (count + 2) as f64);
     drop(client);

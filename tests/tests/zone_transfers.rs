@@ -19,11 +19,7 @@ const NOTAUTH: u8 = 9;
 const HOSTS: usize = 6000;
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend).set("connections", "idle_timeout", "\"1s\"").set(
-        "connections",
-        "cleanup_interval",
-        "\"100ms\"",
-    )
+    Config::new(backend).settles_soon()
 }
 
 fn from(server: SocketAddr, source: &str) -> Client {

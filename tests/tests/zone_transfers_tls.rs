@@ -11,7 +11,7 @@ use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::{Client, Received, Tls};
 use counterfoil_tests::fake_backend::{FakeBackend, server_config, tls_versions};
-use counterfoil_tests::message::{self, qtype, rcode};
+use counterfoil_tests::message::{self, qtype};
 use counterfoil_tests::servers::Knot;
 use counterfoil_tests::zone::Rr::{Soa, Text};
 use counterfoil_tests::zone::{self, fetch, kdig, kdig_over_tls, without_ids};
@@ -23,20 +23,11 @@ const SERIAL: u32 = 9;
 const HOSTS: usize = 6000;
 
 fn config(backend: SocketAddr) -> Config {
-    Config::new(backend)
-        .set("connections", "idle_timeout", "\"1s\"")
-        .set("connections", "cleanup_interval", "\"100ms\"")
-        .set("pool", "query_timeout", "\"5s\"")
+    Config::new(backend).settles_soon().set("pool", "query_timeout", "\"5s\"")
 }
 
 fn ended(counterfoil: &Counterfoil, outcome: &str) -> f64 {
     counterfoil.metrics().sum("transfers_total", &[("outcome", outcome)])
-}
-
-#[track_caller]
-fn expect_served(client: &mut Client) {
-    let answer = client.exchange(77, "served.example.test", qtype::A);
-    assert_eq!(message::response_code(&answer), rcode::NOERROR);
 }
 
 /// The same octets over TLS as directly without it, and what kdig prints of them, signed and not.
@@ -107,7 +98,7 @@ fn a_slow_reader_of_a_primary_over_tls() {
             true => Client::connect_tls(counterfoil.address, None, &tls),
             false => counterfoil.client(),
         };
-        expect_served(&mut connect());
+        connect().assert_served();
         let before = counterfoil.process.resident_bytes();
         let mut slow = connect();
         slow.send_raw(&message::framed(&zone::query(1, None))).unwrap();
@@ -115,7 +106,7 @@ fn a_slow_reader_of_a_primary_over_tls() {
             metrics.sum("backend_connections", &[("state", "paused")]) == 1.0
         });
         for _ in 0..50 {
-            expect_served(&mut connect());
+            connect().assert_served();
         }
         assert!(sent.load(Ordering::Relaxed) < COUNT, "the primary was not stopped");
         let query = zone::query(1, None);
@@ -129,7 +120,7 @@ fn a_slow_reader_of_a_primary_over_tls() {
             }
         }
         assert!(most < before + 8 * 1024 * 1024, "TLS {over_tls}: {before} octets before, {most} at most");
-        expect_served(&mut slow);
+        slow.assert_served();
         assert_eq!(ended(&counterfoil, "complete"), 1.0);
         drop(slow);
         counterfoil.assert_quiescent();
