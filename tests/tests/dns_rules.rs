@@ -98,7 +98,7 @@ fn rfc8490_5_1_a_dso_message_without_a_session_gets_no_answer_and_a_reset() {
 
 /// Retry Delay and its like from a backend, and a DSO response with the very ID of a query that is in flight.
 #[test]
-fn rfc8490_5_2_2_a_dso_message_of_a_backend_reaches_no_client() {
+fn rfc8490_5_4_1_a_dso_message_of_a_backend_reaches_no_client() {
     for kind in 0..3 {
         let backend = FakeBackend::start(move |connection| {
             let Some(query) = connection.query() else { return };

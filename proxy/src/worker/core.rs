@@ -285,7 +285,7 @@ impl Core {
     }
 
     /// A message gets no answer. An answer where a query belongs: two programs that answer it could go on for ever. A DSO
-    /// message that is a response, or wants none, belongs to a session (RFC 8490 sections 5.1 and 5.2.2), which there
+    /// message that is a response, or wants none, belongs to a session (RFC 8490 sections 5.1 and 5.4.1), which there
     /// never is: the connection is aborted.
     fn take_unanswered(&mut self, key: SessionKey, peek: Peek, now: Mono) {
         let session = &mut self.sessions[key.0];
