@@ -313,22 +313,26 @@ fn an_idle_connection_that_the_backend_closes() {
 }
 
 /// Spare connections have their handshake behind them, unless the header comes first: then nothing is sent on them.
+/// A backend that answers all over TLS, with the PROXY header before the handshake or inside, or none.
+fn answering(server: Arc<rustls::ServerConfig>, proxy: bool, outside: bool) -> FakeBackend {
+    FakeBackend::start(move |connection| {
+        if proxy && outside && connection.header().is_none() {
+            return;
+        }
+        if !connection.secure(&server) || (proxy && !outside && connection.header().is_none()) {
+            return;
+        }
+        connection.answer_all();
+    })
+}
+
 #[test]
 fn spare_connections() {
     let authority = Authority::new();
     let server = server_config(&authority.issue("server", &[NAME]), rustls::ALL_VERSIONS);
     for (proxy, outside) in [(false, true), (true, false), (true, true)] {
         let in_advance = !(proxy && outside);
-        let server = Arc::clone(&server);
-        let backend = FakeBackend::start(move |connection| {
-            if proxy && outside && connection.header().is_none() {
-                return;
-            }
-            if !connection.secure(&server) || (proxy && !outside && connection.header().is_none()) {
-                return;
-            }
-            connection.answer_all();
-        });
+        let backend = answering(Arc::clone(&server), proxy, outside);
         let mut config = config(backend.address)
             .dot(NAME, &authority.ca)
             .backend_key("tls.proxy_outside_tls", outside)
@@ -361,16 +365,7 @@ fn health_checks_go_over_tls() {
     let authority = Authority::new();
     let server = server_config(&authority.issue("server", &[NAME]), rustls::ALL_VERSIONS);
     for (proxy, outside) in [(false, true), (true, true), (true, false)] {
-        let server = Arc::clone(&server);
-        let backend = FakeBackend::start(move |connection| {
-            if proxy && outside && connection.header().is_none() {
-                return;
-            }
-            if !connection.secure(&server) || (proxy && !outside && connection.header().is_none()) {
-                return;
-            }
-            connection.answer_all();
-        });
+        let backend = answering(Arc::clone(&server), proxy, outside);
         let up = |name: &str| {
             let config = config(backend.address).dot(name, &authority.ca).backend_key("tls.proxy_outside_tls", outside);
             let config = config.backend_key("health.mode", "\"auto\"").backend_key("health.interval", "\"50ms\"");

@@ -29,6 +29,14 @@ fn counter(namespace: &Namespace, name: &str) -> u64 {
     pairs.find(|(known, _)| *known == name).map(|(_, value)| value.parse().unwrap()).unwrap()
 }
 
+/// Two namespaces: in the first one who asks may send data with a SYN, in the other every server takes it.
+fn open_pair() -> (Namespace, Namespace) {
+    let (near, far) = netns::pair();
+    near.sysctl("ipv4/tcp_fastopen", WHO_ASKS);
+    far.sysctl("ipv4/tcp_fastopen", EVERYBODY);
+    (near, far)
+}
+
 fn start_in(namespace: &Namespace, config: &Config) -> Counterfoil {
     Counterfoil::start_with(config, Options { namespace: Some(namespace), ..Options::default() })
 }
@@ -58,9 +66,7 @@ fn one_shot(backend: SocketAddr, fast_open: bool) -> Config {
 #[test]
 fn rfc7413_3_the_first_query_goes_with_the_syn() {
     const QUERIES: usize = 50;
-    let (near, far) = netns::pair();
-    near.sysctl("ipv4/tcp_fastopen", WHO_ASKS);
-    far.sysctl("ipv4/tcp_fastopen", EVERYBODY);
+    let (near, far) = open_pair();
     let backend = backend_in(&far);
     let counterfoil = start_in(&near, &one_shot(backend.address, true));
     near.run(|| {
@@ -82,9 +88,7 @@ fn rfc7413_3_the_first_query_goes_with_the_syn() {
 /// The counterpart, without which the test above would prove nothing.
 #[test]
 fn without_the_key_nothing_goes_with_a_syn() {
-    let (near, far) = netns::pair();
-    near.sysctl("ipv4/tcp_fastopen", WHO_ASKS);
-    far.sysctl("ipv4/tcp_fastopen", EVERYBODY);
+    let (near, far) = open_pair();
     let backend = backend_in(&far);
     let counterfoil = start_in(&near, &one_shot(backend.address, false));
     near.run(|| {
@@ -100,9 +104,7 @@ fn without_the_key_nothing_goes_with_a_syn() {
 /// Data in a SYN may arrive twice, so nothing goes with it that must not be asked twice.
 #[test]
 fn rfc7413_2_1_only_questions_go_with_the_syn() {
-    let (near, far) = netns::pair();
-    near.sysctl("ipv4/tcp_fastopen", WHO_ASKS);
-    far.sysctl("ipv4/tcp_fastopen", EVERYBODY);
+    let (near, far) = open_pair();
     let backend = backend_in(&far);
     let counterfoil = start_in(&near, &one_shot(backend.address, true));
     near.run(|| {
@@ -128,9 +130,7 @@ fn rfc7413_2_1_only_questions_go_with_the_syn() {
 /// A SYN with data that nobody answers is given up after `connect_timeout`, as any other, and both views have it until then.
 #[test]
 fn a_syn_with_data_and_without_an_answer_is_given_up_in_time() {
-    let (near, far) = netns::pair();
-    near.sysctl("ipv4/tcp_fastopen", WHO_ASKS);
-    far.sysctl("ipv4/tcp_fastopen", EVERYBODY);
+    let (near, far) = open_pair();
     let backend = backend_in(&far);
     let config = one_shot(backend.address, true)
         .backend_key("connect_timeout", "\"2s\"")

@@ -80,21 +80,11 @@ impl Arrival<'_> {
     /// Why it is refused, with the client's address if that is not the peer's.
     async fn wait(self, link: &mut Link) -> Result<(Addresses, Admitted, Origin), (Option<SocketAddr>, Refusal)> {
         let Self { door, proxy, tls, mut ends, place, accepted, mut stop } = self;
-        let peer = ends.client;
         let mut origin = Origin::default();
         let outside = proxy.as_ref().filter(|proxy| tls.is_none() || proxy.outside_tls);
         let inside = proxy.as_ref().filter(|_| outside.is_none());
-        let introduce = |introduced: Introduced, ends: &mut Addresses, origin: &mut Origin| {
-            let (client, local) = introduced.ends.unwrap_or((ends.client, ends.local));
-            *ends = Addresses { client, local };
-            origin.via = Some(Box::new(Via { peer, tlvs: introduced.tlvs }));
-            introduced.rest
-        };
         if let Some(proxy) = outside {
-            let header = header(link, &door.shell, proxy.max_header);
-            let introduced = waits(door, Stage::ProxyHeader, within(&mut stop, accepted + proxy.timeout, header)).await;
-            let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
-            link.rest = introduce(introduced, &mut ends, &mut origin);
+            origin.via = Some(introduce(door, link, proxy, accepted, &mut stop, &mut ends).await?);
         }
         let known = |place: Place, client: SocketAddr| {
             place.admit(client.ip(), crate::clock::now()).map_err(|refusal| (Some(client), refusal))
@@ -108,11 +98,7 @@ impl Arrival<'_> {
             origin.tls = Some(Box::new(shaken.map_err(|refusal| (Some(ends.client), refusal))?));
         }
         if let Some(proxy) = inside {
-            let end = Instant::now() + proxy.timeout;
-            let header = header(link, &door.shell, proxy.max_header);
-            let introduced = waits(door, Stage::ProxyHeader, within(&mut stop, end, header)).await;
-            let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
-            link.rest = introduce(introduced, &mut ends, &mut origin);
+            origin.via = Some(introduce(door, link, proxy, Instant::now(), &mut stop, &mut ends).await?);
         }
         let admitted = match guest {
             Guest::Known(admitted) => admitted,
@@ -120,6 +106,25 @@ impl Arrival<'_> {
         };
         Ok((ends, admitted, origin))
     }
+}
+
+/// The header, from `begin` on: from then on `ends` are those that it names.
+async fn introduce(
+    door: &Door,
+    link: &mut Link,
+    proxy: &AcceptProxy,
+    begin: Instant,
+    stop: &mut watch::Receiver<bool>,
+    ends: &mut Addresses,
+) -> Result<Box<Via>, (Option<SocketAddr>, Refusal)> {
+    let peer = ends.client;
+    let header = header(link, &door.shell, proxy.max_header);
+    let introduced = waits(door, Stage::ProxyHeader, within(stop, begin + proxy.timeout, header)).await;
+    let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
+    let (client, local) = introduced.ends.unwrap_or((ends.client, ends.local));
+    *ends = Addresses { client, local };
+    link.rest = introduced.rest;
+    Ok(Box::new(Via { peer, tlvs: introduced.tlvs }))
 }
 
 /// What `work` comes to; meanwhile the connection counts as one that waits for this.
