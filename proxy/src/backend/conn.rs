@@ -32,6 +32,17 @@ use crate::worker::shell::{SCRATCH, Shell};
 /// Reads per wake-up before others get their turn.
 const TURNS: usize = 8;
 
+/// How a task's turn ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Nothing can be done until it is woken.
+    Waits,
+    /// Something is left to be done, after others have had their turn.
+    Goes,
+    /// Nothing is left but to close, after the client has got its answer.
+    Closes,
+}
+
 /// A backend connection's task.
 pub(crate) struct ConnTask {
     pub(super) shell: Rc<Shell>,
@@ -108,41 +119,43 @@ impl ConnTask {
     }
 
     /// Does what can be done now. `Err` is the reason to close.
-    fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {
+    fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Turn, CloseReason> {
         if self.io.is_none() {
             if let (Phase::Closing(reason), _) = self.phase() {
                 return Err(reason);
             }
             self.open(now)?;
         }
-        for _ in 0..TURNS {
+        for turn in 0..TURNS {
             let (phase, is_transfer) = self.phase();
             if let Phase::Closing(reason) = phase {
+                if turn > 0 && reason == CloseReason::OneShotDone {
+                    return Ok(Turn::Closes);
+                }
                 return Err(reason);
             }
             if self.tls.is_some() {
                 if self.turn_over_tls(cx, now)?.is_pending() {
-                    return Ok(());
+                    return Ok(Turn::Waits);
                 }
                 continue;
             }
             if !self.connected {
                 if self.finish_connect(cx, now)?.is_pending() {
-                    return Ok(());
+                    return Ok(Turn::Waits);
                 }
                 continue;
             }
             self.write(cx, now)?;
             if is_transfer && !self.shell.core.borrow_mut().transfer_reads(self.key) {
                 // It is woken when its client has read.
-                return Ok(());
+                return Ok(Turn::Waits);
             }
             if self.read(cx, now)?.is_pending() {
-                return Ok(());
+                return Ok(Turn::Waits);
             }
         }
-        cx.waker().wake_by_ref();
-        Ok(())
+        Ok(Turn::Goes)
     }
 
     /// How far the connection is, and whether it carries a zone transfer.
@@ -354,11 +367,19 @@ impl Future for ConnTask {
         task.shell.conn_runs(task.key, cx);
         let ended = task.work(cx, now);
         match ended {
-            Ok(()) => task.settle(),
+            Ok(Turn::Waits | Turn::Goes) => task.settle(),
+            Ok(Turn::Closes) => {}
             Err(reason) => task.close(reason),
         }
         task.shell.flush();
-        if ended.is_ok() { Poll::Pending } else { Poll::Ready(()) }
+        match ended {
+            Ok(Turn::Waits) => Poll::Pending,
+            Ok(Turn::Goes | Turn::Closes) => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Err(_) => Poll::Ready(()),
+        }
     }
 }
 
