@@ -82,6 +82,9 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
             }
         }
         for (worker, socket) in own {
+            // Linux hands it on to the connections that are accepted: a system call less for each. Answers are small and
+            // must not wait for each other's acknowledgement (RFC 7766 section 8).
+            SockRef::from(&socket).set_tcp_nodelay(true).with_context(|| format!("listener `{name}`"))?;
             // Fewer than 65,536, as each has an address and a port.
             sockets[worker].push(Accepting { listener: index as u16, socket, inherited });
         }
@@ -137,7 +140,7 @@ fn bind(address: SocketAddr, workers: usize) -> io::Result<(SocketAddr, Vec<TcpL
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests panic")]
+    #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests panic, and are clients")]
 
     use super::*;
     use crate::config::ReapMode;
@@ -173,6 +176,19 @@ mod tests {
         assert_eq!(dealt(3, 3), [1, 1, 1]);
         assert_eq!(dealt(4, 3), [2, 1, 1]);
         assert_eq!(dealt(7, 2), [4, 3]);
+    }
+
+    /// No system call per connection sets it.
+    #[test]
+    fn connections_inherit_tcp_nodelay() {
+        let listening = open(&[listener("a", "127.0.0.1:0")], 1, Vec::new()).unwrap();
+        let address = listening.addresses[0];
+        let client = std::net::TcpStream::connect(address).unwrap();
+        let socket = &listening.sockets[0][0].socket;
+        socket.set_nonblocking(false).unwrap();
+        let (accepted, peer) = socket.accept().unwrap();
+        assert!(accepted.nodelay().unwrap());
+        assert_eq!((peer, accepted.local_addr().unwrap()), (client.local_addr().unwrap(), address));
     }
 
     #[test]

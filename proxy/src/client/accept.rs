@@ -39,6 +39,8 @@ pub(crate) struct Acceptor {
 pub(crate) struct Door {
     pub(crate) shell: Rc<Shell>,
     pub(crate) index: u16,
+    /// Where its clients connect to, if that is the same for all.
+    pub(crate) local: Option<SocketAddr>,
     pub(crate) limits: Arc<ClientLimits>,
     pub(crate) tls: Arc<ServerTls>,
 }
@@ -63,11 +65,8 @@ impl Door {
     }
 
     /// Somebody has connected. `stop` is done when the worker drains.
-    fn admit(self: &Rc<Self>, stream: TcpStream, stop: &watch::Receiver<bool>) {
-        let (Ok(client), Ok(local)) = (stream.peer_addr(), stream.local_addr()) else {
-            // It was reset while it waited in the queue.
-            return;
-        };
+    fn admit(self: &Rc<Self>, stream: TcpStream, client: SocketAddr, stop: &watch::Receiver<bool>) {
+        let Some(local) = self.local.or_else(|| stream.local_addr().ok()) else { return };
         let place = match self.limits.enter(self.index) {
             Ok(place) => place,
             Err(refusal) => return self.refuse(client, refusal),
@@ -75,7 +74,6 @@ impl Door {
         let ends = Addresses { client, local };
         let proxy = self.plan(|listener| listener.accept_proxy.clone()).filter(|proxy| proxy.trusts(client.ip()));
         let tls = self.tls.greeting(self.index);
-        let _ = stream.set_nodelay(true);
         if proxy.is_some() || tls.is_some() {
             let (door, accepted) = (Rc::clone(self), Instant::now());
             let stranger = Stranger { door, proxy, tls, stream, ends, place, accepted, stop: stop.clone() };
@@ -120,14 +118,14 @@ impl Acceptor {
                 accepted = self.listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => self.door.admit(stream, &stop),
+                Ok((stream, client)) => self.door.admit(stream, client, &stop),
                 Err(error) => self.failed(&error, &mut reserve).await,
             }
         }
         while !self.leaves_queue
-            && let Some(Ok((stream, _))) = poll_once(self.listener.accept()).await
+            && let Some(Ok((stream, client))) = poll_once(self.listener.accept()).await
         {
-            self.door.admit(stream, &stop);
+            self.door.admit(stream, client, &stop);
         }
     }
 
