@@ -31,10 +31,14 @@ impl Change {
     pub(super) fn of(pair: &Pair<'_>, at: Mono) -> Self {
         Self { at, tcp: pair.socket.map(|socket| socket.state), row: pair.row.map(|row| row.state) }
     }
+
+    /// Whether it says the same, at whatever time.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.tcp, self.row) == (other.tcp, other.row)
+    }
 }
 
-/// The last changes of one socket. There is one for each live socket, and most have one or two changes: it takes no more
-/// memory than it has changes.
+/// The last changes of one socket. It takes no more memory than it has changes.
 #[derive(Clone, Debug, Default)]
 pub struct Flight {
     changes: Vec<Change>,
@@ -48,7 +52,7 @@ impl Flight {
 
     /// Keeps it if it is another state than the last one.
     pub(super) fn record(&mut self, change: Change) {
-        if self.changes.last().is_some_and(|last| (last.tcp, last.row) == (change.tcp, change.row)) {
+        if self.changes.last().is_some_and(|last| change.is_like(last)) {
             return;
         }
         if self.changes.len() == CHANGES {
@@ -66,9 +70,11 @@ pub(super) struct Recorder {
     sweep: u64,
 }
 
-#[derive(Debug, Default)]
+/// Most live sockets are as they were first seen: that takes no allocation.
+#[derive(Debug)]
 struct Seen {
-    flight: Flight,
+    last: Change,
+    before: Option<Box<Flight>>,
     sweep: u64,
 }
 
@@ -77,9 +83,12 @@ impl Recorder {
     pub(super) fn record(&mut self, joined: &Joined<'_>) {
         self.sweep += 1;
         for (cookie, pair) in joined.pairs().filter(|(_, pair)| pair.exists()) {
-            let seen = self.flights.entry(cookie).or_default();
+            let change = Change::of(pair, joined.taken());
+            let seen = self.flights.entry(cookie).or_insert(Seen { last: change, before: None, sweep: 0 });
             seen.sweep = self.sweep;
-            seen.flight.record(Change::of(pair, joined.taken()));
+            if !change.is_like(&seen.last) {
+                seen.before.get_or_insert_default().record(std::mem::replace(&mut seen.last, change));
+            }
         }
         let sweep = self.sweep;
         self.flights.retain(|_, seen| seen.sweep == sweep);
@@ -87,7 +96,10 @@ impl Recorder {
 
     /// The changes of one socket.
     pub(super) fn flight(&self, cookie: u64) -> Flight {
-        self.flights.get(&cookie).map(|seen| seen.flight.clone()).unwrap_or_default()
+        let Some(seen) = self.flights.get(&cookie) else { return Flight::default() };
+        let mut flight = seen.before.as_deref().cloned().unwrap_or_default();
+        flight.record(seen.last);
+        flight
     }
 }
 

@@ -100,7 +100,8 @@ impl Pair<'_> {
 /// Both halves under each cookie.
 #[derive(Debug)]
 pub struct Joined<'a> {
-    pairs: HashMap<u64, Pair<'a>>,
+    /// In the order of the cookies. For each there is a live socket: a hash table would take twice the memory.
+    pairs: Vec<(u64, Pair<'a>)>,
     kernel: &'a KernelSnapshot,
     ledger: &'a LedgerSnapshot,
     trust: Trust,
@@ -109,17 +110,24 @@ pub struct Joined<'a> {
 impl<'a> Joined<'a> {
     /// Joins two snapshots by cookie; the ledger's must have been taken after the kernel's.
     pub fn new(kernel: &'a KernelSnapshot, trust: Trust, ledger: &'a LedgerSnapshot) -> Self {
-        let mut pairs: HashMap<u64, Pair<'a>> = HashMap::with_capacity(kernel.sockets.len().max(ledger.rows.len()));
-        for socket in kernel.sockets.iter().filter(|socket| socket.held) {
-            pairs.entry(socket.cookie).or_default().socket = Some(socket);
-        }
+        let sockets = kernel.sockets.iter().filter(|socket| socket.held);
+        let mut pairs: Vec<(u64, Pair<'a>)> = Vec::with_capacity(kernel.sockets.len().max(ledger.rows.len()));
+        pairs.extend(sockets.map(|socket| (socket.cookie, Pair { socket: Some(socket), ..Pair::default() })));
+        pairs.sort_unstable_by_key(|(cookie, _)| *cookie);
+        // None is there twice, the reader sees to that; if one were, one of them would count.
+        pairs.dedup_by_key(|(cookie, _)| *cookie);
+        let known = pairs.len();
         for row in &ledger.rows {
-            let pair = pairs.entry(row.cookie).or_default();
-            pair.row = Some(row);
-            pair.pauses = ledger.pauses.get(row.id.shard).map(Vec::as_slice).unwrap_or_default();
+            let pauses = ledger.pauses.get(row.id.shard).map(Vec::as_slice).unwrap_or_default();
+            match find(&pairs[..known], row.cookie) {
+                Some(at) => (pairs[at].1.row, pairs[at].1.pauses) = (Some(row), pauses),
+                None => pairs.push((row.cookie, Pair { row: Some(row), pauses, ..Pair::default() })),
+            }
         }
+        pairs.sort_unstable_by_key(|(cookie, _)| *cookie);
         for tombstone in &ledger.tombstones {
-            if let Some(pair) = pairs.get_mut(&tombstone.cookie) {
+            if let Some(at) = find(&pairs, tombstone.cookie) {
+                let pair = &mut pairs[at].1;
                 // Closed while the ledger was being read: the row is history.
                 pair.row = None;
                 pair.tombstone = Some(tombstone);
@@ -128,14 +136,14 @@ impl<'a> Joined<'a> {
         Self { pairs, kernel, ledger, trust }
     }
 
-    /// Each cookie with both halves, in no order.
+    /// Each cookie with both halves, in the order of the cookies.
     pub fn pairs(&self) -> impl Iterator<Item = (u64, &Pair<'a>)> {
         self.pairs.iter().map(|(cookie, pair)| (*cookie, pair))
     }
 
     /// Both halves of one socket.
     pub fn pair(&self, cookie: u64) -> Pair<'a> {
-        self.pairs.get(&cookie).copied().unwrap_or_default()
+        find(&self.pairs, cookie).map(|at| self.pairs[at].1).unwrap_or_default()
     }
 
     /// Whether the kernel view can be relied on.
@@ -172,6 +180,11 @@ impl<'a> Joined<'a> {
             if beat > first_seen && beat.0 > limit { Ok(earliest.min(beat)) } else { Err(shard) }
         })
     }
+}
+
+/// Where a cookie is.
+fn find(pairs: &[(u64, Pair<'_>)], cookie: u64) -> Option<usize> {
+    pairs.binary_search_by_key(&cookie, |(cookie, _)| *cookie).ok()
 }
 
 /// The condition of one pair when the kernel was read, if it is unhealthy. The class's predicate, evaluated by the join
