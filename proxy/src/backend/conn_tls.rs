@@ -105,7 +105,7 @@ impl ConnTask {
         // Not, or not any more: a spare connection was, until somebody got it.
         self.connected = false;
         if secure.header_first {
-            let header = std::mem::take(&mut conn.header_left);
+            let header = std::mem::take(&mut conn.header_left) as usize;
             secure.first.extend(conn.out.pending().iter().take(header));
             conn.out.advance(header, spares);
         }
@@ -144,7 +144,7 @@ impl ConnTask {
                 Poll::Ready(ready) => ready.map_err(|_| CloseReason::PeerReset)?,
             };
             // A header inside TLS is a record of its own: Unbound 1.17 does not see what comes in the same one behind it.
-            let messages = match (conn.out.pending(), conn.header_left) {
+            let messages = match (conn.out.pending(), conn.header_left as usize) {
                 (pending, 0) => pending,
                 (pending, header) => pending.get(..header).unwrap_or(pending),
             };
@@ -163,7 +163,8 @@ impl ConnTask {
                     conn.last_byte = now;
                     conn.unwritable_since = Mono::ZERO;
                     if !begins {
-                        conn.header_left = conn.header_left.saturating_sub(written);
+                        // What was written is no more than there was: the messages, or the header alone.
+                        conn.header_left = conn.header_left.saturating_sub(written as u32);
                         conn.out.advance(written, spares);
                     } else if *sent + written == first.len() {
                         (*first, *sent) = (Vec::new(), 0);

@@ -21,7 +21,7 @@ use crate::ledger::caps::Permit;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::worker::buffer::OutBuf;
 use crate::worker::core::ROOM;
-use crate::worker::links::{Links, List};
+use crate::worker::links::{Links, List, Maybe};
 use crate::worker::queries::QueryKey;
 
 /// Index of a connection in its worker's table.
@@ -50,15 +50,14 @@ pub struct Conn {
     pub phase: Phase,
     /// The queries in flight on it.
     pub pending: Pending,
-    /// The session that owns it; none when shared, or when the owner has gone.
-    pub(crate) owner: Option<SessionKey>,
+    owner: Maybe,
     pub(crate) owner_serial: u64,
     pub(crate) header_digest: u64,
     pub(crate) header: Rc<[u8]>,
     /// Bytes on their way to the backend; begins with the header.
     pub(crate) out: OutBuf,
     /// So many of these are a PROXY header that TLS has to treat apart.
-    pub(crate) header_left: usize,
+    pub(crate) header_left: u32,
     /// The place under the caps, until the task takes it to the ledger.
     pub(crate) permit: Option<Permit>,
     /// No new query is given to it; it closes for this reason when the last one is answered.
@@ -77,7 +76,7 @@ pub struct Conn {
     pub(crate) was_spare: bool,
     /// Queries that it has carried.
     pub(crate) carried: u64,
-    pub(crate) max_in_flight: usize,
+    pub(crate) max_in_flight: u32,
     /// The zone transfer that it was opened for. Its one ID is taken until the last message.
     pub(crate) transfer: Option<QueryKey>,
     /// Nothing is read from it until the transfer's client has taken what there is.
@@ -87,6 +86,11 @@ pub struct Conn {
     /// Place in its group's list of connections with room.
     at: Option<u32>,
     idle: Links,
+}
+
+/// So many queries at a time, as far as there are IDs.
+fn at_most(max_in_flight: usize) -> u32 {
+    max_in_flight.min(IDS) as u32
 }
 
 /// What a new connection is for.
@@ -121,7 +125,17 @@ impl Conn {
     pub fn has_room(&self) -> bool {
         !matches!(self.phase, Phase::Closing(_))
             && self.retire.is_none()
-            && self.pending.in_flight() + self.pending.quarantined() < self.max_in_flight.min(IDS)
+            && self.pending.in_flight() + self.pending.quarantined() < self.max_in_flight as usize
+    }
+
+    /// The session that owns it; none when shared, or when the owner has gone.
+    pub(crate) fn owner(&self) -> Option<SessionKey> {
+        self.owner.get().map(SessionKey)
+    }
+
+    /// The owner has gone.
+    pub(crate) fn disown(&mut self) {
+        self.owner = Maybe::NONE;
     }
 
     /// Whether it is open with nothing in flight.
@@ -196,7 +210,7 @@ impl Pool {
     /// From now on so many queries may be in flight on a connection.
     pub(crate) fn allow(&mut self, key: ConnKey, max_in_flight: usize, now: Mono) {
         if let Some(conn) = self.conns.get_mut(key.0) {
-            conn.max_in_flight = max_in_flight;
+            conn.max_in_flight = at_most(max_in_flight);
             self.update(key, now);
         }
     }
@@ -239,7 +253,7 @@ impl Pool {
             kind: new.kind,
             phase: Phase::Connecting,
             pending: Pending::new(new.seed),
-            owner: new.owner,
+            owner: Maybe::new(new.owner.map(|owner| owner.0)),
             owner_serial: new.owner_serial,
             header_digest: new.header_digest,
             header: new.header,
@@ -257,7 +271,7 @@ impl Pool {
             unwritable_since: Mono::ZERO,
             was_spare: new.kind == ConnKind::Spare,
             carried: 0,
-            max_in_flight: new.max_in_flight,
+            max_in_flight: at_most(new.max_in_flight),
             transfer: None,
             paused: false,
             armed: Mono::ZERO,
@@ -293,11 +307,11 @@ impl Pool {
         // From now on it counts among those that are kept idle, if it is of those.
         per_backend.idle_common += usize::from(conn.idle.is_linked() && to.kind.is_common());
         conn.kind = to.kind;
-        conn.owner = to.owner;
+        conn.owner = Maybe::new(to.owner.map(|owner| owner.0));
         conn.owner_serial = to.owner_serial;
         conn.header_digest = to.header_digest;
         conn.header = to.header;
-        conn.max_in_flight = to.max_in_flight;
+        conn.max_in_flight = at_most(to.max_in_flight);
         self.update(key, now);
     }
 

@@ -13,7 +13,7 @@ use crate::dns::keepalive::{self, TIMEOUT_UNIT, Treatment};
 use crate::proxy_protocol::client_tls;
 use crate::tls::Negotiated;
 use crate::worker::buffer::OutBuf;
-use crate::worker::links::List;
+use crate::worker::links::{List, Maybe};
 use crate::worker::queries::QueryKey;
 
 /// Index of a session in its worker's table.
@@ -58,6 +58,32 @@ pub(crate) struct Header {
     pub(crate) bytes: Rc<[u8]>,
 }
 
+/// Queries of a session, in order. It hardly ever has any: an empty one takes no more than a pointer.
+#[expect(clippy::box_collection, reason = "a third of the size, per client, of something that is nearly never there")]
+#[derive(Debug, Default)]
+pub(crate) struct Stalled(Option<Box<Vec<QueryKey>>>);
+
+impl Stalled {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.as_ref().is_none_or(|queries| queries.is_empty())
+    }
+
+    pub(crate) fn push(&mut self, query: QueryKey) {
+        self.0.get_or_insert_default().push(query);
+    }
+
+    pub(crate) fn remove(&mut self, query: QueryKey) {
+        if let Some(queries) = &mut self.0 {
+            queries.retain(|stalled| *stalled != query);
+        }
+    }
+
+    /// Takes them all out.
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = QueryKey> + use<> {
+        self.0.take().into_iter().flat_map(|queries| *queries)
+    }
+}
+
 /// A client connection.
 #[derive(Debug)]
 pub struct Session {
@@ -75,7 +101,7 @@ pub struct Session {
     /// Its queries, waiting or in flight.
     pub(crate) queries: List,
     /// Queries that came back from a dead connection and found no other yet.
-    pub(crate) stalled: Vec<QueryKey>,
+    pub(crate) stalled: Stalled,
     /// Answers on their way to the client.
     pub(crate) out: OutBuf,
     /// The connections that carry this client's address and port.
@@ -83,7 +109,7 @@ pub struct Session {
     /// Zone transfers on connections of its own wait until it has read.
     pub(crate) paused: bool,
     /// The owned connection that is given up first.
-    pub(crate) probation: Option<ConnKey>,
+    pub(crate) probation: Maybe,
     pub(crate) history: Option<Box<History>>,
     pub(crate) headers: Vec<(u16, Header)>,
     /// All its owned connections are busy and it may have no more: nothing is read until one is idle.
@@ -137,11 +163,11 @@ impl Session {
             limits,
             pace: Pace::Normal,
             queries: List::default(),
-            stalled: Vec::new(),
+            stalled: Stalled::default(),
             out: OutBuf::default(),
             owned: Vec::new(),
             paused: false,
-            probation: None,
+            probation: Maybe::NONE,
             history: None,
             headers: Vec::new(),
             blocked: false,

@@ -1,6 +1,7 @@
 //! What comes back: answers, and connections that died with queries in flight.
 
 use super::core::Core;
+use super::links::Maybe;
 use super::queries::{Place, QueryKey};
 use crate::backend::pending::Answered;
 use crate::backend::pool::ConnKey;
@@ -131,7 +132,7 @@ impl Core {
     /// Something on a connection has ended: it may be done for, or useful to somebody else.
     pub(crate) fn after_conn(&mut self, key: ConnKey, now: Mono) {
         let Some(conn) = self.pool.get(key) else { return };
-        let (backend, kind, owner) = (conn.backend, conn.kind, conn.owner);
+        let (backend, kind, owner) = (conn.backend, conn.kind, conn.owner());
         let idle = conn.is_idle();
         if idle && kind == ConnKind::OneShot && conn.carried > 0 {
             self.pool.retire(key, CloseReason::OneShotDone, now);
@@ -166,7 +167,7 @@ impl Core {
         if session.stalled.is_empty() || session.blocked {
             return;
         }
-        for query in std::mem::take(&mut session.stalled) {
+        for query in session.stalled.take() {
             self.reroute(query, now);
         }
     }
@@ -188,11 +189,11 @@ impl Core {
         if unsent || reason == CloseReason::Unanswered {
             self.backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64());
         }
-        if let Some(owner) = conn.owner {
+        if let Some(owner) = conn.owner() {
             if let Some(session) = self.sessions.get_mut(owner.0) {
                 session.owned.retain(|owned| *owned != key);
-                if session.probation == Some(key) {
-                    session.probation = None;
+                if session.probation.get() == Some(key.0) {
+                    session.probation = Maybe::NONE;
                 }
             }
             self.unblock(owner);
@@ -271,7 +272,7 @@ impl Core {
             None if broken => client.ending = Some(ClientCloseReason::TransferBroken),
             None => drop(client.close.get_or_insert(ClientCloseReason::QueryFailed)),
         }
-        client.stalled.retain(|stalled| *stalled != query);
+        client.stalled.remove(query);
         self.queries.remove(query, Some(&mut client.queries));
         let stats = &self.stats.listeners[usize::from(listener)];
         stats.failed[reason as usize].add(1);

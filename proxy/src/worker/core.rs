@@ -325,7 +325,7 @@ impl Core {
         }
         for conn in owned {
             if let Some(conn) = self.pool.get_mut(conn) {
-                conn.owner = None;
+                conn.disown();
             }
             self.pool.close(conn, CloseReason::OwnerGone, now);
         }

@@ -25,6 +25,23 @@ impl Links {
     }
 }
 
+/// The index of an entry of a slab, or none, in four octets: each idle client has some of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Maybe(u32);
+
+impl Maybe {
+    pub(crate) const NONE: Self = Self(NONE);
+
+    /// Of a slab that has, as those of [`List`], fewer than 2^32 - 1 entries.
+    pub(crate) fn new(index: Option<usize>) -> Self {
+        Self(index.map_or(NONE, |index| index as u32))
+    }
+
+    pub(crate) fn get(self) -> Option<usize> {
+        (self.0 != NONE).then_some(self.0 as usize)
+    }
+}
+
 /// A list, linked through the `links` of entries that are found by index.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct List {

@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::core::Core;
+use super::links::Maybe;
 use super::queries::{Place, QueryKey};
 use super::route::{How, Route, Wanted};
 use crate::backend::pool::{Assigned, ConnKey, NewConn, Phase};
@@ -65,7 +66,7 @@ impl Core {
             }
             session.owned.push(conn);
             if session.owned.len() == self.plan.connections.max_owned_per_client {
-                session.probation = Some(conn);
+                session.probation = Maybe::new(Some(conn.0));
             }
         }
         self.write_first(conn, pool);
@@ -87,7 +88,8 @@ impl Core {
             tracing::debug!(backend = self.plan.backends[usize::from(conn.backend)].name, %id, "unique ID of a connection");
         }
         if self.plan.backends[usize::from(conn.backend)].tls.is_some() {
-            conn.header_left = out.len() - start;
+            // A header is at most 64 KiB long.
+            conn.header_left = (out.len() - start) as u32;
         }
     }
 

@@ -304,7 +304,7 @@ impl Core {
         let seen = |digest| history.map_or(0, |history| history.frequency(digest));
         let frequency = |key: &ConnKey| conn(key).map_or(0, |conn| seen(conn.header_digest));
         let idle = |key: &&ConnKey| conn(key).is_some_and(Conn::is_idle);
-        let on_probation = session.probation.filter(|probation| session.owned.contains(probation));
+        let on_probation = session.probation.get().map(ConnKey).filter(|probation| session.owned.contains(probation));
         let rarest = session
             .owned
             .iter()

@@ -22,6 +22,8 @@ use crate::ledger::{RowId, ShardWriter};
 use crate::stats::WorkerStats;
 use crate::tls::CIPHER;
 
+/// No shard has so many slots.
+const NO_ROW: (u32, u32) = (u32::MAX, 0);
 /// Octets read at once.
 pub(crate) const SCRATCH: usize = 64 * 1024;
 /// The longest incomplete message that can be kept from the read before.
@@ -46,8 +48,9 @@ pub(crate) struct Shell {
     workers: usize,
     sessions: RefCell<Vec<Option<Waker>>>,
     conns: RefCell<Vec<Option<Waker>>>,
-    /// By connection: slot and generation of its row, which is in this worker's shard; generation zero: none.
-    rows: RefCell<Vec<(u32, u64)>>,
+    /// By connection: slot and generation of its row, which is in this worker's shard, or [`NO_ROW`]. Of the generation the
+    /// low half: it comes again after 2^30 connections in one slot, and no request is so late.
+    rows: RefCell<Vec<(u32, u32)>>,
     sources: Cell<usize>,
     leaving: Cell<usize>,
     this: std::rc::Weak<Shell>,
@@ -110,21 +113,21 @@ impl Shell {
     pub(crate) fn note_row(&self, key: ConnKey, row: RowId) {
         let mut rows = self.rows.borrow_mut();
         if rows.len() <= key.0 {
-            rows.resize(key.0 + 1, (0, 0));
+            rows.resize(key.0 + 1, NO_ROW);
         }
-        rows[key.0] = (row.slot, row.generation);
+        rows[key.0] = (row.slot, row.generation as u32);
     }
 
     /// The connection is closed: a late request for its row must not meet the next connection in its place.
     pub(crate) fn forget_row(&self, key: ConnKey) {
         if let Some(row) = self.rows.borrow_mut().get_mut(key.0) {
-            *row = (0, 0);
+            *row = NO_ROW;
         }
     }
 
     /// The connection that the ledger has there.
     pub(crate) fn conn_at(&self, row: RowId) -> Option<ConnKey> {
-        self.rows.borrow().iter().position(|noted| *noted == (row.slot, row.generation)).map(ConnKey)
+        self.rows.borrow().iter().position(|noted| *noted == (row.slot, row.generation as u32)).map(ConnKey)
     }
 
     /// Counts a client connection as leaving until the result is dropped.

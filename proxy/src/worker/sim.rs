@@ -380,7 +380,10 @@ impl Sim {
     fn check(&mut self) {
         for (_, conn) in self.core.pool.iter() {
             let unanswered = conn.pending.in_flight() + conn.pending.quarantined();
-            assert!(unanswered <= conn.max_in_flight.max(self.max_in_flight), "more than the backend may have to do");
+            assert!(
+                unanswered <= (conn.max_in_flight as usize).max(self.max_in_flight),
+                "more than the backend may have to do"
+            );
         }
         for (_, session) in &self.core.sessions {
             assert!(session.owned.len() <= self.max_owned, "a client owns more than it may");

@@ -10,16 +10,32 @@ use crate::client::session::SessionKey;
 use crate::clock::Mono;
 
 /// Whose deadline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TimerKey {
     Session(SessionKey),
     Conn(ConnKey),
 }
 
+impl TimerKey {
+    /// In as many octets as a deadline: every idle client has two of these.
+    fn pack(self) -> u64 {
+        match self {
+            Self::Session(key) => (key.0 as u64) << 1,
+            Self::Conn(key) => (key.0 as u64) << 1 | 1,
+        }
+    }
+
+    /// Of what [`Self::pack`] made, so the index fits.
+    fn unpack(packed: u64) -> Self {
+        let index = (packed >> 1) as usize;
+        if packed & 1 == 0 { Self::Session(SessionKey(index)) } else { Self::Conn(ConnKey(index)) }
+    }
+}
+
 /// The armed deadlines.
 #[derive(Debug)]
 pub(crate) struct Timers {
-    heap: BinaryHeap<Reverse<(Mono, TimerKey)>>,
+    heap: BinaryHeap<Reverse<(Mono, u64)>>,
 }
 
 impl Default for Timers {
@@ -33,7 +49,7 @@ impl Timers {
     pub(crate) fn arm(&mut self, key: TimerKey, deadline: Mono, armed: &mut Mono) {
         if *armed == Mono::ZERO || deadline < *armed {
             *armed = deadline;
-            self.heap.push(Reverse((deadline, key)));
+            self.heap.push(Reverse((deadline, key.pack())));
         }
     }
 
@@ -43,7 +59,7 @@ impl Timers {
         if *deadline > now {
             return None;
         }
-        self.heap.pop().map(|Reverse(fired)| fired)
+        self.heap.pop().map(|Reverse((deadline, key))| (deadline, TimerKey::unpack(key)))
     }
 
     pub(crate) fn next(&self) -> Option<Mono> {

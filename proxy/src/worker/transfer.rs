@@ -107,7 +107,7 @@ impl Core {
         if conn.paused || conn.transfer.is_none() {
             return !conn.paused;
         }
-        let Some(session) = conn.owner.and_then(|owner| self.sessions.get_mut(owner.0)) else { return true };
+        let Some(session) = conn.owner().and_then(|owner| self.sessions.get_mut(owner.0)) else { return true };
         if session.is_busy_reading() {
             conn.paused = true;
             session.paused = true;
