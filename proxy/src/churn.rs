@@ -123,7 +123,7 @@ fn work(churn: Churn, shard: usize, claim: Claim, targets: &[SocketAddr], barrie
                 }
                 conn.close(CloseReason::Evicted);
             }
-            let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0 };
+            let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0, client_tls: None };
             let target = targets[random.usize(..targets.len())];
             let permit = ledger.caps().acquire(0).map_err(|cap| anyhow::anyhow!("{cap:?}"));
             let opened = permit.and_then(|permit| {

@@ -96,6 +96,7 @@ fn it_shows_what_is_there() {
     let owners = rows(&shown, "clients");
     assert_eq!(owners.len(), 2);
     assert!(owners.iter().all(|owner| owner["connections"] == 1 && owner["carried"] == 3), "{owners:?}");
+    assert!(owners.iter().all(|owner| owner["tls"] == Value::Null), "in the clear: {owners:?}");
 
     let tlvs = &rows(&json(&counterfoil, &["show", "tlvs"]), "tlvs")[0];
     let types: Vec<_> = rows(tlvs, "tlvs").iter().map(|tlv| tlv["type"].clone()).collect();

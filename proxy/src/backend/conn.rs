@@ -14,11 +14,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use slab::Slab;
 use tokio::io::Interest;
 
 use super::conn_tls::Secure;
 use super::connect::{self, FastOpen, Handshake, Io, OpenError};
 use super::pool::{Conn, ConnKey, Phase};
+use crate::client::session::Session;
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
 use crate::config::OneShotClose;
@@ -67,11 +69,11 @@ impl ConnTask {
     fn open(&mut self, now: Mono) -> Result<(), CloseReason> {
         let mut core = self.shell.core.borrow_mut();
         let plan = Rc::clone(&core.plan);
-        let Core { pool, spares, queries, .. } = &mut *core;
+        let Core { pool, spares, queries, sessions, .. } = &mut *core;
         let Some(conn) = pool.get_mut(self.key) else { return Err(CloseReason::Dropped) };
         let Some(permit) = conn.permit.take() else { return Err(CloseReason::Dropped) };
         let backend = &plan.backends[usize::from(conn.backend)];
-        let info = info(conn);
+        let info = info(conn, sessions);
         self.tls = Secure::new(backend);
         let source = self.shell.next_source(&backend.source);
         let fast_open = if backend.tcp_fast_open && self.tls.is_none() && may_come_twice(conn, queries) {
@@ -328,7 +330,7 @@ impl ConnTask {
             Phase::Open => RowState::Busy,
         };
         if io.entry().info().kind != conn.kind {
-            io.entry().assign(info(conn));
+            io.entry().assign(info(conn, &core.sessions));
         }
         io.entry().set_state(state);
         // Below 65,536: there are no more wire IDs.
@@ -338,8 +340,15 @@ impl ConnTask {
 }
 
 /// What the ledger is told of a connection.
-fn info(conn: &Conn) -> OpenInfo {
-    OpenInfo { backend: conn.backend, kind: conn.kind, owner: conn.owner_serial, header: conn.header_digest }
+fn info(conn: &Conn, sessions: &Slab<Session>) -> OpenInfo {
+    let tls = conn.owner.and_then(|owner| sessions.get(owner.0)?.tls());
+    OpenInfo {
+        backend: conn.backend,
+        kind: conn.kind,
+        owner: conn.owner_serial,
+        header: conn.header_digest,
+        client_tls: tls.map(|tls| tls.version),
+    }
 }
 
 /// The handshake is not over yet, or a signal came.

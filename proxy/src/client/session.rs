@@ -11,7 +11,7 @@ use crate::clock::Mono;
 use crate::close::ClientCloseReason;
 use crate::dns::keepalive::{self, TIMEOUT_UNIT, Treatment};
 use crate::proxy_protocol::client_tls;
-use crate::tls::Negotiated;
+use crate::tls::{Negotiated, Version};
 use crate::worker::buffer::OutBuf;
 use crate::worker::links::{List, Maybe};
 use crate::worker::queries::QueryKey;
@@ -382,6 +382,8 @@ pub struct Origin {
 /// A client that came over TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientTls {
+    /// The version that was agreed on.
+    pub version: Version,
     /// The name of the server that it asked for; empty if it did not say.
     pub sni: Box<str>,
     /// What it agreed on, as TLVs of a header.
@@ -392,7 +394,7 @@ impl ClientTls {
     /// With what was agreed on.
     pub fn new(negotiated: &Negotiated) -> Self {
         let sni = negotiated.server_name.as_deref().unwrap_or_default().into();
-        Self { sni, tlvs: client_tls::tlvs(negotiated).into_boxed_slice() }
+        Self { version: negotiated.version, sni, tlvs: client_tls::tlvs(negotiated).into_boxed_slice() }
     }
 }
 

@@ -110,6 +110,7 @@ pub(super) const SECTIONS: &[Section] = &[
         columns: &[
             ("OWNER", "owner"),
             ("WORKER", "worker"),
+            ("TLS", "tls"),
             ("CONNECTIONS", "connections"),
             ("HEADERS", "distinct_headers"),
             ("IN-FLIGHT", "in_flight"),

@@ -85,7 +85,7 @@ impl Site {
             let peer = Peer { _stream: Some(peer), _full: None };
             return Ok(self.keep(cookie, Held::Orphan(socket), deaf, peer, (local, self.address)));
         }
-        let info = OpenInfo { backend: self.backend, kind: ConnKind::Shared, owner: 0, header: 0 };
+        let info = OpenInfo { backend: self.backend, kind: ConnKind::Shared, owner: 0, header: 0, client_tls: None };
         let reservation = self.writer.reserve(info).map_err(io::Error::other)?;
         let (socket, entry) = reservation.bind(new_socket()?, clock::now())?;
         let tracked = Tracked::new(socket, entry);

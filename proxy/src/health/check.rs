@@ -86,7 +86,7 @@ pub(super) async fn run(ledger: &ShardWriter, target: &Target, source: Option<Ip
         Ok(permit) => permit,
         Err(cap) => return Outcome::NoPlace(cap),
     };
-    let info = OpenInfo { backend: target.backend, kind: ConnKind::Check, owner: 0, header: 0 };
+    let info = OpenInfo { backend: target.backend, kind: ConnKind::Check, owner: 0, header: 0, client_tls: None };
     let opened = connect::connect(ledger, permit, info, target.address, source, FastOpen::Off, now)
         .and_then(|(socket, _)| connect::register(socket, Interest::READABLE | Interest::WRITABLE));
     let io = match opened {

@@ -12,6 +12,7 @@ use super::slot::{ConnKind, RowState, Shard};
 use super::{BackendIndex, RowId};
 use crate::clock::{self, Mono};
 use crate::close::CloseReason;
+use crate::tls::Version;
 
 /// What is known of a connection before it is opened.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +25,8 @@ pub struct OpenInfo {
     pub owner: u64,
     /// Digest of the PROXY header's bytes; zero: none.
     pub header: u64,
+    /// What the owning client connection has agreed on; none: it is in the clear, or there is no owner.
+    pub client_tls: Option<Version>,
 }
 
 /// Why no connection can be opened.
@@ -156,6 +159,7 @@ impl Reservation {
                 owner: Cell::new(info.owner),
                 header: Cell::new(info.header),
                 kind: Cell::new(info.kind),
+                client_tls: Cell::new(info.client_tls),
                 reason: Cell::new(CloseReason::Dropped),
                 permit,
             },
@@ -184,6 +188,7 @@ pub struct Entry {
     owner: Cell<u64>,
     header: Cell<u64>,
     kind: Cell<ConnKind>,
+    client_tls: Cell<Option<Version>>,
     reason: Cell<CloseReason>,
     // Last: the place is given back when the descriptor and the row are gone.
     permit: Permit,
@@ -198,7 +203,7 @@ impl Entry {
     /// What the connection was opened for.
     pub fn info(&self) -> OpenInfo {
         let (kind, owner, header) = (self.kind.get(), self.owner.get(), self.header.get());
-        OpenInfo { backend: self.permit.backend(), kind, owner, header }
+        OpenInfo { backend: self.permit.backend(), kind, owner, header, client_tls: self.client_tls.get() }
     }
 
     /// A spare connection is given to somebody. The backend stays.
@@ -206,6 +211,7 @@ impl Entry {
         self.kind.set(info.kind);
         self.owner.set(info.owner);
         self.header.set(info.header);
+        self.client_tls.set(info.client_tls);
         self.slot.writer.shard.assign(self.slot.index, &info);
     }
 
@@ -285,7 +291,9 @@ mod tests {
         let caps = Arc::new(Caps::new([9, 9], 9));
         let ledger = Ledger::new(1, 1, 1, caps);
         let writer = ledger.writer(0).unwrap();
-        let reserve = |backend| writer.reserve(OpenInfo { backend, kind: ConnKind::Shared, owner: 0, header: 0 });
+        let reserve = |backend| {
+            writer.reserve(OpenInfo { backend, kind: ConnKind::Shared, owner: 0, header: 0, client_tls: None })
+        };
         let first = reserve(0).unwrap();
         assert_eq!(reserve(0).err(), Some(ReserveError::LedgerFull));
         ledger.grow(3, 40);
@@ -300,5 +308,28 @@ mod tests {
         assert_eq!(reserve(0).err(), Some(ReserveError::LedgerFull));
         drop(again);
         assert!(ledger.totals().len() >= 40, "counters for each backend");
+    }
+
+    #[test]
+    fn a_row_says_how_its_owner_came() {
+        let ledger = Ledger::new(1, 4, 2, Arc::new(Caps::new([9, 9], 9)));
+        let writer = ledger.writer(0).unwrap();
+        let open = |client_tls| {
+            let info = OpenInfo { backend: 1, kind: ConnKind::Spare, owner: 0, header: 0, client_tls };
+            let socket = Socket::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+            writer.reserve(info).unwrap().bind(socket, clock::now()).unwrap()
+        };
+        let versions = [None, Some(Version::Tls12), Some(Version::Tls13)];
+        let open = versions.map(open);
+        let shown = || {
+            let rows = ledger.snapshot(clock::now()).rows;
+            rows.iter().map(|row| (row.backend, row.kind, row.client_tls)).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(), versions.map(|version| (1, ConnKind::Spare, version)));
+        let (_, first) = &open[0];
+        let given = OpenInfo { kind: ConnKind::Owned, owner: 7, client_tls: Some(Version::Tls13), ..first.info() };
+        first.assign(given);
+        assert_eq!(shown()[0], (1, ConnKind::Owned, Some(Version::Tls13)));
+        assert_eq!((first.info().owner, first.info().client_tls), (7, Some(Version::Tls13)));
     }
 }

@@ -23,6 +23,7 @@ pub use slot::{ConnKind, RowState};
 
 use crate::clock::Mono;
 use crate::close::CloseReason;
+use crate::tls::Version;
 use caps::Caps;
 use slot::Shard;
 
@@ -184,6 +185,8 @@ pub struct LedgerRow {
     pub owner: u64,
     /// Digest of the PROXY header's bytes; zero: none.
     pub header: u64,
+    /// What the owning client connection has agreed on; none: it is in the clear, or there is no owner.
+    pub client_tls: Option<Version>,
 }
 
 /// A connection that was closed, until the kernel agrees.

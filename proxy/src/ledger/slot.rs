@@ -11,6 +11,7 @@ use super::{BackendIndex, BackendTotals, LedgerRow, LedgerSnapshot, OpenInfo, Pa
 use crate::clock::{Mono, nanos};
 use crate::close::CloseReason;
 use crate::table::Table;
+use crate::tls::Version;
 
 /// Who may share a connection (section 2 of the design).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,7 +109,7 @@ struct Slot {
     sequence: AtomicU64,
     /// Zero: free.
     cookie: AtomicU64,
-    /// backend << 16 | kind << 8
+    /// backend << 16 | kind << 8 | the client's version of TLS
     what: AtomicU32,
     state: AtomicU32,
     opened: AtomicU64,
@@ -340,6 +341,7 @@ impl Shard {
                 owner: row.owner.load(Ordering::Relaxed),
                 header: row.header.load(Ordering::Relaxed),
             };
+                client_tls: version(what),
             fence(Ordering::Acquire);
             if row.sequence.load(Ordering::Relaxed) == sequence {
                 return Some(read);
@@ -376,7 +378,14 @@ impl Shard {
 }
 
 fn what(info: &OpenInfo) -> u32 {
-    u32::from(info.backend) << 16 | (info.kind as u32) << 8
+    // Zero: in the clear.
+    let version = info.client_tls.map_or(0, |version| 1 + version as u32);
+    u32::from(info.backend) << 16 | (info.kind as u32) << 8 | version
+}
+
+/// The version of TLS in what [`what`] has made.
+fn version(what: u32) -> Option<Version> {
+    (what as usize & 0xff).checked_sub(1).and_then(|at| Version::ALL.get(at)).copied()
 }
 
 fn read_grave(grave: &Grave) -> Option<Tombstone> {

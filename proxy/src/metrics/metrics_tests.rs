@@ -79,7 +79,7 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
     stats.listeners[0].queries.add(7);
     stats.pools[0].latency.record(Duration::from_micros(60));
     let writer = observed.ledger.writer(0).unwrap();
-    let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0 };
+    let info = OpenInfo { backend: 0, kind: ConnKind::Owned, owner: 1, header: 0, client_tls: None };
     let _place = observed.clients.enter(0).unwrap();
     let (_listener, socket) = connected();
     let (_socket, _entry) = writer.reserve(info).unwrap().bind(socket, clock::now()).unwrap();

@@ -65,6 +65,7 @@ impl World {
             queries: 1,
             owner: 0,
             header: 0,
+            client_tls: None,
         };
         self.rows.insert(cookie, row);
     }

@@ -67,6 +67,7 @@ pub(super) fn row(cookie: u64, opened: u64, last: u64) -> LedgerRow {
         owner: 0,
         header: 0,
     }
+        client_tls: None,
 }
 
 pub(super) fn kernel(at: u64, sockets: Vec<KernelSocket>) -> KernelSnapshot {

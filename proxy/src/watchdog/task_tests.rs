@@ -80,7 +80,7 @@ impl Bench {
 
     /// A socket of the ledger, unconnected: what the kernel says of it is the script's affair.
     fn open(&self) -> (Arc<Socket>, Entry) {
-        let info = OpenInfo { backend: 0, kind: ConnKind::Shared, owner: 0, header: 0 };
+        let info = OpenInfo { backend: 0, kind: ConnKind::Shared, owner: 0, header: 0, client_tls: None };
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         let (socket, entry) = self.writer.reserve(info).unwrap().bind(socket, clock::now()).unwrap();
         entry.set_state(RowState::Idle);

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{Context, Page};
 use crate::clock::Mono;
 use crate::stats::{Counter, ListenerStats};
+use crate::tls::Version;
 
 #[derive(Serialize)]
 struct Listener<'a> {
@@ -29,6 +30,8 @@ struct Client {
     event: &'static str,
     owner: u64,
     worker: usize,
+    /// The version; none: in the clear.
+    tls: Option<&'static str>,
     connections: u64,
     in_flight: u64,
     carried: u64,
@@ -42,6 +45,7 @@ struct Client {
 #[derive(Default)]
 struct Owned {
     worker: usize,
+    tls: Option<Version>,
     in_flight: u64,
     carried: u64,
     headers: BTreeSet<u64>,
@@ -63,6 +67,7 @@ pub(super) fn page(context: &Context<'_>, after: u64) -> Page {
     for row in context.look.ledger.rows.iter().filter(|row| row.owner > after) {
         let owned = owners.entry(row.owner).or_default();
         owned.worker = row.id.shard;
+        owned.tls = row.client_tls;
         owned.in_flight += u64::from(row.in_flight);
         owned.carried += row.queries;
         owned.headers.insert(row.header);
@@ -80,6 +85,7 @@ pub(super) fn page(context: &Context<'_>, after: u64) -> Page {
             event: "client",
             owner: *owner,
             worker: owned.worker,
+            tls: owned.tls.map(Version::label),
             connections: owned.states.values().sum(),
             in_flight: owned.in_flight,
             carried: owned.carried,

@@ -9,6 +9,7 @@ use crate::close::CloseReason;
 use crate::config::{Class, ReapMode};
 use crate::kernel::{Crosscheck, KernelSnapshot, KernelSocket, Source, TcpState, Witness};
 use crate::ledger::{ConnKind, LedgerRow, LedgerSnapshot, RowId, RowState, Tombstone};
+use crate::tls::Version;
 use crate::watchdog::report::{Checked, Report};
 use crate::watchdog::{Finding, fixture};
 
@@ -46,6 +47,7 @@ fn row(cookie: u64, kind: ConnKind, owner: u64, header: u64) -> LedgerRow {
         queries: 5,
         owner,
         header,
+        client_tls: None,
     }
 }
 
@@ -212,4 +214,14 @@ fn a_view_that_cannot_be_read_is_said() {
     assert_eq!((&rows[0]["uncertain"], &rows[0]["connections"]), (&json!("netlink: no"), &json!(1)));
     assert_eq!((&rows[0]["crosscheck"], &rows[0]["workers"][0]["stalled"]), (&json!(null), &json!(false)));
     assert_eq!(ask(What::Connections, 0, &look).rows.len(), 1, "the ledger is shown all the same");
+}
+
+#[test]
+fn a_client_is_shown_with_its_version_of_tls() {
+    let over = |cookie, owner, client_tls| LedgerRow { client_tls, ..row(cookie, ConnKind::Owned, owner, cookie) };
+    let rows = vec![over(1, 3, Some(Version::Tls13)), over(2, 3, Some(Version::Tls13)), over(4, 5, None)];
+    let rows = ask(What::Clients, 0, &look(Vec::new(), rows)).rows;
+    let shown: Vec<_> =
+        rows.iter().filter(|row| row["event"] == "client").map(|row| (&row["owner"], &row["tls"])).collect();
+    assert_eq!(shown, [(&json!(3), &json!("1.3")), (&json!(5), &json!(null))]);
 }
