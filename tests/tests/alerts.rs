@@ -10,6 +10,7 @@ use std::time::Duration;
 use counterfoil::config::Class;
 use serde_json::json;
 
+use counterfoil_tests::certificates::Authority;
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::fake_backend::FakeBackend;
@@ -180,6 +181,13 @@ fn of_a_watch(counterfoil: &Counterfoil, backend: SocketAddr) -> String {
     metrics::get(watch.address, "/metrics").unwrap_or_else(|e| panic!("{e}")).1
 }
 
+/// What a forwarder with a listener over TLS exposes.
+fn of_a_listener_over_tls(backend: SocketAddr) -> String {
+    let authority = Authority::new();
+    let counterfoil = Counterfoil::start(&Config::new(backend).tls(&authority.issue("dns", &["dns.example"])));
+    metrics::get(counterfoil.admin.expect("an admin address"), "/metrics").unwrap_or_else(|e| panic!("{e}")).1
+}
+
 /// A worker hangs while its backend closes: both are real, last for a while, and reach a real Prometheus as alerts.
 #[test]
 fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
@@ -205,6 +213,7 @@ fn a_real_prometheus_scrapes_without_error_and_raises_the_alerts() {
     let admin = counterfoil.admin.expect("an admin address");
     let (_, mut exposition) = metrics::get(admin, "/metrics").unwrap_or_else(|e| panic!("{e}"));
     exposition.push_str(&of_a_watch(&counterfoil, backend.address));
+    exposition.push_str(&of_a_listener_over_tls(backend.address));
     for path in rules.iter().chain(&files("docs/runbooks")) {
         assert_names_exist(stem(path), &read(path), &exposition);
     }

@@ -257,6 +257,49 @@ fn certificates_are_reloaded() {
     counterfoil.assert_quiescent();
 }
 
+/// Operators see when the certificate ends that clients are shown: that of the last reload, whatever the file holds.
+#[test]
+fn the_end_of_the_certificate_is_a_metric() {
+    let backend = FakeBackend::answering(false);
+    let authority = Authority::new();
+    let counterfoil = Counterfoil::start(&config(backend.address, &authority.issue_expired("dns", &[NAME])));
+    let labels = [("listener", "dns")];
+    let ends = || counterfoil.metrics().value("tls_certificate_not_after_timestamp_seconds", &labels);
+    let end_of_2000 = 978_220_800.0;
+    assert_eq!(ends(), end_of_2000);
+    authority.issue("dns", &[NAME]);
+    assert_eq!(ends(), end_of_2000, "nobody has asked for it yet");
+    let (ok, said) = counterfoil.ctl(&["reload"], SOON);
+    assert!(ok, "{said}");
+    // The authority of the tests gives them until the year 4096.
+    assert_eq!(ends(), 67_090_118_400.0);
+    counterfoil.assert_quiescent();
+}
+
+/// `ctl show clients` has the version of TLS of whoever owns connections, also where one was connected in advance.
+#[test]
+fn who_came_over_tls_is_shown() {
+    let backend = FakeBackend::answering(true);
+    let authority = Authority::new();
+    let config = config(backend.address, &authority.issue("dns", &[NAME]))
+        .identity("connection")
+        .set("connections", "idle_timeout", "\"10s\"")
+        .set("connections", "spares_per_backend", 1);
+    let counterfoil = Counterfoil::start(&config);
+    let mut clients = [&TLS12, &TLS13].map(|version| {
+        Client::connect_tls(counterfoil.address, None, &Tls::with_versions(&authority.ca, NAME, &[version]))
+    });
+    for client in &mut clients {
+        client.exchange(1, "shown.example.test", qtype::A);
+    }
+    let (ok, output) = counterfoil.ctl(&["-o", "json", "show", "clients"], SOON);
+    let shown: serde_json::Value = serde_json::from_str(&output).unwrap();
+    let versions: Vec<_> = shown["clients"].as_array().unwrap().iter().map(|client| client["tls"].clone()).collect();
+    assert!(ok && versions == ["1.2", "1.3"], "{output}");
+    drop(clients);
+    counterfoil.assert_quiescent();
+}
+
 /// A client that ends its side with close_notify gets every answer, and then the server's close_notify.
 #[test]
 fn close_notify_ends_the_queries_and_not_the_answers() {

@@ -129,6 +129,14 @@ impl Traffic<'_> {
                     (labels, self.listener(i, |l| &l.tls_failures[failure as usize]))
                 })
             }),
+        )?;
+        families.gauges(
+            "tls_certificate_not_after_timestamp_seconds",
+            "When the certificate that clients are shown ends",
+            listeners().filter_map(|(i, name)| {
+                let identity = self.observed.config.listeners[i].tls.as_ref()?.identity.as_ref()?;
+                Some(([("listener", name)], identity.not_after()? as f64))
+            }),
         )
     }
 

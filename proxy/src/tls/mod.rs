@@ -15,7 +15,7 @@
 //! Errors of TLS are [`io::Error`]s of the kind `InvalidData`, in which [`fault`] finds the [`TlsFault`]; the alert that
 //! tells the peer is queued by then and wants a last [`Channel::flush`].
 //!
-//! [`stream`] is the state machine below it, [`pem`] reads certificates and keys.
+//! [`stream`] is the state machine below it, [`pem`] reads certificates and keys, [`validity`] until when they are valid.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, OnceLock};
@@ -27,6 +27,7 @@ pub(crate) mod fixture;
 pub mod pem;
 pub mod server;
 pub mod stream;
+pub mod validity;
 
 pub use stream::{Negotiated, TlsFault, TlsStream, Version, fault};
 

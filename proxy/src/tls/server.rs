@@ -13,7 +13,7 @@ use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use super::pem::{self, PemError};
-use super::{ALPN_DOT, TlsFault, provider};
+use super::{ALPN_DOT, TlsFault, provider, validity};
 use crate::config::{Config, ListenerTls};
 
 /// A certificate and its key.
@@ -28,6 +28,11 @@ impl Identity {
     /// They cannot be read, or are of no use.
     pub fn read(certificate: &Path, key: &Path) -> Result<Self, PemError> {
         Ok(Self(Arc::new(pem::certified_key(certificate, key)?)))
+    }
+
+    /// When the server's own certificate ends, unix time; not those of the authorities behind it.
+    pub fn not_after(&self) -> Option<i64> {
+        validity::not_after(self.0.cert.first()?)
     }
 }
 
