@@ -1,17 +1,18 @@
 //! Health checks: real servers that stop and go on, scripted ones for the rest.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::counterfoil::{Counterfoil, Options};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
 use counterfoil_tests::metrics;
+use counterfoil_tests::netns;
 use counterfoil_tests::process;
 use counterfoil_tests::servers::{Recursor, Unbound};
 use counterfoil_tests::sockets;
@@ -50,6 +51,32 @@ fn shown(counterfoil: &Counterfoil) -> (String, String) {
     let shown: serde_json::Value = serde_json::from_str(&output).unwrap();
     let field = |name: &str| shown["backends"][0][name].as_str().unwrap().to_owned();
     (field("health"), field("state"))
+}
+
+/// A check has `health.timeout` for all of it, connecting included, however short `connect_timeout` is. The watchdog leaves
+/// it alone until then: broken off, it would not count as failed, and its backend would never go down.
+#[test]
+fn a_check_that_nobody_answers_ends_by_its_own_timeout() {
+    let (near, far) = netns::pair();
+    // In the network, and nobody's; a neighbour that is known, so that the SYN is sent.
+    let absent = SocketAddr::from((Ipv4Addr::from(u32::from(far.address) + 1), 53));
+    near.ip(&format!("neighbour add {} lladdr 02:00:00:00:00:09 dev veth0", absent.ip()));
+    let config = Config::new(absent)
+        .settles_soon()
+        .backend_key("connect_timeout", "\"100ms\"")
+        .backend_key("health.mode", "\"auto\"")
+        .backend_key("health.timeout", "\"3s\"")
+        .set("watchdog", "reap", "\"on\"")
+        .set("watchdog", "interval", "\"100ms\"")
+        .set("watchdog", "grace", "\"300ms\"");
+    let counterfoil = Counterfoil::start_with(&config, Options { namespace: Some(&near), ..Options::default() });
+    near.run(|| {
+        let failed = [("backend", "backend-0"), ("result", "failed")];
+        let metrics = counterfoil.wait_metrics("a check has failed", SOON, |metrics| {
+            metrics.sum("backend_health_checks_total", &failed) >= 1.0
+        });
+        assert_eq!(metrics.sum("reaped_total", &[]), 0.0);
+    });
 }
 
 #[test]

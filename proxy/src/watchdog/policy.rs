@@ -62,6 +62,8 @@ pub struct BackendPolicy {
     pub stuck_after: Duration,
     /// For `connect(2)`, and one clean-up.
     pub embryo_after: Duration,
+    /// The same for a health check, whose own time is for all of it: connecting, TLS, the answer.
+    pub check_after: Duration,
     /// A zone transfer may wait for so long since its client has last read something, whatever its backend does
     /// meanwhile: the longest of the listeners' write timeouts, and one clean-up.
     pub paused_after: Duration,
@@ -135,6 +137,7 @@ impl Policy {
             ours.spare_after = ours.spare_after.max(theirs.spare_after);
             ours.stuck_after = ours.stuck_after.max(theirs.stuck_after);
             ours.embryo_after = ours.embryo_after.max(theirs.embryo_after);
+            ours.check_after = ours.check_after.max(theirs.check_after);
             ours.paused_after = ours.paused_after.max(theirs.paused_after);
         }
         policy
@@ -158,6 +161,7 @@ impl Policy {
             spare_after: Duration::from_secs(2),
             stuck_after: idle,
             embryo_after: connect,
+            check_after: connect,
             paused_after: Duration::ZERO,
         };
         Self {
@@ -218,6 +222,7 @@ impl BackendPolicy {
             spare_after: connections.spare_idle_timeout.max(handshake) + connections.cleanup_interval,
             stuck_after: longest + connections.cleanup_interval,
             embryo_after: backend.connect_timeout + connections.cleanup_interval,
+            check_after: backend.health.timeout + connections.cleanup_interval,
             paused_after: connections.cleanup_interval,
         }
     }
@@ -233,6 +238,7 @@ impl BackendPolicy {
             spare_after: connections.spare_idle_timeout + connections.cleanup_interval,
             stuck_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
             embryo_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
+            check_after: DRILL_IDLE_TIMEOUT + connections.cleanup_interval,
             paused_after: Duration::ZERO,
         }
     }
@@ -252,6 +258,16 @@ mod tests {
 
     fn at(text: &str) -> SocketAddr {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_check_may_take_its_own_time() {
+        let mut config = fixture::config(ReapMode::Off, None);
+        let backend = &mut config.pools[0].backends[0];
+        (backend.connect_timeout, backend.health.timeout) = (Duration::from_secs(2), Duration::from_secs(20));
+        let policy = Policy::new(&config, at("127.0.0.1:7"));
+        let (embryo, check) = (policy.backends[0].embryo_after, policy.backends[0].check_after);
+        assert_eq!((embryo, check), (Duration::from_millis(2100), Duration::from_millis(20_100)));
     }
 
     #[test]

@@ -140,6 +140,7 @@ fn policy() -> Policy {
             spare_after: Duration::from_secs(2),
             stuck_after: Duration::from_secs(31),
             embryo_after: Duration::from_secs(3),
+            check_after: Duration::from_secs(21),
             paused_after: Duration::from_secs(6),
         }],
         drill: 1,

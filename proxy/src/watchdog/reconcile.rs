@@ -224,7 +224,8 @@ fn both(
             Some(Condition { class: Class::Lingering, since: None })
         }
         TcpState::SynSent | TcpState::SynRecv => {
-            overdue(Class::Embryo, socket.opened.map_or(row.opened, Mono), backend.embryo_after)
+            let limit = if row.kind == ConnKind::Check { backend.check_after } else { backend.embryo_after };
+            overdue(Class::Embryo, socket.opened.map_or(row.opened, Mono), limit)
         }
         TcpState::Established => {
             let last = last_byte(socket, row, pauses, trust);

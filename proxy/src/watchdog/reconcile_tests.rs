@@ -22,6 +22,7 @@ pub(super) fn policy() -> Policy {
         spare_after: Duration::from_secs(2),
         stuck_after: Duration::from_secs(31),
         embryo_after: Duration::from_secs(3),
+        check_after: Duration::from_secs(21),
         paused_after: Duration::from_secs(6),
     };
     Policy {
@@ -66,8 +67,8 @@ pub(super) fn row(cookie: u64, opened: u64, last: u64) -> LedgerRow {
         queries: 1,
         owner: 0,
         header: 0,
-    }
         client_tls: None,
+    }
 }
 
 pub(super) fn kernel(at: u64, sockets: Vec<KernelSocket>) -> KernelSnapshot {
@@ -168,6 +169,20 @@ fn a_spare_connection_has_a_timeout_of_its_own() {
     })
     .unwrap();
     assert_eq!((finding.class, at), (Class::Hoard, start + 5 * SECOND));
+}
+
+/// It may take as long as `health.timeout` to connect, which may be longer than `connect_timeout`. Reaped before that, it
+/// would never fail, and its backend never go down.
+#[test]
+fn a_health_check_that_connects_has_a_timeout_of_its_own() {
+    let start = 100 * SECOND;
+    let (at, finding) = sweep_until_found(start, Trust::Full, |at| {
+        let check = LedgerRow { kind: ConnKind::Check, queries: 0, ..row(7, start, start) };
+        let socket = KernelSocket { opened: Some(start), ..socket(7, TcpState::SynSent, start) };
+        (kernel(at, vec![socket]), ledger(at, vec![check]))
+    })
+    .unwrap();
+    assert_eq!((finding.class, at), (Class::Embryo, start + 24 * SECOND));
 }
 
 /// A zone transfer whose client reads now and then, as the ledger says, may wait for as long as that goes on: its backend
