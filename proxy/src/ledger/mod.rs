@@ -104,9 +104,9 @@ impl Ledger {
         }
     }
 
-    /// Forgets a row that has no socket (the answer to a ghost). False if the slot has moved on.
-    pub fn retire_row(&self, id: RowId) -> bool {
-        self.shards.get(id.shard).is_some_and(|shard| shard.strike(id))
+    /// Forgets the row of this socket, which does not exist (the answer to a ghost). False if the slot has moved on.
+    pub fn retire_row(&self, id: RowId, cookie: u64) -> bool {
+        self.shards.get(id.shard).is_some_and(|shard| shard.strike(id, cookie))
     }
 
     /// Runs `action` on the socket of a row, if its owner still has it. The owner's descriptor cannot be closed

@@ -258,13 +258,14 @@ impl Shard {
         row.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// Hides a row that has no socket. The slot stays its owner's, who retires it when it lets the entry go.
-    pub(super) fn strike(&self, id: RowId) -> bool {
+    /// Hides the row of a socket that does not exist. The slot stays its owner's, who retires it when it lets the entry go.
+    pub(super) fn strike(&self, id: RowId, cookie: u64) -> bool {
         let Some(row) = self.slots.get(id.slot as usize) else { return false };
-        if row.sequence.load(Ordering::Acquire) != id.generation {
-            return false;
-        }
-        row.cookie.swap(0, Ordering::AcqRel) != 0
+        // The owner may use the slot again between any two looks at it: no other cookie than this one may go, or a healthy
+        // connection would be without its row, and an orphan. No two sockets have the same.
+        cookie != 0
+            && row.sequence.load(Ordering::Acquire) == id.generation
+            && row.cookie.compare_exchange(cookie, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     pub(super) fn socket(&self, id: RowId) -> Option<Arc<Socket>> {
@@ -340,8 +341,8 @@ impl Shard {
                 queries: row.queries.load(Ordering::Relaxed),
                 owner: row.owner.load(Ordering::Relaxed),
                 header: row.header.load(Ordering::Relaxed),
-            };
                 client_tls: version(what),
+            };
             fence(Ordering::Acquire);
             if row.sequence.load(Ordering::Relaxed) == sequence {
                 return Some(read);
@@ -405,7 +406,30 @@ fn read_grave(grave: &Grave) -> Option<Tombstone> {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use std::net::TcpListener;
+
     use super::*;
+
+    /// What the slot holds by now may be another connection than the one that was read: even of one generation only the
+    /// cookie that is meant goes.
+    #[test]
+    fn a_row_is_struck_by_its_cookie() {
+        let shard = Shard::new(0, 1, 1);
+        let socket = Arc::new(Socket::from(TcpListener::bind("127.0.0.1:0").unwrap()));
+        let info = OpenInfo { backend: 0, kind: ConnKind::Shared, owner: 0, header: 0, client_tls: None };
+        let fill = |cookie| RowId { shard: 0, slot: 0, generation: shard.fill(0, cookie, &info, Mono(1), &socket) };
+        let live = || shard.slots.get(0).and_then(|slot| shard.read_slot(0, slot)).map(|row| row.cookie);
+        let first = fill(7);
+        assert!(!shard.strike(first, 6) && !shard.strike(first, 0));
+        shard.retire(first, CloseReason::Checked, Mono(2));
+        let second = fill(8);
+        assert!(!shard.strike(first, 7) && !shard.strike(first, 8) && !shard.strike(second, 7));
+        assert_eq!(live(), Some(8));
+        assert!(shard.strike(second, 8) && !shard.strike(second, 8));
+        assert_eq!(live(), None);
+    }
 
     /// What a shard remembers of an owner that beats at these times, milliseconds.
     fn pauses(beats: impl IntoIterator<Item = u64>) -> Vec<(u64, u64)> {

@@ -350,7 +350,7 @@ impl Hands for Grip<'_> {
             self.doubt = true;
             return false;
         }
-        self.subject.ledger.retire_row(row)
+        self.subject.ledger.retire_row(row, cookie)
     }
 }
 
