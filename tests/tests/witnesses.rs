@@ -103,6 +103,9 @@ fn lies(liar: &str) {
     assert_eq!(metrics.sum("reaped_total", &[]), 0.0, "{}", scene.counterfoil.process.tail());
     if liar == "ebpf" {
         assert_eq!(uncertain, 1.0, "two against the view");
+        let lines = scene.counterfoil.process.lines();
+        let said = lines.iter().filter(|line| line.contains("the kernel view is uncertain")).count();
+        assert!((1..=4).contains(&said), "{said} lines in fifteen sweeps: it says so once, and then only what changes");
         // It hides all connections: each looks like a ghost, and is left alone.
         let ghosts = metrics.sum("discrepancy_sockets", &[("class", "ghost")]);
         assert_eq!(ghosts, CONNECTIONS as f64, "{}", scene.counterfoil.process.tail());

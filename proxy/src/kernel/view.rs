@@ -90,11 +90,12 @@ impl EbpfView {
         let now = self.reader.misses()?;
         let found: HashSet<u64> = taken_up.found.iter().map(|record| record.cookie).collect();
         let new = found.difference(&self.last_found).count() as u64;
-        self.uncertain = verdict(new, self.searched_at, began, now, doubt);
+        let before = std::mem::replace(&mut self.uncertain, verdict(new, self.searched_at, began, now, doubt));
         self.found += new;
         self.last_found = found;
         self.searched_at = began;
-        if let Some(reason) = &self.uncertain {
+        // Once, not with each sweep.
+        if let Some(reason) = self.uncertain.as_ref().filter(|reason| before.as_ref() != Some(*reason)) {
             tracing::warn!(reason, "the kernel view is uncertain");
         }
         Ok(())

@@ -97,8 +97,9 @@ impl Task {
                 Ok(Request::Look(answer)) => drop(answer.send(self.look())),
                 Ok(Request::Reap { cookie, answer }) => drop(answer.send(self.order(cookie))),
                 Ok(Request::Adopt(subject)) => {
-                    self.reaper.adopt(&subject.settings, subject.tlv_types.clone());
-                    self.subject = *subject;
+                    let now = clock::now();
+                    self.adopt(*subject, now);
+                    next_sweep = next_sweep.min(now.after(self.subject.settings.interval));
                 }
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -113,6 +114,13 @@ impl Task {
                 self.reap();
             }
         }
+    }
+
+    /// Goes by another configuration from now on. What was not due for long by the old intervals is due by the new ones.
+    fn adopt(&mut self, subject: Subject, now: Mono) {
+        self.reaper.adopt(&subject.settings, subject.tlv_types.clone());
+        self.next_crosscheck = self.next_crosscheck.min(now.after(subject.settings.crosscheck_interval));
+        self.subject = subject;
     }
 
     fn sweep(&mut self) {
@@ -203,8 +211,12 @@ impl Task {
             // Off by configuration: that is all this sweep can do.
             None => self.report.last_success = clock::unix_seconds(),
             Some(error) => {
-                tracing::warn!(%error, "the kernel view cannot be read");
-                self.report.uncertain = Some(error.to_string());
+                let error = Some(error.to_string());
+                // Once, not with each sweep.
+                if self.report.uncertain != error {
+                    tracing::warn!(error, "the kernel view cannot be read");
+                }
+                self.report.uncertain = error;
             }
         }
     }

@@ -1,11 +1,14 @@
 //! The watchdog's thread over a scripted kernel view and a real ledger with real sockets.
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests panic, and make sockets")]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
+use tracing_subscriber::layer::{Layer, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::*;
 use crate::config::ReapMode;
@@ -319,4 +322,49 @@ fn a_look_reads_both_halves_and_is_no_sweep() {
     assert_eq!(look.ledger.rows.len(), 1, "the ledger needs no kernel");
     bench.script(|script| script.broken = false);
     assert!(bench.sweep().findings.is_empty(), "this was the first sweep");
+}
+
+#[test]
+fn shorter_intervals_of_a_new_configuration_count_at_once() {
+    let mut config = fixture::config(ReapMode::Off, None);
+    (config.watchdog.interval, config.watchdog.crosscheck_interval) =
+        (Duration::from_secs(3600), Duration::from_secs(7200));
+    let (observed, ..) = fixture::observed(config);
+    let script = Arc::new(Mutex::new(Script::default()));
+    let watchdog = crate::watchdog::start(observed.subject(), Box::new(View(Arc::clone(&script)))).unwrap();
+    let until = |done: &dyn Fn() -> bool| {
+        let deadline = clock::now().after(Duration::from_secs(10));
+        while !done() {
+            assert!(clock::now() < deadline, "{} sweeps", watchdog.handle().report().sweeps);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    until(&|| watchdog.handle().report().sweeps == 1);
+    let mut subject = observed.subject();
+    let interval = Duration::from_millis(10);
+    (subject.settings.interval, subject.settings.crosscheck_interval) = (interval, interval);
+    watchdog.handle().adopt(subject);
+    until(&|| watchdog.handle().report().sweeps > 3 && script.lock().unwrap().crosschecks > 1);
+}
+
+/// Counts the lines of the log.
+struct Lines(Arc<AtomicUsize>);
+
+impl<S: tracing::Subscriber> Layer<S> for Lines {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        self.0.fetch_add(usize::from(event.metadata().target().ends_with("watchdog::task")), Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_view_that_stays_broken_is_said_once() {
+    let lines = Arc::new(AtomicUsize::new(0));
+    let _guard = tracing_subscriber::registry().with(Lines(Arc::clone(&lines))).set_default();
+    let mut bench = Bench::new();
+    bench.script(|script| script.broken = true);
+    (0..5).for_each(|_| drop(bench.sweep()));
+    assert_eq!(lines.load(Ordering::Relaxed), 1);
+    bench.script(|script| script.broken = false);
+    (0..5).for_each(|_| drop(bench.sweep()));
+    assert_eq!(lines.load(Ordering::Relaxed), 2, "and that it is whole again");
 }

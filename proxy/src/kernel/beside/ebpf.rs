@@ -142,11 +142,12 @@ impl EbpfBeside {
         let cookies: HashSet<u64> = found.iter().map(|record| record.cookie).collect();
         let new = cookies.difference(&self.last_found).count() as u64;
         let ended = self.reader.misses()?;
-        self.uncertain = verdict(new, self.searched_at, began, ended, doubt);
+        let before = std::mem::replace(&mut self.uncertain, verdict(new, self.searched_at, began, ended, doubt));
         self.found += new;
         self.last_found = cookies;
         self.searched_at = began;
-        if let Some(reason) = &self.uncertain {
+        // Once, not with each sweep.
+        if let Some(reason) = self.uncertain.as_ref().filter(|reason| before.as_ref() != Some(*reason)) {
             tracing::warn!(reason, "the kernel view is uncertain");
         }
         Ok(found)
