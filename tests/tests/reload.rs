@@ -355,3 +355,26 @@ fn health_checks_follow() {
     assert!(metrics.sum("backend_health_checks_total", &[("backend", "backend-1"), ("result", "passed")]) > 0.0);
     assert_eq!(metrics.sum("discrepancy_sockets", &[]), 0.0);
 }
+
+/// CAP_NET_ADMIN, by which orphans are severed, is kept from the start or never: only who began without it is told so.
+#[test]
+fn a_reaper_that_is_switched_on_again_can_sever_what_it_could_before() {
+    let backend = FakeBackend::answering(false);
+    let config = |reap: &str| {
+        let config = Config::new(backend.address).settles_soon().set("watchdog", "reap", format!("{reap:?}"));
+        config.set("watchdog", "interval", "\"100ms\"").set("watchdog", "grace", "\"300ms\"")
+    };
+    let switch = |counterfoil: &Counterfoil, reap: &str| {
+        counterfoil.rewrite_with(&config(reap));
+        reload(counterfoil).contains("CAP_NET_ADMIN, which was given up")
+    };
+    let counterfoil = Counterfoil::start(&config("on"));
+    assert!(!switch(&counterfoil, "off") && !switch(&counterfoil, "on"), "it has it still");
+    let (ok, said) = counterfoil.drill("orphan", Duration::from_secs(30));
+    assert!(ok && said.contains("severed"), "{said}");
+    counterfoil.assert_quiescent();
+
+    let counterfoil = Counterfoil::start(&config("off"));
+    assert!(switch(&counterfoil, "on"));
+    counterfoil.assert_quiescent();
+}

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::mpsc;
 
 use crate::client::limits::ClientLimits;
-use crate::config::{Config, Numbers, check};
+use crate::config::{Config, Numbers, ReapMode, check};
 use crate::control::{Control, Controls};
 use crate::health::Board;
 use crate::ledger::caps::Caps;
@@ -191,7 +191,9 @@ impl App {
                 watchdog.handle().report().source.as_str()
             );
             notifier.ready(&status);
-            let reloader = Reloader { file, live: live.clone(), watchdog: watchdog.handle(), tls, stricter: None };
+            let may_sever = config.watchdog.reap == ReapMode::On;
+            let reloader =
+                Reloader { file, live: live.clone(), watchdog: watchdog.handle(), tls, may_sever, stricter: None };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
             Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited }
                 .run(life::watch(threads))

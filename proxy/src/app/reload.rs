@@ -33,6 +33,8 @@ pub(super) struct Reloader {
     pub(super) live: Live,
     pub(super) watchdog: Handle,
     pub(super) tls: Arc<ServerTls>,
+    /// The watchdog has CAP_NET_ADMIN, as the reaper was to act when the process started.
+    pub(super) may_sever: bool,
     /// The watchdog's thresholds, and from when on they count: connections of before are measured by the old ones, too.
     pub(super) stricter: Option<(Instant, Arc<Policy>)>,
 }
@@ -86,7 +88,9 @@ impl Reloader {
     async fn apply(&mut self, before: Observed, config: Config, numbers: Numbers) -> Vec<String> {
         let mut notes: Vec<String> =
             warnings(&config, check::Limits::read()).iter().map(|warning| warning.to_string()).collect();
-        notes.extend(cannot_sever(&before, &config, self.watchdog.report().source));
+        if !self.may_sever && self.watchdog.report().source == Source::Ebpf {
+            notes.extend(cannot_sever(before.config.watchdog.reap, config.watchdog.reap));
+        }
         if config.server.log != before.config.server.log
             && let Err(error) = logging::set_filter(&config.server.log)
         {
@@ -208,9 +212,8 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
 }
 
 /// The reaper may act from now on, but the capability for its last step was given up at the start.
-fn cannot_sever(before: &Observed, config: &Config, source: Source) -> Option<String> {
-    let began = before.config.watchdog.reap != ReapMode::On && config.watchdog.reap == ReapMode::On;
-    (began && source == Source::Ebpf).then(|| {
+fn cannot_sever(before: ReapMode, now: ReapMode) -> Option<String> {
+    (before != ReapMode::On && now == ReapMode::On).then(|| {
         "key `watchdog.reap`: the reaper closes what a worker owns from now on; to sever orphans it needs CAP_NET_ADMIN, \
          which was given up at the start: that takes a restart"
             .to_owned()

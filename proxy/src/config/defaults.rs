@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::{
@@ -28,9 +29,11 @@ pub const MAX_INCOMING_HEADER: usize = 536;
 /// What a health check asks for.
 const CHECK_NAME: &str = "a.root-servers.net.";
 
-/// One worker per core, as many as the process may use.
+/// One worker per core, as many as the process may use when it is first asked. What it may use can change while it runs, by
+/// its cgroup or its affinity; a reload of the same file must not take that for another number of workers.
 pub(super) fn workers() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    static WORKERS: OnceLock<usize> = OnceLock::new();
+    *WORKERS.get_or_init(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
 }
 
 impl Default for Server {
@@ -213,5 +216,27 @@ impl Default for Admin {
             token_file: None,
             socket: Some(PathBuf::from("/run/counterfoil/counterfoil.sock")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    use super::*;
+
+    #[test]
+    fn the_number_of_workers_stays_what_it_was_at_the_start() {
+        let before = Server::default().workers;
+        let after = std::thread::spawn(|| {
+            let may_use = sched_getaffinity(None).unwrap();
+            let mut one = CpuSet::new();
+            one.set((0..CpuSet::MAX_CPU).find(|cpu| may_use.is_set(*cpu)).unwrap());
+            sched_setaffinity(None, &one).unwrap();
+            (std::thread::available_parallelism().unwrap().get(), Server::default().workers)
+        });
+        assert_eq!(after.join().unwrap(), (1, before));
     }
 }
