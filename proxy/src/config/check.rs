@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use rustls::pki_types::ServerName;
 
 use super::units::format_size;
-use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol, defaults, forecast, load, print};
+use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol, View, defaults, forecast, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
@@ -111,6 +111,7 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
     warnings.extend(descriptors(config, limits));
     clients::forecast(config, limits, &mut warnings);
     warnings.extend(fast_open(config, limits));
+    warnings.extend(view(config));
     for (index, pool) in config.pools.iter().enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
         warnings.extend(usefulness(config, index, &path));
@@ -157,6 +158,19 @@ fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
         message: format!(
             "{clients} client connections, {backends} to backends and {reserve} other descriptors are {needed}, but \
              RLIMIT_NOFILE allows {limit}: clients will be refused before the limit here is reached"
+        ),
+    })
+}
+
+/// More connections than the kernel view has room for: it would be uncertain, and nothing would be reaped.
+fn view(config: &Config) -> Option<Warning> {
+    let (most, room) = (to_backends(config), config.kernel.max_sockets);
+    let is_map = matches!(config.kernel.view, View::Auto | View::Ebpf);
+    (is_map && (room as usize) < most).then(|| Warning {
+        key: "kernel.max_sockets".to_owned(),
+        message: format!(
+            "there can be {most} connections to backends, and the kernel view by eBPF has room for {room} sockets: beyond \
+             it is uncertain, and nothing is reaped"
         ),
     })
 }
@@ -249,6 +263,10 @@ fn unsaid(config: &Config, index: usize, proxy: &ProxyProtocol, path: &str) -> O
 /// What TLS costs with this configuration, and what it does not do.
 fn tls(config: &Config, pool: &Pool, backend: &Backend, path: &str, warnings: &mut Vec<Warning>) {
     let Some(tls) = &backend.tls else { return };
+    if backend.tcp_fast_open {
+        let key = format!("{}.tcp_fast_open", path.trim_end_matches(".tls"));
+        warnings.push(Warning { key, message: "does nothing: it is not used with TLS".to_owned() });
+    }
     let mut warn = |key: &str, message: String| warnings.push(Warning { key: format!("{path}{key}"), message });
     if let ServerName::IpAddress(_) = tls.server_name {
         warn(
@@ -427,6 +445,23 @@ mod tests {
                  them"
             ]
         );
+    }
+
+    #[test]
+    fn a_kernel_view_without_room() {
+        let few =
+            |view: &str, room: usize| warned(&format!("[kernel]\nview = \"{view}\"\nmax_sockets = {room}\n"), ROOMY);
+        assert_eq!(few("auto", 512), [""; 0]);
+        let warning = "key `kernel.max_sockets`: there can be 512 connections to backends, and the kernel view by eBPF has \
+                       room for 511 sockets: beyond it is uncertain, and nothing is reaped";
+        assert_eq!([few("auto", 511), few("ebpf", 511)], [[warning], [warning]]);
+        assert_eq!(few("sock-diag", 511), [""; 0]);
+    }
+
+    #[test]
+    fn tcp_fast_open_over_tls() {
+        let tls = "tcp_fast_open = true\n[pool.backend.tls]\nserver_name = \"a.example\"\n";
+        assert_eq!(warned(tls, ROOMY), ["key `pool.backend.tcp_fast_open`: does nothing: it is not used with TLS"]);
     }
 
     #[test]

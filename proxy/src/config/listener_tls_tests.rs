@@ -89,3 +89,22 @@ fn files_of_certificates() {
     tls.adopt(&config).unwrap();
     assert!(!std::sync::Arc::ptr_eq(&tls.greeting(0).unwrap().config, &greeting.config));
 }
+
+/// Certificate and key may be one file; then what is wrong tells which of the two keys is meant.
+#[test]
+fn one_file_without_a_key_lacks_the_key() {
+    let directory = std::env::temp_dir().join(format!("counterfoil-one-file-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let (listener, rest) = MINIMAL.split_once("\n[[pool]]").unwrap();
+    let text = format!("{listener}[listener.tls]\ncertificate = \"c.pem\"\nkey = \"c.pem\"\n[[pool]]{rest}");
+    std::fs::write(directory.join("f.toml"), text).unwrap();
+    let Pair { certificate, key } = pair("dns.example");
+    let said = |text: &str| {
+        std::fs::write(directory.join("c.pem"), text).unwrap();
+        load(&directory.join("f.toml")).unwrap_err().to_string()
+    };
+    let (no_key, no_certificate) = (said(&certificate), said(&key));
+    std::fs::remove_dir_all(&directory).unwrap();
+    assert!(no_key.contains(":8:7: key `listener.tls.key`: ") && no_key.contains("no private key"), "{no_key}");
+    assert!(no_certificate.contains(":7:15: key `listener.tls.certificate`: "), "{no_certificate}");
+}

@@ -117,7 +117,12 @@ fn read_tls(section: &Section<'_, '_>) -> Option<ListenerTls> {
     let file = |named: Option<&str>| section.file(named?);
     let identity = file(certificate).zip(file(key)).and_then(|(certificate, key)| {
         let read = Identity::read(&certificate, &key);
-        let key = |error: &PemError| if error.file() == certificate { "certificate" } else { "key" };
+        // One file may hold both.
+        let key = |error: &PemError| match error {
+            PemError::NoKey(_) | PemError::Unfit { .. } => "key",
+            error if error.file() == certificate => "certificate",
+            _ => "key",
+        };
         read.map_err(|error| section.fail(key(&error), Problem::Pem(error))).ok()
     });
     Some(ListenerTls {

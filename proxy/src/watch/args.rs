@@ -54,7 +54,7 @@ pub struct WatchArgs {
     dry_run: bool,
 
     /// Severed at most.
-    #[arg(long, value_name = "N", default_value_t = 6000)]
+    #[arg(long, value_name = "N", default_value_t = 6000, value_parser = clap::value_parser!(u32).range(1..))]
     max_reaps_per_minute: u32,
 
     /// Without a byte for longer, a connection is a hoard, or lingering; longer than the slowest answer takes.
@@ -281,6 +281,7 @@ mod tests {
             (format!("--pid 7 {rest} --idle 2"), "unit"),
             (format!("--pid 7 {rest} --interval 1ms"), "at least 50ms"),
             (format!("--pid 7 {rest} --sweeps 0"), "0 is not in 1.."),
+            (format!("--pid 7 {rest} --reap --max-reaps-per-minute 0"), "0 is not in 1.."),
             (format!("--pid 7 {rest} --http here"), "an ADDR:PORT, or off"),
             (format!("--pid 7 {rest} --view none"), "auto, ebpf or sock-diag"),
             (format!("--pid 7 {rest} --userspace-metric http://127.0.0.1/metrics"), "2 values required"),
