@@ -57,6 +57,28 @@ fn the_units_have_no_mistake() {
     assert!(said.iter().any(|line| line.contains("WatchdogSeconds")), "{said:?}");
 }
 
+/// systemd looks at the exit status of the main process alone (systemd.service(5)): a check before it would have the service
+/// started again and again with a configuration that is refused.
+#[test]
+fn a_bad_configuration_is_refused_by_the_main_process_and_not_tried_again() {
+    let units = units();
+    let text = std::fs::read_to_string(units.path().join("counterfoil.service")).unwrap();
+    let values = |key: &str| text.lines().filter_map(|line| line.strip_prefix(key)).collect::<Vec<_>>();
+    let [command] = values("ExecStart=")[..] else { unreachable!("one command: {text}") };
+    assert!(values("ExecStartPre=").is_empty() && values("ExecCondition=").is_empty(), "{text}");
+    let bad = units.write("bad.toml", "[server]\nworker = 1\n").display().to_string();
+    let command = command.replace("/etc/counterfoil/counterfoil.toml", &bad);
+    let (program, arguments) = command.split_once(' ').unwrap();
+    let mut process = Process::start("counterfoil", program, &arguments.split(' ').collect::<Vec<_>>());
+    let status = process.wait_exit(SOON).code().unwrap().to_string();
+    assert!(
+        process.lines().iter().any(|line| line.contains("bad.toml:2:1: key `server.worker`")),
+        "{}",
+        process.tail()
+    );
+    assert_eq!(values("RestartPreventExitStatus="), [status]);
+}
+
 /// README.md says 1.9 of 10, less being better.
 #[test]
 fn the_service_is_well_locked_in() {
