@@ -341,7 +341,7 @@ impl ConnTask {
 
 /// What the ledger is told of a connection.
 fn info(conn: &Conn, sessions: &Slab<Session>) -> OpenInfo {
-    let tls = conn.owner.and_then(|owner| sessions.get(owner.0)?.tls());
+    let tls = conn.owner().and_then(|owner| sessions.get(owner.0)?.tls());
     OpenInfo {
         backend: conn.backend,
         kind: conn.kind,
