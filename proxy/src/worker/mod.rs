@@ -86,10 +86,7 @@ impl Worker {
         // A local runtime, not a `LocalSet` on another: waking a task from the event loop of a `LocalSet` costs a system
         // call (a write to the runtime's eventfd).
         let options = tokio::runtime::LocalOptions::default();
-        // Before it sleeps it gives way to those who share its core. If they have something for it when they are done, it
-        // is spared a sleep and a waking, which cost more than the system call: on busy machines most of them.
-        let mut builder = tokio::runtime::Builder::new_current_thread();
-        let runtime = builder.enable_io().enable_time().on_thread_park(std::thread::yield_now).build_local(options)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build_local(options)?;
         runtime.block_on(self.serve(ledger))
     }
 
