@@ -29,6 +29,7 @@ pub mod proxy_protocol;
 pub mod query;
 pub mod responder;
 pub mod stats;
+mod stderr;
 pub mod systemd;
 pub mod table;
 pub mod tls;

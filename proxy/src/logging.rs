@@ -18,6 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 use crate::clock::{self, Mono};
+use crate::stderr::{self, Stderr};
 
 /// Lines that one place in the code may write at once.
 const BURST: u32 = 100;
@@ -49,7 +50,7 @@ static LIMITER: Limiter = Limiter::new();
 /// The filter cannot be read.
 pub fn start(ordered: Option<&str>, configured: &str, format: Format) -> Result<(), ParseError> {
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(ordered.unwrap_or(configured))?);
-    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let lines = fmt::layer().with_writer(|| Stderr).with_ansi(std::io::stderr().is_terminal());
     let lines = match format {
         Format::Text => lines.boxed(),
         Format::Json => lines.json().boxed(),
@@ -72,11 +73,15 @@ pub fn set_filter(filter: &str) -> Result<(), String> {
     handle.reload(filter).map_err(|error| error.to_string())
 }
 
-/// Tells of the lines that were held back and of which no more come, or that have been held back for long.
+/// Tells of the lines that were held back and of which no more come, or that have been held back for long, and of those that
+/// were lost.
 pub fn tell_held_back() {
     for (metadata, lines) in LIMITER.held_back(clock::now()) {
         let place = format!("{}:{}", metadata.target(), metadata.line().unwrap_or_default());
         tracing::warn!(place, lines, level = metadata.level().as_str(), "log lines held back");
+    }
+    if let Some(lines) = stderr::lost() {
+        tracing::warn!(lines, "log lines lost: standard error did not take them");
     }
 }
 

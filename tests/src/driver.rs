@@ -120,6 +120,11 @@ impl Client {
         }
     }
 
+    /// The connection itself, below TLS.
+    pub fn tcp(&self) -> &std::net::TcpStream {
+        self.wire.tcp()
+    }
+
     /// Sends one query with its length prefix, in one write.
     ///
     /// # Panics

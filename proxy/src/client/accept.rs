@@ -69,22 +69,23 @@ impl Door {
         let Some(local) = self.local.or_else(|| stream.local_addr().ok()) else { return };
         let place = match self.limits.enter(self.index) {
             Ok(place) => place,
-            Err(refusal) => return self.refuse(client, refusal),
+            Err(refusal) => return self.refuse(client, None, refusal),
         };
+        let session = self.shell.core.borrow().next_serial();
         let ends = Addresses { client, local };
         let proxy = self.plan(|listener| listener.accept_proxy.clone()).filter(|proxy| proxy.trusts(client.ip()));
         let tls = self.tls.greeting(self.index);
         if proxy.is_some() || tls.is_some() {
             let (door, accepted) = (Rc::clone(self), Instant::now());
-            let stranger = Stranger { door, proxy, tls, stream, ends, place, accepted, stop: stop.clone() };
+            let stranger = Stranger { door, proxy, tls, stream, session, ends, place, accepted, stop: stop.clone() };
             tokio::task::spawn_local(stranger.introduce());
             return;
         }
         match place.admit(client.ip(), crate::clock::now()) {
             Ok(admitted) => {
-                self.begin(Entrant { link: Link::new(stream), ends, admitted, origin: Origin::default() });
+                self.begin(Entrant { link: Link::new(stream, session), ends, admitted, origin: Origin::default() });
             }
-            Err(refusal) => self.refuse(client, refusal),
+            Err(refusal) => self.refuse(client, Some(session), refusal),
         }
     }
 
@@ -93,15 +94,15 @@ impl Door {
         let Entrant { link, ends, admitted, origin } = entrant;
         let pace = if admitted.is_restricted() { Pace::Restricted } else { Pace::Normal };
         let now = crate::clock::now();
-        let key = self.shell.core.borrow_mut().session_opened(self.index, ends, origin, pace, now);
+        let key = self.shell.core.borrow_mut().session_opened(self.index, link.session, ends, origin, pace, now);
         tokio::task::spawn_local(SessionTask::new(Rc::clone(&self.shell), key, link, admitted));
     }
 
-    /// Counts a connection that is closed before its session begins.
-    pub(super) fn refuse(&self, peer: SocketAddr, refusal: Refusal) {
+    /// Counts a connection that is closed before its session, of this number if it has one, begins.
+    pub(super) fn refuse(&self, peer: SocketAddr, session: Option<u64>, refusal: Refusal) {
         self.stats().refused[refusal as usize].add(1);
         if refusal.is_suspicious() {
-            self.shell.complain_client(peer, None, refusal.label());
+            self.shell.complain_client(peer, session, refusal.label());
         }
     }
 }

@@ -113,11 +113,13 @@ pub(super) struct Link {
     pub(super) stream: TcpStream,
     pub(super) channel: Channel,
     pub(super) rest: Vec<u8>,
+    /// The number that the session will have, for the log.
+    pub(super) session: u64,
 }
 
 impl Link {
-    pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, channel: Channel::Plain, rest: Vec::new() }
+    pub(super) fn new(stream: TcpStream, session: u64) -> Self {
+        Self { stream, channel: Channel::Plain, rest: Vec::new(), session }
     }
 
     /// Waits for octets of the client and gives them to `take`. Zero octets are its end.
@@ -147,7 +149,7 @@ impl Link {
             // The alert that says what is wrong, if the socket takes it now.
             let _ = self.channel.flush(&mut Now(&self.stream));
             tls::fault(&error).map_or(HandshakeFailure::Closed, |fault| {
-                tracing::debug!(%fault, "TLS handshake");
+                tracing::debug!(session = self.session, %fault, "TLS handshake");
                 HandshakeFailure::of(fault)
             })
         })

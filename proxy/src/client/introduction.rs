@@ -35,6 +35,8 @@ pub(super) struct Stranger {
     pub(super) proxy: Option<Rc<AcceptProxy>>,
     pub(super) tls: Option<Greeting>,
     pub(super) stream: TcpStream,
+    /// The number of the session that it may become.
+    pub(super) session: u64,
     pub(super) ends: Addresses,
     pub(super) place: Place,
     pub(super) accepted: Instant,
@@ -51,14 +53,14 @@ enum Guest {
 impl Stranger {
     /// Waits for what must come; then the client's session begins, or the connection is closed.
     pub(super) async fn introduce(self) {
-        let Self { door, proxy, tls, stream, ends, place, accepted, stop } = self;
+        let Self { door, proxy, tls, stream, session, ends, place, accepted, stop } = self;
         let peer = ends.client;
-        let mut link = Link::new(stream);
+        let mut link = Link::new(stream, session);
         let arrival = Arrival { door: &door, proxy, tls, ends, place, accepted, stop };
         match arrival.wait(&mut link).await {
             Ok((ends, admitted, origin)) => door.begin(Entrant { link, ends, admitted, origin }),
             // It is counted before the peer can know.
-            Err((client, refusal)) => door.refuse(client.unwrap_or(peer), refusal),
+            Err((client, refusal)) => door.refuse(client.unwrap_or(peer), Some(session), refusal),
         }
     }
 }
@@ -185,7 +187,7 @@ async fn header(link: &mut Link, shell: &Shell, max_header: usize) -> Result<Int
             Progress::NeedMore => {}
             Progress::Done(introduced) => return Ok(introduced),
             Progress::Refuse(reason) => {
-                tracing::debug!(%reason, "PROXY header");
+                tracing::debug!(session = link.session, %reason, "PROXY header");
                 let missing = reason == Invalid::Signature;
                 return Err(if missing { Refusal::ProxyMissing } else { Refusal::ProxyInvalid });
             }

@@ -42,7 +42,7 @@ pub(crate) struct SessionTask {
 impl SessionTask {
     /// Of a session that begins.
     pub(super) fn new(shell: Rc<Shell>, key: SessionKey, link: Link, admitted: Admitted) -> Self {
-        let Link { stream, channel, rest } = link;
+        let Link { stream, channel, rest, session: _ } = link;
         Self { shell, key, stream: Some(stream), channel, rest, admitted: Some(admitted) }
     }
 
@@ -115,7 +115,7 @@ impl SessionTask {
         let Core { sessions, spares, .. } = &mut *core;
         let Some(session) = sessions.get_mut(self.key.0) else { return Ok(()) };
         let mut socket = Polled { stream, cx };
-        let (before, mut blocked) = (session.out.len(), false);
+        let (serial, before, mut blocked) = (session.serial, session.out.len(), false);
         while !session.out.is_empty() {
             match self.channel.write(session.out.pending(), &mut socket) {
                 Ok(written) => {
@@ -128,7 +128,7 @@ impl SessionTask {
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(broken(&error)),
+                Err(error) => return Err(broken(&error, Some(serial))),
             }
         }
         if session.paused && session.out.len() < before {
@@ -139,7 +139,7 @@ impl SessionTask {
         }
         // What TLS says for itself, new keys for instance.
         match self.channel.flush(&mut socket) {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(broken(&error)),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(broken(&error, Some(serial))),
             _ => Ok(()),
         }
     }
@@ -181,7 +181,7 @@ impl SessionTask {
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Poll::Pending),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
-            Err(error) => return Err(broken(&error)),
+            Err(error) => return Err(broken(&error, self.session(|session| session.serial))),
         };
         let mut core = self.shell.core.borrow_mut();
         if read == 0 {
@@ -201,10 +201,10 @@ impl SessionTask {
 }
 
 /// Why a connection ends on which reading or writing fails.
-fn broken(error: &io::Error) -> ClientCloseReason {
+fn broken(error: &io::Error, session: Option<u64>) -> ClientCloseReason {
     match tls::fault(error) {
         Some(fault) => {
-            tracing::debug!(%fault, "TLS");
+            tracing::debug!(session, %fault, "TLS");
             ClientCloseReason::TlsError
         }
         None => ClientCloseReason::ClientReset,

@@ -46,7 +46,7 @@ pub struct Shared {
     pub health: Arc<Board>,
     /// What digests of headers are made with: the same in all workers, so that they can be compared.
     pub digests: foldhash::fast::RandomState,
-    /// The next client connection's serial number.
+    /// The last client connection's serial number.
     pub serial: AtomicU64,
 }
 
@@ -130,17 +130,22 @@ impl Core {
         }
     }
 
-    /// A client connection was accepted.
+    /// A number for a client connection, which no other has.
+    pub(crate) fn next_serial(&self) -> u64 {
+        self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// A client connection was accepted; `serial` is its [number](Self::next_serial).
     pub(crate) fn session_opened(
         &mut self,
         listener: u16,
+        serial: u64,
         addresses: Addresses,
         origin: Origin,
         pace: Pace,
         now: Mono,
     ) -> SessionKey {
         let plan = &self.plan.listeners[usize::from(listener)];
-        let serial = self.shared.serial.fetch_add(1, Ordering::Relaxed) + 1;
         let mut session = Session::new(serial, listener, plan.pool, addresses, plan.limits(pace), now);
         session.pace = pace;
         if let Some(via) = &origin.via {

@@ -139,7 +139,8 @@ impl Sim {
     pub(crate) fn connect_client(&mut self, address: &str) -> SessionKey {
         let addresses =
             Addresses { client: address.parse().expect("an address"), local: SocketAddr::from(([127, 0, 0, 1], 53)) };
-        let key = self.core.session_opened(0, addresses, Origin::default(), Pace::Normal, self.now);
+        let serial = self.core.next_serial();
+        let key = self.core.session_opened(0, serial, addresses, Origin::default(), Pace::Normal, self.now);
         self.clients.insert(key, Client::default());
         key
     }
