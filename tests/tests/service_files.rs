@@ -91,26 +91,31 @@ fn the_service_is_well_locked_in() {
     assert!(readme.contains("`systemd-analyze security` gives it 1.9"), "README.md says something else");
 }
 
-/// systemd's own activator holds the socket and starts the program when somebody connects: who came first is answered.
+/// systemd's own activator holds the socket and starts the program when somebody connects: who came first is answered. The
+/// socket is known by its address, or, where the configuration leaves the port open, by its name.
 #[test]
 fn systemd_opens_the_socket_and_starts_the_program() {
-    let backend = FakeBackend::answering(false);
-    let address = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
-    let dir = TempDir::new("activated");
-    let admin = dir.path().join("admin.sock").display().to_string();
-    let config = Config::new(backend.address).listen(address).set("server", "drain_timeout", "\"10s\"");
-    let file = dir.write("counterfoil.toml", &config.text(&admin)).display().to_string();
-    let (listen, program) = (address.to_string(), program().display().to_string());
-    let arguments =
-        ["--listen", &listen, "--fdname", "dns", &program, "run", "--config", &file, "--log-format", "json"];
-    let mut process = Process::start("counterfoil", "systemd-socket-activate", &arguments);
-    process.wait_for_line(SOON, "that it listens", |line| line.contains("Listening on").then_some(()));
-    let mut client = Client::connect(address, None);
-    Load::default().run(&mut client).assert_all_answered(1);
-    let listening = process.find_line(Duration::ZERO, |line| field(&message(line, "listening")?, "address")).unwrap();
-    assert_eq!(listening, listen, "the socket that it was passed");
-    // The manager goes on listening, so who is idle is let go at once.
-    process.signal(Signal::TERM);
-    assert_eq!(client.receive(Duration::from_secs(5)), Received::Closed);
-    assert_eq!(process.wait_exit(SOON).code(), Some(0), "{}", process.tail());
+    for by_name in [false, true] {
+        let backend = FakeBackend::answering(false);
+        let address = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+        let dir = TempDir::new("activated");
+        let admin = dir.path().join("admin.sock").display().to_string();
+        let config = Config::new(backend.address).set("server", "drain_timeout", "\"10s\"");
+        let config = if by_name { config } else { config.listen(address) };
+        let file = dir.write("counterfoil.toml", &config.text(&admin)).display().to_string();
+        let (listen, program) = (address.to_string(), program().display().to_string());
+        let name = if by_name { "dns" } else { "of-no-listener" };
+        let arguments =
+            ["--listen", &listen, "--fdname", name, &program, "run", "--config", &file, "--log-format", "json"];
+        let mut process = Process::start("counterfoil", "systemd-socket-activate", &arguments);
+        process.wait_for_line(SOON, "that it listens", |line| line.contains("Listening on").then_some(()));
+        let mut client = Client::connect(address, None);
+        Load::default().run(&mut client).assert_all_answered(1);
+        let listening = process.find_line(Duration::ZERO, |line| field(&message(line, "listening")?, "address"));
+        assert_eq!(listening.unwrap(), listen, "the socket that it was passed");
+        // The manager goes on listening, so who is idle is let go at once.
+        process.signal(Signal::TERM);
+        assert_eq!(client.receive(Duration::from_secs(5)), Received::Closed);
+        assert_eq!(process.wait_exit(SOON).code(), Some(0), "{}", process.tail());
+    }
 }

@@ -14,7 +14,7 @@ use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 
 #[path = "check_clients.rs"]
-mod clients;
+pub(super) mod clients;
 
 /// The exit code for a configuration that is not usable (EX_USAGE of sysexits.h).
 pub const EX_USAGE: u8 = 64;
@@ -146,7 +146,7 @@ fn to_backends(config: &Config) -> usize {
 
 /// Descriptors at most: for clients, to backends, others.
 pub(super) fn needed(config: &Config) -> [usize; 3] {
-    [clients::most(config), to_backends(config), reserve(config)]
+    [clients::most(config, |_| true), to_backends(config), reserve(config)]
 }
 
 fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {

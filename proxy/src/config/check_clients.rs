@@ -33,10 +33,10 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
     }
 }
 
-/// Most client connections on all listeners together.
-pub(super) fn most(config: &Config) -> usize {
+/// Most client connections on all these listeners together.
+pub(in crate::config) fn most(config: &Config, of: impl Fn(&Listener) -> bool) -> usize {
     let total = config.server.max_connections;
-    let each = config.listeners.iter().map(|listener| of_listener(listener, total));
+    let each = config.listeners.iter().filter(|listener| of(listener)).map(|listener| of_listener(listener, total));
     each.fold(0, usize::saturating_add).min(total)
 }
 

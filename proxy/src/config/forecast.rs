@@ -1,6 +1,6 @@
 //! What a configuration will need: connections, descriptors, ports. `check-config` prints it behind the configuration.
 
-use super::check::{Limits, TIME_WAIT_SECONDS, needed};
+use super::check::{Limits, TIME_WAIT_SECONDS, clients, needed};
 use super::{Backend, Config, HealthMode, Listener, OneShotClose, Pool, ProxyProtocol};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
@@ -76,7 +76,8 @@ fn most(config: &Config, pool: &Pool) -> String {
     let backends = usable.map(|backend| backend.max_connections).fold(0, usize::saturating_add);
     let total = config.connections.max_total;
     let owned = pool.proxy_protocol.as_ref().filter(|proxy| is_owned(proxy));
-    let clients = owned.map(|proxy| config.server.max_connections.saturating_mul(per_client(config, pool, proxy)));
+    let clients = clients::most(config, |listener| same_pool(config, listener, pool));
+    let clients = owned.map(|proxy| clients.saturating_mul(per_client(config, pool, proxy)));
     let most = backends.min(total).min(clients.unwrap_or(usize::MAX));
     let (by, then) = if Some(most) == clients {
         ("as many as clients can own", "")
@@ -196,6 +197,11 @@ mod tests {
         let owned = proxy("connection", "{qname}");
         let few = few.trim_end_matches("[server]\n");
         assert!(of("2", "", &format!("{owned}{few}")).ends_with("at most 6 connections (as many as clients can own)"));
+        // Those of the pool's own listeners.
+        let one = format!("server.max_connections = 200\n{MINIMAL}{owned}{few}")
+            .replace("pool = ", "max_connections = 1\npool = ");
+        let lines = lines(&from_str("f.toml", &one).unwrap(), LIMITS);
+        assert!(lines[1].ends_with("at most 3 connections (as many as clients can own)"), "{lines:?}");
         assert!(of("200", "", &format!("{owned}{few}")).contains("at most 9 connections (`connections.max_total`)"));
         assert!(of("200", "max_connections = 5\n", &owned).contains("at most 5 connections (`max_connections`"));
     }
