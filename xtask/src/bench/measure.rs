@@ -221,10 +221,60 @@ fn check_handshakes(scenario: &Scenario, subject: Subject, handshakes: Handshake
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![expect(clippy::unwrap_used, reason = "tests panic")]
 
     use super::*;
+
+    pub(in crate::bench) fn sample() -> Sample {
+        Sample {
+            answers: 1000,
+            qps: 500.0,
+            cpu_us: 11.5,
+            watchdog_share: None,
+            latency_us: Latency { mean: 2.0, p50: 1.0, p99: 9.0, p999: 99.0, max: 100.0 },
+            opened_per_query: 0.05,
+            max_open: 50,
+            left_open: Some(0),
+            resident_kib: 2048,
+            kib_per_client: None,
+            disturbance: 0.1,
+            generator_cores: 0.7,
+            handshakes: None,
+            syscalls_per_query: Some(4.25),
+        }
+    }
+
+    #[test]
+    fn a_run_with_a_wrong_or_missing_answer_fails() {
+        let load = |changed: &str| -> Load {
+            let mut load = serde_json::json!({
+                "queries": 10, "answers": 10, "qps": 5.0, "wrong": 0, "unexpected": 0, "missing": 0, "closed": 0,
+                "latency_us": {"mean": 1.0, "p50": 1.0, "p99": 1.0, "p999": 1.0, "max": 1.0},
+            });
+            if !changed.is_empty() {
+                load[changed] = 1.into();
+            }
+            serde_json::from_value(load).unwrap()
+        };
+        let counts = |answers, faults| Counts { opened: 1, open: 0, max_open: 1, answers, faults, first_fault: None };
+        let check = |load: &Load, counts: &Counts| check(load, counts).map_err(|error| error.to_string());
+        assert_eq!(check(&load(""), &counts(10, 0)), Ok(()));
+        for (changed, expected) in [
+            ("wrong", "of 10 queries 10 were answered rightly: 1 wrong"),
+            ("unexpected", "1 unexpected"),
+            ("missing", "1 missing answers"),
+            ("closed", "1 connections lost"),
+            ("answers", "of 10 queries 1 were answered rightly"),
+        ] {
+            let failed = check(&load(changed), &counts(10, 0)).unwrap_err();
+            assert!(failed.contains(expected), "{failed}");
+        }
+        assert!(check(&load(""), &counts(10, 2)).unwrap_err().contains("refused 2 connections"));
+        assert!(check(&load(""), &counts(9, 0)).unwrap_err().contains("the backend gave only 9"));
+        let nothing = Load { queries: 0, answers: 0, ..load("") };
+        assert_eq!(check(&nothing, &counts(0, 0)), Err("no query was answered".to_owned()));
+    }
 
     #[test]
     fn a_run_whose_sessions_are_not_resumed_fails() {

@@ -17,7 +17,7 @@ mod tools;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::command::say;
 use cost::Cost;
@@ -94,13 +94,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.curves {
         print!("{}", curve::tables(&curves, arguments));
     }
-    let failed = outcomes.iter().filter(|outcome| outcome.sample.is_err()).count();
-    let failed = failed + curves.iter().map(Point::failed).sum::<usize>();
     let path = save(&tools, arguments, &outcomes, cost.as_ref(), &curves)?;
     say(format_args!("all samples are in {}", path.display()));
-    if failed > 0 {
-        bail!("{failed} runs failed");
-    }
+    verdict(&outcomes, &curves)
+}
+
+/// # Errors
+///
+/// A run failed.
+fn verdict(outcomes: &[Outcome], curves: &[Point]) -> Result<()> {
+    let failed = outcomes.iter().filter(|outcome| outcome.sample.is_err()).count();
+    let failed = failed + curves.iter().map(Point::failed).sum::<usize>();
+    ensure!(failed == 0, "{failed} runs failed");
     Ok(())
 }
 
@@ -136,4 +141,27 @@ fn save(
         std::fs::write(path, &contents).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use measure::tests::sample;
+
+    /// The command line of this command alone.
+    #[derive(clap::Parser)]
+    pub(super) struct Alone {
+        #[command(flatten)]
+        pub(super) arguments: Arguments,
+    }
+
+    #[test]
+    fn one_failed_run_among_many_fails_the_bench() {
+        let outcome = |round, sample| Outcome { scenario: "A", subject: Subject::Counterfoil, round, sample };
+        let mut outcomes: Vec<Outcome> = (1..=3).map(|round| outcome(round, Ok(sample()))).collect();
+        assert!(verdict(&outcomes, &[]).is_ok());
+        outcomes.push(outcome(4, Err(anyhow::anyhow!("of 9 queries 8 were answered rightly"))));
+        assert!(verdict(&outcomes, &[]).is_err_and(|error| error.to_string() == "1 runs failed"));
+    }
 }

@@ -125,16 +125,6 @@ pub(super) fn json(
     (cost, curves): (Option<&Cost>, &[Point]),
     time: u64,
 ) -> Result<Value> {
-    let runs = outcomes.iter().map(|outcome| {
-        let (sample, error) = match &outcome.sample {
-            Ok(sample) => (Some(sample), None),
-            Err(error) => (None, Some(format!("{error:#}"))),
-        };
-        json!({
-            "scenario": outcome.scenario, "subject": outcome.subject, "round": outcome.round,
-            "sample": sample, "error": error,
-        })
-    });
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let git = command::output(
@@ -151,10 +141,22 @@ pub(super) fn json(
         "dnsdist": tools.version("dnsdist", "--version"),
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
-        "runs": runs.collect::<Vec<_>>(),
+        "runs": outcomes.iter().map(run).collect::<Vec<_>>(),
         "cost": cost,
         "curves": curves,
     }))
+}
+
+/// A run: its sample, or why there is none.
+fn run(outcome: &Outcome) -> Value {
+    let (sample, error) = match &outcome.sample {
+        Ok(sample) => (Some(sample), None),
+        Err(error) => (None, Some(format!("{error:#}"))),
+    };
+    json!({
+        "scenario": outcome.scenario, "subject": outcome.subject, "round": outcome.round,
+        "sample": sample, "error": error,
+    })
 }
 
 /// The good samples of a subject, with their rounds.
@@ -212,6 +214,7 @@ fn thousands(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::measure::tests::sample;
     use super::*;
 
     #[test]
@@ -219,6 +222,59 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median([4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median([]), 0.0);
+    }
+
+    #[test]
+    fn a_run_has_all_its_figures_or_its_error() {
+        let outcome = |sample| Outcome { scenario: "A", subject: Subject::Haproxy, round: 2, sample };
+        let good = run(&outcome(Ok(sample())));
+        assert_eq!((&good["scenario"], &good["subject"], &good["round"]), (&json!("A"), &json!("haproxy"), &json!(2)));
+        assert_eq!(good["error"], Value::Null);
+        for (figure, value) in [
+            ("answers", json!(1000)),
+            ("qps", json!(500.0)),
+            ("cpu_us", json!(11.5)),
+            ("opened_per_query", json!(0.05)),
+            ("max_open", json!(50)),
+            ("left_open", json!(0)),
+            ("resident_kib", json!(2048)),
+            ("syscalls_per_query", json!(4.25)),
+        ] {
+            assert_eq!(good["sample"][figure], value, "{figure}");
+        }
+        assert_eq!(good["sample"]["latency_us"]["p999"], json!(99.0));
+        let bad = run(&outcome(Err(anyhow::anyhow!("1 wrong"))));
+        assert_eq!((&bad["sample"], &bad["error"]), (&Value::Null, &json!("1 wrong")));
+    }
+
+    #[test]
+    fn the_table_has_medians_ratios_and_failures() {
+        let scenario = super::super::scenario::choose(&["A".to_owned()]).into_iter().flatten().next();
+        let Some(scenario) = scenario else { unreachable!("there is a scenario A") };
+        let of = |subject, round, cpu_us| Outcome {
+            scenario: scenario.name,
+            subject,
+            round,
+            sample: Ok(Sample { cpu_us, ..sample() }),
+        };
+        let mut outcomes = vec![of(Subject::Relay, 1, 10.0), of(Subject::Relay, 2, 20.0)];
+        outcomes.extend([of(Subject::Counterfoil, 1, 5.0), of(Subject::Counterfoil, 2, 30.0)]);
+        let subjects = [Subject::Relay, Subject::Counterfoil, Subject::Dnsdist];
+        outcomes.push(Outcome {
+            scenario: scenario.name,
+            subject: Subject::Dnsdist,
+            round: 1,
+            sample: Err(anyhow::anyhow!("1 missing")),
+        });
+        let arguments = <super::super::tests::Alone as clap::Parser>::parse_from(["bench", "--syscalls"]).arguments;
+        let table = table(scenario, &subjects, &outcomes, &arguments);
+        let line = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+        // Ratios are those within a round: 0.5 and 1.5.
+        let own: Vec<String> = line("counterfoil ").split_whitespace().map(str::to_owned).collect();
+        assert_eq!(own[1..5], ["500", "1.00", "17.50", "1.00"], "{table}");
+        assert!(line("counterfoil ").contains("4.25 system calls per query"), "{table}");
+        assert!(line("dnsdist").contains("FAILED in all 1 runs"), "{table}");
+        assert!(table.contains("counterfoil / relay: qps 1.00, CPU 1.00, p99 1.00"), "{table}");
     }
 
     #[test]
