@@ -270,8 +270,8 @@ impl Counterfoil {
         crate::process::run(&program, &[&["ctl", "--socket", &socket], arguments].concat(), deadline)
     }
 
-    /// Waits until everything is at rest: no client, no backend connection, no query, no socket, and every query that
-    /// came in was answered, failed or abandoned. Backend connections must be on their way out (idle timeout, or their
+    /// Waits until everything is at rest: no client, no backend connection, no query, no socket (by its own word and by the
+    /// kernel's to us), and every query that came in was answered, failed or abandoned. Backend connections must be on their way out (idle timeout, or their
     /// client gone) before this is called.
     ///
     /// # Panics
@@ -281,6 +281,11 @@ impl Counterfoil {
         let mut restless = Vec::new();
         let rested = wait::poll(REST, || {
             restless = unrest(&self.metrics());
+            let scraped: Vec<u16> = self.admin.iter().map(SocketAddr::port).collect();
+            let held = sockets::connected(self.pid(), &scraped);
+            if !held.is_empty() {
+                restless.push(format!("it holds {held:?}"));
+            }
             restless.is_empty().then_some(())
         });
         if rested.is_none() {

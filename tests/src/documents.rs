@@ -1,6 +1,6 @@
 //! The documents that name tests: their tables, and whether what they name exists.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What the cell of a row begins with that has no test but a reason.
@@ -84,6 +84,20 @@ pub fn functions(source: &str) -> BTreeSet<&str> {
         |at: usize| lines[..at].iter().rev().take_while(|line| line.starts_with("#[")).any(|line| *line == "#[test]");
     let named = (0..lines.len()).filter(|at| is_test(*at)).filter_map(|at| lines[at].strip_prefix("fn "));
     named.filter_map(|line| line.split('(').next()).collect()
+}
+
+/// The functions of a source, and what is between their first line and their last.
+pub fn bodies(source: &str) -> BTreeMap<&str, String> {
+    let mut bodies = BTreeMap::new();
+    let lines: Vec<&str> = source.lines().collect();
+    for (at, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let Some(name) = code.strip_prefix("fn ").and_then(|rest| rest.split(['(', '<']).next()) else { continue };
+        let end = format!("{}}}", &line[..line.len() - code.len()]);
+        let body: Vec<&str> = lines[at + 1..].iter().copied().take_while(|line| *line != end).collect();
+        bodies.insert(name, body.join("\n"));
+    }
+    bodies
 }
 
 /// Every test of this file is named in the cells.

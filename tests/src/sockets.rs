@@ -178,6 +178,13 @@ fn held_towards(pid: u32, remote_port: u16) -> Vec<Socket> {
     sockets
 }
 
+/// Connections, whoever is their peer, that `pid` holds a descriptor of; not those that it accepted at these ports.
+pub fn connected(pid: u32, except: &[u16]) -> Vec<Socket> {
+    let mut sockets = in_network_of(pid, || held_towards(pid, 0));
+    sockets.retain(|socket| !except.contains(&socket.local_port));
+    sockets
+}
+
 /// How many sockets in state TIME_WAIT (nobody holds these) point at `remote_port`, as seen from `pid`'s namespace.
 pub fn time_wait_towards(pid: u32, remote_port: u16) -> usize {
     in_network_of(pid, || dump(&[State::TimeWait], 0, remote_port).len())

@@ -222,6 +222,8 @@ fn an_unsolicited_message_closes_an_idle_connection() {
     client.exchange(1, "n.example.test", qtype::A);
     wait::until("the forwarder closes", SOON, || backend.accepted() == 1 && backend.open() == 0);
     assert_eq!(client.receive(Duration::from_millis(100)), Received::Nothing);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
@@ -261,6 +263,8 @@ fn a_fin_on_an_idle_connection_is_seen_within_100_ms() {
         counterfoil.metrics().sum("backend_connections_closed_total", &[("reason", "peer_closed")]),
         ROUNDS as f64
     );
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
@@ -299,7 +303,7 @@ fn now_and_then_a_lost_connection_costs_no_answer() {
 #[test]
 fn a_refused_connect_spoils_no_open_connection() {
     let backend = FakeBackend::answering(true);
-    let config = Config::new(backend.address).identity("address").tlv(0xe0, "{qname_label:1}");
+    let config = Config::new(backend.address).settles_soon().identity("address").tlv(0xe0, "{qname_label:1}");
     let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
     client.exchange(1, "open.example.test", qtype::A);
@@ -311,6 +315,8 @@ fn a_refused_connect_spoils_no_open_connection() {
         assert_eq!(message::response_code(&answered), rcode::NOERROR, "round {round}");
     }
     assert_eq!(backend.accepted(), 1);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn max_age_replaces_connections_without_loss() {
             "cleanup_interval",
             "\"50ms\"",
         );
-        let counterfoil = Counterfoil::start(&config);
+        let counterfoil = Counterfoil::start(&config.set("connections", "idle_timeout", "\"2s\""));
         let mut client = counterfoil.client();
         ask_for(&mut client, Duration::from_millis(2500));
         assert!((3..=8).contains(&backend.accepted()), "{identity}: {} connections in 2.5 s", backend.accepted());
@@ -40,6 +40,7 @@ fn max_age_replaces_connections_without_loss() {
         assert!(metrics.sum("backend_connections_closed_total", &[("reason", "max_age")]) >= 2.0);
         assert_eq!(metrics.sum("backend_connections_opened_total", &[("kind", reason)]), backend.accepted() as f64);
         drop(client);
+        counterfoil.assert_quiescent();
     }
 }
 
@@ -96,6 +97,7 @@ fn max_idle_per_backend_holds() {
         .identity("address")
         .tlv(0xe0, "{qname_label:1}")
         .set("connections", "max_idle_per_backend", IDLE)
+        .set("connections", "idle_timeout", "\"3s\"")
         .set("connections", "cleanup_interval", "\"50ms\"");
     let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
@@ -103,6 +105,8 @@ fn max_idle_per_backend_holds() {
     Load { count: 20, in_flight: 20, name: &name, ..Load::default() }.run(&mut client).assert_all_answered(20);
     wait::until("no more than may be idle", SOON, || counterfoil.backend_sockets(backend.address).len() == IDLE);
     assert_eq!(counterfoil.metrics().sum("backend_connections_closed_total", &[("reason", "excess_idle")]), 17.0);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 /// A client that needs a connection per query gets so many a second, and others get theirs.
@@ -124,4 +128,6 @@ fn max_opens_per_client_holds() {
     assert!((OPENS..=most).contains(&outcome.answered), "{outcome:?}");
     assert_eq!(outcome.answered, backend.accepted());
     Load { count: 5, ..Load::default() }.run(&mut counterfoil.client_from("127.0.0.3")).assert_all_answered(5);
+    drop(greedy);
+    counterfoil.assert_quiescent();
 }

@@ -39,6 +39,36 @@ fn the_tests_that_it_names_exist() {
     named.into_iter().for_each(documents::assert_exists);
 }
 
+/// What a test says that ends with nothing left: no connection and no query, or no process.
+const ENDS: [&str; 3] = ["assert_quiescent()", ".wait_exit(", ".terminate("];
+
+#[test]
+fn every_test_that_it_names_ends_with_nothing_left() {
+    let mut looked_at = 0;
+    for test in
+        rows().into_iter().filter(|row| !row[2].starts_with("not tested")).flat_map(|row| documents::quoted(row[2]))
+    {
+        // Unit tests have no sockets.
+        let Some((file, function)) = test.split_once("::").filter(|(_, function)| !function.contains("::")) else {
+            continue;
+        };
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/{file}.rs"));
+        let source = std::fs::read_to_string(path).unwrap();
+        let bodies = documents::bodies(&source);
+        // The test itself, and what it calls in its file.
+        let mut reached = BTreeSet::from([function]);
+        while let Some(more) = bodies.keys().find(|name| {
+            let call = format!("{name}(");
+            !reached.contains(*name) && reached.iter().any(|caller| bodies[caller].contains(&call))
+        }) {
+            reached.insert(more);
+        }
+        assert!(reached.iter().any(|name| ENDS.iter().any(|end| bodies[name].contains(end))), "{test}");
+        looked_at += 1;
+    }
+    assert!(looked_at > 80, "{looked_at}");
+}
+
 /// The tests named after a fault are in its row.
 #[test]
 fn every_test_named_after_a_fault_is_in_its_row() {

@@ -75,7 +75,8 @@ fn f42_the_certificate_changes_under_way() {
     });
     // One connection for each name.
     let config = config(backend.address, &authority).set("connections", "idle_timeout", "\"30s\"");
-    let counterfoil = Counterfoil::start(&config.backend_key("max_in_flight", 1));
+    let config = config.backend_key("max_in_flight", 1);
+    let counterfoil = Counterfoil::start(&config);
     let mut first = counterfoil.client();
     first.exchange(1, "n.example.test", qtype::A);
     *now.lock().unwrap() = wrong;
@@ -94,6 +95,12 @@ fn f42_the_certificate_changes_under_way() {
     wait::until("it is well again", SOON, || {
         Load { count: 40, in_flight: 4, ..Load::default() }.run(&mut first).answered == 40
     });
+    drop(first);
+    // Now they may be idle for a second only.
+    counterfoil.rewrite_with(&config.settles_soon());
+    let (reloaded, output) = counterfoil.ctl(&["reload"], SOON);
+    assert!(reloaded, "{output}");
+    counterfoil.assert_quiescent();
 }
 
 #[test]

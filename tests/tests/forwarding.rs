@@ -24,7 +24,7 @@ fn pipelined_queries_are_answered_in_the_order_of_the_answers() {
         }
         connection.wait_closed();
     });
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     let name = |id: usize| format!("n{id}.example.test");
     for id in 0..COUNT {
@@ -36,6 +36,8 @@ fn pipelined_queries_are_answered_in_the_order_of_the_answers() {
         assert_eq!(message::question_name(&answer), Some(name(id)));
     }
     assert_eq!(backend.accepted(), 1, "pipelined towards the backend, too");
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
@@ -47,7 +49,7 @@ fn two_queries_with_one_id_get_one_answer_each() {
         connection.send(&message::answer_to(&first, [192, 0, 2, 1]));
         connection.wait_closed();
     });
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     client.ask(1, "first.example.test", qtype::A);
     client.ask(1, "second.example.test", qtype::A);
@@ -58,6 +60,8 @@ fn two_queries_with_one_id_get_one_answer_each() {
         assert_eq!(answer.last(), Some(&last));
     }
     assert_eq!(client.receive(Duration::from_millis(200)), Received::Nothing, "one answer each");
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 /// A query with an OPT record with an unknown option, a TSIG-like record after it, and mixed case in the name.
@@ -83,7 +87,7 @@ fn no_octet_but_the_id_changes() {
             connection.send(&answer);
         }
     });
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     let query = odd_query(0xabcd);
     client.send_raw(&message::framed(&query)).unwrap();
@@ -93,17 +97,21 @@ fn no_octet_but_the_id_changes() {
     expected.extend_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
     assert_eq!(answer, expected);
     assert_eq!(seen.lock().unwrap()[0][2..], query[2..]);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
 fn a_query_may_come_octet_by_octet() {
     let backend = FakeBackend::answering(false);
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     for octet in message::framed(&message::query(3, "slow.example.test", qtype::A)) {
         client.send_raw(&[octet]).unwrap();
     }
     assert_eq!(message::id(&client.receive(SOON).message()), 3);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
@@ -115,7 +123,7 @@ fn the_largest_answer_passes() {
             connection.send(&answer);
         }
     });
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     for id in 0..20 {
         client.ask(id, "large.example.test", qtype::A);
@@ -124,6 +132,8 @@ fn the_largest_answer_passes() {
         let answer = client.receive(SOON).message();
         assert_eq!((answer.len(), answer.last()), (65_535, Some(&0xa5)));
     }
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 #[test]
@@ -179,7 +189,7 @@ fn a_client_that_leaves_spoils_nothing_for_others() {
 fn a_burst_of_ten_thousand_in_one_write_is_answered() {
     const COUNT: u16 = 10_000;
     let backend = FakeBackend::answering(false);
-    let counterfoil = Counterfoil::start(&Config::new(backend.address));
+    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
     let mut client = counterfoil.client();
     let burst: Vec<u8> = (0..COUNT)
         .flat_map(|id| message::framed(&message::query(id, &format!("n{id}.example.test"), qtype::A)))
@@ -194,4 +204,6 @@ fn a_burst_of_ten_thousand_in_one_write_is_answered() {
         assert!(!std::mem::replace(&mut answered[usize::from(id)], true), "{id} twice");
     }
     sending.join().unwrap().unwrap();
+    drop(client);
+    counterfoil.assert_quiescent();
 }

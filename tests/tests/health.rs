@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::{Counterfoil, Options};
+use counterfoil_tests::counterfoil::{self as log, Counterfoil, Options};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
@@ -16,6 +16,7 @@ use counterfoil_tests::netns;
 use counterfoil_tests::process;
 use counterfoil_tests::servers::{Recursor, Unbound};
 use counterfoil_tests::sockets;
+use counterfoil_tests::wait;
 use rustix::process::Signal;
 
 const SOON: Duration = Duration::from_secs(15);
@@ -82,7 +83,7 @@ fn a_check_that_nobody_answers_ends_by_its_own_timeout() {
 #[test]
 fn a_server_that_hangs_goes_down_and_comes_up_again() {
     let mut unbound = Unbound::start(false);
-    let counterfoil = Counterfoil::start(&config(unbound.address).identity("address"));
+    let mut counterfoil = Counterfoil::start(&config(unbound.address).identity("address"));
     wait_up(&counterfoil, "backend-0", true);
     assert!(ready(&counterfoil));
     assert_eq!(shown(&counterfoil), ("auto".to_owned(), "up".to_owned()));
@@ -102,6 +103,16 @@ fn a_server_that_hangs_goes_down_and_comes_up_again() {
         assert_eq!(metrics.value("backend_health_changes_total", &[("backend", "backend-0"), ("to", to)]), count);
     }
     assert!(metrics.sum("backend_health_checks_total", &[("result", "failed")]) >= 3.0);
+    // Each change is one line.
+    for (said, level, times) in [("backend is up", "INFO", 2), ("backend is down", "WARN", 1)] {
+        counterfoil.process.wait_for_line(SOON, said, |line| log::message(line, said));
+        let lines: Vec<_> =
+            counterfoil.process.lines().into_iter().filter(|l| log::message(l, said).is_some()).collect();
+        assert_eq!(lines.len(), times, "{lines:?}");
+        let fields = log::message(&lines[0], said).unwrap();
+        assert!(lines[0].contains(level) && fields["backend"] == "backend-0", "{lines:?}");
+        assert_eq!(fields["address"], unbound.address.to_string());
+    }
     drop(client);
     counterfoil.assert_quiescent();
 }
@@ -179,6 +190,24 @@ fn forced_states_are_never_checked() {
     counterfoil.assert_quiescent();
 }
 
+/// Whatever happens to its queries.
+#[test]
+fn forced_up_stays_up() {
+    let counterfoil = Counterfoil::start(&Config::new(process::nobody()));
+    let mut client = counterfoil.client();
+    for id in 0..20 {
+        let answer = client.exchange(id, "n.example.test", qtype::A);
+        assert_eq!(message::response_code(&answer), rcode::SERVFAIL);
+    }
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.value("backend_up", &[("backend", "backend-0")]), 1.0);
+    assert_eq!(metrics.sum("backend_health_changes_total", &[]), 0.0);
+    assert_eq!(metrics.sum("queries_failed_total", &[("reason", "no_backend")]), 0.0, "it was tried");
+    assert!(ready(&counterfoil));
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 #[test]
 fn servfail_and_wrong_answers_are_no_sign_of_health() {
     let spoil: [fn(&mut Vec<u8>); 3] = [|answer| answer[3] |= 2, |answer| answer[0] ^= 1, |answer| answer[2] &= 0x7f];
@@ -197,31 +226,42 @@ fn servfail_and_wrong_answers_are_no_sign_of_health() {
     }
 }
 
+/// Three that fail, and one that passes between them, change nothing; the fourth in a row does. The same upwards.
 #[test]
 fn rise_and_fall_are_counted_in_a_row() {
-    let (checks, passes) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
-    let (seen, passing) = (Arc::clone(&checks), Arc::clone(&passes));
+    const PASSES: &str = "P FFFP FFFP FFF F PPFPPF PP P";
+    let allowed = Arc::new(AtomicUsize::new(0));
+    let limit = Arc::clone(&allowed);
+    let passes: Vec<bool> = PASSES.chars().filter(|check| *check != ' ').map(|check| check == 'P').collect();
     let backend = FakeBackend::start(move |connection| {
-        seen.fetch_add(1, Ordering::SeqCst);
+        // Each check waits until the test has looked at what the one before has changed.
+        let _ = wait::poll(SOON, || (connection.number < limit.load(Ordering::SeqCst)).then_some(()));
         let Some(query) = connection.query() else { return };
-        if passing.load(Ordering::SeqCst) {
+        if passes.get(connection.number) == Some(&true) {
             connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
             connection.wait_closed();
         }
     });
-    let config = config(backend.address).backend_key("health.rise", 4).backend_key("health.fall", 5);
+    let config = Config::new(backend.address)
+        .backend_key("health.mode", "\"auto\"")
+        .backend_key("health.rise", 3)
+        .backend_key("health.fall", 4)
+        .backend_key("health.interval", "\"20ms\"")
+        .backend_key("health.timeout", "\"1m\"");
     let counterfoil = Counterfoil::start(&config);
-    wait_up(&counterfoil, "backend-0", true);
-    passes.store(false, Ordering::SeqCst);
-    let before = checks.load(Ordering::SeqCst);
-    wait_up(&counterfoil, "backend-0", false);
-    let failed = checks.load(Ordering::SeqCst) - before;
-    assert!(failed >= 4, "{failed}: one may have been on its way");
-    passes.store(true, Ordering::SeqCst);
-    let before = checks.load(Ordering::SeqCst);
-    wait_up(&counterfoil, "backend-0", true);
-    let passed = checks.load(Ordering::SeqCst) - before;
-    assert!(passed >= 3, "{passed}");
+    let mut checks = 0;
+    for (stage, up) in PASSES.split(' ').zip([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]) {
+        checks += stage.len();
+        allowed.store(checks, Ordering::SeqCst);
+        let metrics = counterfoil.wait_metrics("the checks of a stage", SOON, |metrics| {
+            metrics.sum("backend_health_checks_total", &[]) == checks as f64
+        });
+        assert_eq!(metrics.value("backend_up", &[("backend", "backend-0")]), up, "after {checks} of {PASSES:?}");
+    }
+    let metrics = counterfoil.metrics();
+    let changes = |to| metrics.value("backend_health_changes_total", &[("backend", "backend-0"), ("to", to)]);
+    assert_eq!((changes("up"), changes("down")), (2.0, 1.0));
+    allowed.store(usize::MAX, Ordering::SeqCst);
     counterfoil.assert_quiescent();
 }
 

@@ -180,7 +180,7 @@ fn the_tlv_of_a_client_is_its_own() {
 fn identities_share_as_they_promise() {
     let recursor = Recursor::start(false);
     for (identity, connections) in [("connection", 4.0), ("address", 3.0), ("subnet", 2.0), ("forwarder", 1.0)] {
-        let config = Config::new(recursor.address).identity(identity).tlv(0xe0, "same-for-all");
+        let config = Config::new(recursor.address).settles_soon().identity(identity).tlv(0xe0, "same-for-all");
         let counterfoil = Counterfoil::start(&config);
         let mut clients: Vec<Client> =
             ["127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.1.2"].map(|s| counterfoil.client_from(s)).into();
@@ -189,5 +189,7 @@ fn identities_share_as_they_promise() {
         }
         let opened = counterfoil.metrics().sum("backend_connections_opened_total", &[]);
         assert_eq!(opened, connections, "{identity}");
+        drop(clients);
+        counterfoil.assert_quiescent();
     }
 }

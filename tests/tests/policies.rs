@@ -1,14 +1,19 @@
 //! Several backends in a pool: which one gets a query, with real servers behind and several workers in front.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
+use std::time::Duration;
+
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::holding::Holding;
 use counterfoil_tests::message::{self, qtype, rcode};
 use counterfoil_tests::process;
 use counterfoil_tests::servers::{Recursor, Unbound};
+use counterfoil_tests::wait;
 
+const SOON: Duration = Duration::from_secs(10);
 const BACKENDS: [&str; 2] = ["backend-0", "backend-1"];
 
 /// Queries that each backend got.
@@ -33,6 +38,77 @@ fn round_robin_gives_two_servers_their_shares() {
     let mut client = counterfoil.client();
     Load { count: 400, in_flight: 8, ..Load::default() }.run(&mut client).assert_all_answered(400);
     assert_eq!(queries(&counterfoil), [300, 100]);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// What two backends of weights 3 and 1 get of 4,000 queries, one after the other, for other names each.
+fn shares_of_three_to_one(policy: &str) -> [usize; 2] {
+    const QUERIES: usize = 4000;
+    let backends = [FakeBackend::answering(false), FakeBackend::answering(false)];
+    let config = Config::new(backends[0].address)
+        .backend_key("weight", 3)
+        .backend(backends[1].address, &[("weight", "1")])
+        .set("pool", "policy", format!("\"{policy}\""));
+    let counterfoil = Counterfoil::start(&settle(config));
+    let mut client = counterfoil.client();
+    let name = |n: usize| format!("host{n}.example.test");
+    Load { count: QUERIES, in_flight: 16, name: &name, ..Load::default() }
+        .run(&mut client)
+        .assert_all_answered(QUERIES);
+    let shares = queries(&counterfoil);
+    assert_eq!(shares.iter().sum::<usize>(), QUERIES, "{policy}");
+    drop(client);
+    counterfoil.assert_quiescent();
+    shares
+}
+
+#[test]
+fn weights_hold_at_random_and_for_names() {
+    for policy in ["weighted-random", "consistent-hash"] {
+        // 3,000, give or take more than seven standard deviations of a random choice.
+        let [first, second] = shares_of_three_to_one(policy);
+        assert!((2800..=3200).contains(&first), "{policy}: {first}, {second}");
+    }
+}
+
+#[test]
+fn the_first_available_gets_all_whatever_its_weight() {
+    let backends = [FakeBackend::answering(false), FakeBackend::answering(false)];
+    let config = Config::new(backends[0].address).backend(backends[1].address, &[("weight", "100")]).set(
+        "pool",
+        "policy",
+        "\"first-available\"",
+    );
+    let counterfoil = Counterfoil::start(&settle(config));
+    let mut client = counterfoil.client();
+    Load { count: 100, in_flight: 16, ..Load::default() }.run(&mut client).assert_all_answered(100);
+    assert_eq!(queries(&counterfoil), [100, 0]);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Nothing is answered, so that all of them are outstanding.
+#[test]
+fn outstanding_queries_are_divided_by_weight() {
+    const IN_FLIGHT: u16 = 40;
+    let backends = [Holding::start(), Holding::start()];
+    let config = Config::new(backends[0].backend.address)
+        .backend_key("weight", 3)
+        .backend(backends[1].backend.address, &[("weight", "1")])
+        .set("pool", "policy", "\"least-outstanding\"");
+    let counterfoil = Counterfoil::start(&settle(config));
+    let mut client = counterfoil.client();
+    for id in 0..IN_FLIGHT {
+        client.ask(id, &format!("held{id}.example.test"), qtype::A);
+    }
+    let there = || [0, 1].map(|at: usize| backends[at].backend.queries());
+    wait::until("all are there", SOON, || there().iter().sum::<usize>() == usize::from(IN_FLIGHT));
+    assert_eq!(there(), [30, 10]);
+    backends.iter().for_each(Holding::release);
+    for _ in 0..IN_FLIGHT {
+        client.receive(SOON).message();
+    }
     drop(client);
     counterfoil.assert_quiescent();
 }

@@ -9,6 +9,7 @@ use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{Counterfoil, Options, field, message};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::wait;
 
 const CAP_NET_ADMIN: u64 = 1 << 12;
 const DRILL: Duration = Duration::from_secs(60);
@@ -32,8 +33,20 @@ fn status<'a>(text: &'a str, name: &str) -> &'a str {
     line.unwrap_or_else(|| panic!("no {name} in {text}")).trim()
 }
 
-/// All capabilities that each thread has or could get back, by its name; and none may get new ones.
+/// All capabilities that each thread has or could get back, by its name; and none may get new ones. A thread that has not
+/// run yet has its creator's name.
 fn threads(counterfoil: &Counterfoil) -> BTreeMap<String, u64> {
+    let threads =
+        wait::poll(Duration::from_secs(10), || named_threads(counterfoil)).expect("threads have their own names");
+    for name in ["worker-0", "worker-1", "watchdog", "admin"] {
+        assert!(threads.contains_key(name), "{threads:?}");
+    }
+    assert!(threads.len() > 4, "the main thread: {threads:?}");
+    threads
+}
+
+/// None if two have the same name.
+fn named_threads(counterfoil: &Counterfoil) -> Option<BTreeMap<String, u64>> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", counterfoil.pid())).expect("it runs");
     let mut threads = BTreeMap::new();
     for task in tasks {
@@ -42,13 +55,11 @@ fn threads(counterfoil: &Counterfoil) -> BTreeMap<String, u64> {
             .map(|set| u64::from_str_radix(status(&text, set), 16).expect("the kernel writes hex"));
         assert_eq!(status(&text, "NoNewPrivs"), "1", "{text}");
         let all = sets.iter().fold(0, |all, set| all | set);
-        assert!(threads.insert(status(&text, "Name").to_owned(), all).is_none(), "threads have names of their own");
+        if threads.insert(status(&text, "Name").to_owned(), all).is_some() {
+            return None;
+        }
     }
-    for name in ["worker-0", "worker-1", "watchdog", "admin"] {
-        assert!(threads.contains_key(name), "{threads:?}");
-    }
-    assert!(threads.len() > 4, "the main thread: {threads:?}");
-    threads
+    Some(threads)
 }
 
 fn assert_none_but_the_watchdog(counterfoil: &Counterfoil, watchdog: u64) {
