@@ -197,6 +197,7 @@ fn a_token_file_that_cannot_be_relied_on_is_refused_at_the_start() {
         let path = dir.write("counterfoil.toml", &text).display().to_string();
         let program = counterfoil::program().display().to_string();
         let (ok, output) = process::run(&program, &["run", "--config", &path], PATIENCE);
-        assert!(!ok && output.contains(said) && output.contains(&file.display().to_string()), "{output}");
+        let named = format!("key `admin.token_file`: {}: ", file.display());
+        assert!(!ok && output.contains(said) && output.contains(&named), "{output}");
     }
 }

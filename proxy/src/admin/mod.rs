@@ -35,7 +35,7 @@ use crate::metrics::Metrics;
 use crate::watchdog::{Handle, Live};
 use api::Api;
 use socket::Bound;
-use token::Token;
+pub(crate) use token::Token;
 pub use token::TokenError;
 
 /// For the last answers at the socket when the process ends.

@@ -13,7 +13,7 @@ const SHORTEST: usize = 16;
 const LONGEST: usize = 4096;
 
 /// A secret that is compared in constant time and never shown.
-pub(super) struct Token(Box<[u8]>);
+pub(crate) struct Token(Box<[u8]>);
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -40,7 +40,7 @@ impl Token {
     ///
     /// # Errors
     /// See [`TokenError`].
-    pub(super) fn read(path: &Path) -> Result<Self, TokenError> {
+    pub(crate) fn read(path: &Path) -> Result<Self, TokenError> {
         let file = File::open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -234,6 +235,14 @@ pub enum Problem {
     /// The value of a TLV.
     #[error("{0}")]
     Template(TemplateError),
+    /// The file of the token.
+    #[error("{}: {reason}", file.display())]
+    Token {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file of certificates or keys.
     #[error(transparent)]
     Pem(#[from] PemError),

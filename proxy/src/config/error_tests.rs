@@ -520,3 +520,25 @@ fn files_that_cannot_be_read() {
     assert_eq!(scratch.load(b"[server]\nlog = \"\xff\"\n"), "c.toml:2:8: is not UTF-8 from here on");
     assert_eq!(scratch.load(&[b'\n'; (1 << 20) + 1]), "c.toml: is longer than 1048576 bytes");
 }
+
+/// It is looked for where the configuration is, and looked at, as the start would do.
+#[test]
+fn a_token_file_that_cannot_be_relied_on() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let scratch = Scratch::new("token");
+    let text = format!("{MINIMAL}[admin]\ntoken_file = \"token\"\n");
+    let token = scratch.0.join("token");
+    let place = format!("c.toml:14:14: key `admin.token_file`: {}: ", token.display());
+    let write = |text: &str, mode: u32| {
+        std::fs::write(&token, text).unwrap();
+        std::fs::set_permissions(&token, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    assert_eq!(scratch.load(text.as_bytes()), format!("{place}No such file or directory (os error 2)"));
+    write("0123456789abcdef\n", 0o644);
+    assert_eq!(scratch.load(text.as_bytes()), format!("{place}others may access it (mode 0644): `chmod o=` it"));
+    write("short\n", 0o600);
+    assert!(scratch.load(text.as_bytes()).starts_with(&format!("{place}it must hold one line of 16 ")));
+    write("0123456789abcdef\n", 0o600);
+    let config = load(&scratch.0.join("c.toml")).unwrap();
+    assert_eq!(config.admin.token_file, Some(token));
+}

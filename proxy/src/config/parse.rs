@@ -14,6 +14,7 @@ use super::section::{Section, Value};
 use super::source::{Path, Source};
 use super::text::{MAX_FILE, Text, without_mark};
 use super::{Admin, Class, Config, Connections, Kernel, Overload, Server, Watchdog, defaults, listeners, schema};
+use crate::admin::Token;
 
 /// Most worker threads; more than any machine has cores.
 const MAX_WORKERS: usize = 1024;
@@ -196,7 +197,8 @@ fn read_admin(section: &Section<'_, '_>) -> Admin {
         };
     }
     if let Some(value) = section.value("token_file") {
-        admin.token_file = value.string().filter(|path| !path.is_empty()).map(PathBuf::from);
+        let named = value.string().filter(|path| !path.is_empty());
+        admin.token_file = named.map(|named| token_file(section, &value, named));
     }
     if let Some(value) = section.value("socket") {
         let path = value.string().unwrap_or_default();
@@ -207,6 +209,16 @@ fn read_admin(section: &Section<'_, '_>) -> Admin {
         admin.socket = (length > 0).then(|| PathBuf::from(path));
     }
     admin
+}
+
+/// Where the file of the token is. Like all files that are named it is looked for where the configuration is, and looked at.
+fn token_file(section: &Section<'_, '_>, value: &Value<'_, '_>, named: &str) -> PathBuf {
+    let Some(path) = section.file(named) else { return PathBuf::from(named) };
+    if let Err(error) = Token::read(&path) {
+        value.fail(Problem::Token { file: path.clone(), reason: error.to_string() });
+    }
+    // As it is printed: the same file wherever that is read again.
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 /// Values that may be given once only, with the line of the first.
