@@ -142,6 +142,50 @@ fn half_an_answer_is_neither_delivered_nor_retried() {
     counterfoil.assert_quiescent();
 }
 
+/// It answers and resets the connection while more is on its way to it: the answer counts, though it was for an UPDATE,
+/// which is not asked again; what followed is.
+#[test]
+fn an_answer_that_came_before_a_reset_is_delivered() {
+    let (go, gone) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let backend = {
+        let (go, gone) = (Arc::clone(&go), Arc::clone(&gone));
+        FakeBackend::start(move |connection| {
+            while let Some(query) = connection.query() {
+                if connection.number == 0 {
+                    wait::poll(SOON, || go.load(Ordering::SeqCst).then_some(()));
+                }
+                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+                if connection.number == 0 {
+                    connection.reset();
+                    gone.store(true, Ordering::SeqCst);
+                    return;
+                }
+            }
+        })
+    };
+    let config = config(backend.address).set("server", "workers", 1).set("pool", "query_timeout", "\"20s\"");
+    let counterfoil = Counterfoil::start(&config);
+    let mut client = counterfoil.client();
+    let mut update = message::query(1, "zone.example.test", qtype::A);
+    update[2] = 5 << 3;
+    client.send_raw(&message::framed(&update)).unwrap();
+    wait::until("the update is there", SOON, || backend.queries() == 1);
+    // The worker hears of the second query and of the reset at once, and of the query first.
+    let hang = serde_json::json!({"cmd": "hang", "worker": 0, "millis": 4_000});
+    counterfoil.admin(&hang, SOON);
+    counterfoil.wait_metrics("the worker hangs", SOON, |metrics| metrics.sum("worker_stalled", &[]) == 1.0);
+    client.ask(2, "second.example.test", qtype::A);
+    go.store(true, Ordering::SeqCst);
+    wait::until("the connection is reset", SOON, || gone.load(Ordering::SeqCst));
+    let codes = [(); 2].map(|()| {
+        let answer = client.receive(SOON * 2).message();
+        (message::id(&answer), message::response_code(&answer))
+    });
+    assert_eq!(codes, [(1, rcode::NOERROR), (2, rcode::NOERROR)]);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 #[test]
 fn what_was_not_asked_is_never_delivered() {
     type Spoil = fn(&[u8]) -> Vec<u8>;

@@ -33,6 +33,8 @@ use crate::worker::shell::{SCRATCH, Shell};
 
 /// Reads per wake-up before others get their turn.
 const TURNS: usize = 8;
+/// Reads of what has come before a connection broke: more than the kernel keeps for one.
+const LAST_TURNS: usize = 256;
 
 /// How a task's turn ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +150,9 @@ impl ConnTask {
                 }
                 continue;
             }
-            self.write(cx, now)?;
+            if let Err(reason) = self.write(cx, now) {
+                return Err(self.read_the_last(reason, now, |task| task.read(cx, now)));
+            }
             if is_transfer && !self.shell.core.borrow_mut().transfer_reads(self.key) {
                 // It is woken when its client has read.
                 return Ok(Turn::Waits);
@@ -202,6 +206,28 @@ impl ConnTask {
         self.connected = true;
         self.shell.core.borrow_mut().conn_connected(self.key, now);
         Ok(Poll::Ready(()))
+    }
+
+    /// Nothing can be sent any more: the peer has closed, and not read everything. What it answered before that has come,
+    /// and is not to be asked again, or called failed. Then the connection closes for the reason that is returned.
+    pub(super) fn read_the_last(
+        &mut self,
+        reason: CloseReason,
+        now: Mono,
+        mut read: impl FnMut(&mut Self) -> Result<Poll<()>, CloseReason>,
+    ) -> CloseReason {
+        self.shell.core.borrow_mut().pool.retire(self.key, reason, now);
+        for _ in 0..LAST_TURNS {
+            if self.phase().1 && !self.shell.core.borrow_mut().transfer_reads(self.key) {
+                break;
+            }
+            match read(self) {
+                Ok(Poll::Ready(())) => {}
+                Err(CloseReason::ProtocolViolation) => return CloseReason::ProtocolViolation,
+                Ok(Poll::Pending) | Err(_) => break,
+            }
+        }
+        reason
     }
 
     fn write(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), CloseReason> {

@@ -72,7 +72,12 @@ impl ConnTask {
         if secure.stream.is_none() && self.begin(secure, cx, now)?.is_pending() {
             return Ok(Poll::Pending);
         }
-        self.send(secure, cx, now)?;
+        if let Err(reason) = self.send(secure, cx, now) {
+            if !self.connected {
+                return Err(reason);
+            }
+            return Err(self.read_the_last(reason, now, |task| task.receive(secure, cx, now)));
+        }
         if self.connected && !self.shell.core.borrow_mut().transfer_reads(self.key) {
             // It is woken when its client has read.
             return Ok(Poll::Pending);
