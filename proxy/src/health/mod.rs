@@ -183,9 +183,13 @@ impl Place {
         mode.checked_sub(1).and_then(|at| MODES.get(at)).copied()
     }
 
-    /// Its state.
+    /// Its state. Where the configuration says it, that counts: the last check of before a reload may end after it.
     pub fn state(&self) -> State {
-        State::ALL.get(usize::from(self.state.load(Ordering::Relaxed))).copied().unwrap_or(State::Unknown)
+        match self.mode() {
+            Some(HealthMode::Up) => State::Up,
+            Some(HealthMode::Down) => State::Down,
+            _ => State::ALL.get(usize::from(self.state.load(Ordering::Relaxed))).copied().unwrap_or(State::Unknown),
+        }
     }
 
     /// Checks that ended so.
@@ -213,5 +217,35 @@ impl Place {
     pub(crate) fn set(&self, state: State) {
         self.state.store(state as u8, Ordering::Relaxed);
         self.changes[usize::from(state == State::Down)].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use super::*;
+
+    /// A check of before a reload ends after it, when nobody checks any more: nothing would ever set it right.
+    #[test]
+    fn what_the_configuration_says_stands_against_a_late_check() {
+        let config = |mode: &str| {
+            let text = format!(
+                "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\n[[pool]]\nname = \"p\"\n\
+                 [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:1053\"\nhealth.mode = \"{mode}\"\n\
+                 [[pool.backend]]\nname = \"c\"\naddress = \"127.0.0.1:1054\"\n"
+            );
+            crate::config::from_str("test", &text).unwrap()
+        };
+        let (checked, numbers) = (config("auto"), Numbers::new(&config("auto")));
+        for (mode, late, usable) in
+            [("up", State::Down, true), ("down", State::Up, false), ("auto", State::Down, false)]
+        {
+            let board = Board::new(&checked);
+            assert_eq!(board.get(0).unwrap().state(), State::Unknown);
+            board.adopt(&checked, &config(mode), &numbers);
+            board.get(0).unwrap().set(late);
+            assert_eq!(board.is_usable(0), usable, "{mode}");
+        }
     }
 }
