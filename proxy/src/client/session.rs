@@ -252,9 +252,10 @@ impl Session {
         self.partial_since = Mono::ZERO;
     }
 
-    /// What is left after the whole messages were taken: part of a message, or messages that can't be taken yet.
+    /// What is left after the whole messages were taken: part of a message, or messages that can't be taken yet. A part
+    /// that the client's end cut off is waited for by nobody.
     pub(crate) fn bytes_left(&mut self, left: usize, now: Mono) {
-        if left == 0 || !self.takes_messages() {
+        if left == 0 || self.read_closed || !self.takes_messages() {
             self.partial_since = Mono::ZERO;
         } else if self.partial_since == Mono::ZERO {
             self.partial_since = now;

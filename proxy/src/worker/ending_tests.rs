@@ -124,3 +124,48 @@ fn broken_framing_leaves_the_limits_in_force() {
         sim.assert_quiescent();
     }
 }
+
+/// Part of a message and then FIN: nothing more can come, and what was asked before is answered all the same.
+#[test]
+fn a_part_of_a_message_before_the_clients_end_costs_it_no_answer() {
+    let mut sim = Sim::new(&configuration("message_timeout = \"1s\""));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.ask(client, 1, "a.test");
+    sim.accept_all();
+    let part = [0, 20, 1];
+    assert_eq!(sim.core.client_bytes(client, &part, sim.now), 0);
+    sim.core.client_finished(client);
+    // Its task looks at the part again each time that it runs.
+    assert_eq!(sim.core.client_bytes(client, &part, sim.now), 0);
+    sim.core.settle_session(client);
+    sim.pass(Duration::from_secs(2));
+    assert!(sim.clients.contains_key(&client));
+    sim.answer_all();
+    assert_eq!((sim.core.stats.listeners[0].answers.get(), closed(&sim, ClientCloseReason::ClientClosed)), (1, 1));
+    sim.assert_quiescent();
+}
+
+/// A client that always has something in flight is never quiet: what it asked is answered before draining is over, and no
+/// more is taken.
+#[test]
+fn draining_ends_for_a_client_that_is_always_busy() {
+    let mut sim = Sim::new(&configuration(""));
+    let client = sim.connect_client("192.0.2.1:1000");
+    sim.core.drain(Duration::from_secs(1), sim.now);
+    sim.ask(client, 0, "a.test");
+    sim.accept_all();
+    let conn = sim.to_backend(0)[0];
+    for id in 1..200 {
+        sim.ask(client, id, "a.test");
+        sim.answer(conn, 0);
+        sim.pass(Duration::from_millis(10));
+    }
+    assert_eq!(sim.core.sessions[client.0].in_flight(), 1);
+    sim.core.drain_is_nearly_over();
+    sim.ask(client, 200, "too.late.test");
+    sim.answer(conn, 0);
+    let stats = &sim.core.stats.listeners[0];
+    assert_eq!((stats.answers.get(), stats.abandoned.get()), (200, 0));
+    assert_eq!(closed(&sim, ClientCloseReason::Drained), 1);
+    sim.assert_quiescent();
+}

@@ -219,6 +219,16 @@ impl Core {
         }
     }
 
+    /// The time to drain is nearly over. Who has had something in flight all the time is asked for no more of it: what was
+    /// taken can still be answered before the connections are closed.
+    pub(crate) fn drain_is_nearly_over(&mut self) {
+        let keys: Vec<usize> = self.sessions.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            self.sessions[key].ending.get_or_insert(crate::close::ClientCloseReason::Drained);
+            self.wake_session(crate::client::session::SessionKey(key));
+        }
+    }
+
     /// The time to drain is over: every client connection is closed, and every query on it is abandoned.
     pub(crate) fn drain_is_over(&mut self) {
         let keys: Vec<usize> = self.sessions.iter().map(|(key, _)| key).collect();

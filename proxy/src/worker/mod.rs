@@ -107,7 +107,7 @@ impl Worker {
         }
         // The last receivers are those who accept, and wait for PROXY headers: when they are gone, nobody comes any more.
         drop(stopped);
-        let keeper = Keeper { shell, requests: self.requests, stop, drain_until: None, all_closed: false };
+        let keeper = Keeper { shell, requests: self.requests, stop, draining: None, all_closed: false };
         // As a task of its own: to wake the future that the runtime blocks on costs a system call.
         tokio::task::spawn_local(keeper.run()).await.map_err(std::io::Error::other)
     }
@@ -118,8 +118,24 @@ struct Keeper {
     shell: Rc<Shell>,
     requests: mpsc::UnboundedReceiver<Control>,
     stop: watch::Sender<bool>,
-    drain_until: Option<Mono>,
+    draining: Option<Draining>,
     all_closed: bool,
+}
+
+/// The ends of draining.
+struct Draining {
+    /// From then on no more queries are taken; none: that is so already.
+    last_call: Option<Mono>,
+    until: Mono,
+}
+
+/// The share of the time to drain after which no more queries are taken, so that what was taken can be answered.
+const LAST_CALL: f64 = 0.9;
+
+impl Draining {
+    fn next(&self) -> Mono {
+        self.last_call.unwrap_or(self.until)
+    }
 }
 
 impl Keeper {
@@ -138,6 +154,8 @@ impl Keeper {
             }
             self.shell.flush();
             let next = self.shell.core.borrow().next_deadline();
+            let end = self.draining.as_ref().map(Draining::next).filter(|end| *end > now);
+            let next = end.map_or(next, |end| end.min(next));
             let until = next.clamp(now.after(GRAIN), now.after(HEARTBEAT));
             self.shell.sleeps_until.set(until);
             let request = tokio::select! {
@@ -176,7 +194,8 @@ impl Keeper {
             }
             Control::Drain { over, spread } => {
                 let _ = self.stop.send(true);
-                self.drain_until = Some(now.after(over));
+                self.draining =
+                    Some(Draining { last_call: Some(now.after(over.mul_f64(LAST_CALL))), until: now.after(over) });
                 self.shell.core.borrow_mut().drain(spread, now);
             }
             #[cfg(feature = "test-hooks")]
@@ -190,8 +209,12 @@ impl Keeper {
 
     /// Goes on with draining. True when nothing is left.
     fn drained(&mut self, now: Mono) -> bool {
-        let Some(until) = self.drain_until else { return false };
+        let Some(draining) = &mut self.draining else { return false };
+        let until = draining.until;
         let mut core = self.shell.core.borrow_mut();
+        if draining.last_call.take_if(|at| *at <= now).is_some() {
+            core.drain_is_nearly_over();
+        }
         let accepting = self.stop.receiver_count() > 0;
         if core.sessions.is_empty() && !accepting && !self.all_closed {
             self.all_closed = true;
