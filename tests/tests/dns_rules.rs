@@ -11,7 +11,7 @@ use counterfoil_tests::counterfoil::Counterfoil;
 use counterfoil_tests::driver::{Client, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
-use counterfoil_tests::servers::Unbound;
+use counterfoil_tests::servers::{Recursor, Unbound};
 
 const SOON: Duration = Duration::from_secs(5);
 const FORMERR: u8 = 1;
@@ -148,6 +148,55 @@ fn rfc9619_4_more_than_one_question_is_a_format_error() {
     update.extend_from_within(12..);
     exchange(&mut client, &update);
     assert_eq!(backend.queries(), 1);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// PowerDNS Recursor closes the connection on which it meets records that it cannot read, and with it goes what others have
+/// asked. So they never get there, unless the connection is the client's own.
+#[test]
+fn rfc5625_3_a_query_that_would_end_a_shared_connection_is_a_format_error() {
+    let recursor = Recursor::start(false);
+    let counterfoil = Counterfoil::start(&config(recursor.address).identity("forwarder"));
+    let mut client = counterfoil.client();
+    client.assert_served();
+    let nothing = b"";
+    let cut_off = b"\0\0\x29\x04\xd0\0\0\0\0\0\x09";
+    let reserved = b"\x41";
+    let forward = b"\xc0\xff\0\x01\0\x01\0\0\0\0\0\0";
+    for (count, records) in [(7, &nothing[..]), (9, cut_off), (11, reserved), (11, forward)] {
+        let plain = message::query(7, "odd.example.test", qtype::A);
+        let mut query = [&plain[..], records].concat();
+        query[count] = 1;
+        let answer = exchange(&mut client, &query);
+        assert_eq!(message::response_code(&answer), FORMERR, "{records:02x?}");
+        assert!(message::same_question(&plain, &answer));
+        client.assert_served();
+    }
+    assert_eq!(counterfoil.metrics().sum("backend_connections_opened_total", &[]), 1.0);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// Unbound sends what it refuses for its opcode back as it was. That is an answer, however odd its question, and no reason to
+/// close a connection on which others ask.
+#[test]
+fn rfc5625_4_1_an_opcode_is_refused_with_a_question_that_nobody_can_read() {
+    let unbound = Unbound::start(false);
+    let counterfoil = Counterfoil::start(&config(unbound.address).identity("forwarder"));
+    let mut client = counterfoil.client();
+    client.assert_served();
+    for number in [1, 2, 5, 9] {
+        let mut query = with_opcode(7, number);
+        query.truncate(12);
+        query.extend_from_slice(b"\xc0\x0c\0\x01\0\x01");
+        let answer = exchange(&mut client, &query);
+        assert_eq!((opcode(&answer), message::response_code(&answer)), (number, NOTIMP));
+        client.assert_served();
+    }
+    let metrics = counterfoil.metrics();
+    assert_eq!(metrics.sum("backend_connections_opened_total", &[]), 1.0);
+    assert_eq!(metrics.sum("backend_connections_closed_total", &[("reason", "protocol_violation")]), 0.0);
     drop(client);
     counterfoil.assert_quiescent();
 }

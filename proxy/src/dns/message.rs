@@ -142,7 +142,9 @@ fn read_question(message: &[u8]) -> Result<Question<'_>, QuestionError> {
 ///
 /// Where the answer has a question it must be the query's: QNAME without regard to ASCII case (RFC 4343), QTYPE,
 /// QCLASS and QDCOUNT. An answer without a question matches: later messages of a zone transfer have none (RFC 5936,
-/// section 2.2.2), nor has an error for a query that could not be read. IDs and QR are not looked at.
+/// section 2.2.2), nor has an error for a query that could not be read. A question that cannot be read passes only with
+/// an opcode other than QUERY, and whoever refuses that sends it back as it was, or the header alone. IDs and QR are not
+/// looked at.
 pub fn question_matches(query: &[u8], answer: &[u8]) -> bool {
     let (Some(asked), Some(answered)) = (peek(query), peek(answer)) else { return false };
     if answered.qdcount == 0 {
@@ -151,7 +153,10 @@ pub fn question_matches(query: &[u8], answer: &[u8]) -> bool {
     if asked.qdcount != answered.qdcount {
         return false;
     }
-    let Ok(asked) = read_question(query) else { return false };
+    let Ok(asked) = read_question(query) else {
+        let asked = query.get(MIN_MESSAGE..).unwrap_or_default();
+        return asked.starts_with(answer.get(MIN_MESSAGE..).unwrap_or_default());
+    };
     // Nearly always the very octets come back.
     let section = MIN_MESSAGE..asked.end;
     if query.get(section.clone()) == answer.get(section) {

@@ -113,6 +113,22 @@ fn labels_count_from_one() {
     assert_eq!(question.label(usize::MAX), None);
 }
 
+/// Servers that refuse an opcode send the message back without having read it, or its header.
+#[test]
+fn a_question_that_cannot_be_read_comes_back_as_it_was() {
+    let mut query = header(1);
+    query[2] = 2 << 3;
+    query.extend_from_slice(b"\xc0\x0c\0\x01\0\x01");
+    let mut answer = query.clone();
+    (answer[2], answer[3]) = (query[2] | 0x80, 4);
+    assert!(question_matches(&query, &answer) && question_matches(&query, &answer[..12]));
+    for other in [message(1, MessageType::Response, &[b"a".to_vec()], 1, 1), [&answer[..], b"x"].concat()] {
+        assert!(!question_matches(&query, &other));
+    }
+    answer[17] = 2;
+    assert!(!question_matches(&query, &answer));
+}
+
 #[test]
 fn an_answer_without_question_matches_and_a_second_question_does_not() {
     let query = message(1, MessageType::Query, &[b"a".to_vec()], 1, 1);

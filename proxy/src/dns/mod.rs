@@ -11,6 +11,7 @@ pub(crate) mod keepalive;
 pub mod message;
 pub mod name;
 mod opt;
+pub(crate) mod records;
 pub mod rtype;
 pub mod synth;
 pub mod transfer;

@@ -24,8 +24,8 @@ use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::dns::keepalive::{self, Treatment};
-use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
-use crate::dns::{synth, transfer};
+use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek, Question};
+use crate::dns::{records, synth, transfer};
 use crate::health::Board;
 use crate::ledger::BackendIndex;
 use crate::ledger::caps::Caps;
@@ -226,7 +226,9 @@ impl Core {
             }
             _ => None,
         };
-        let unreadable = matches!(question, Some(Err(_))) || matches!(requested, Some(Err(_)));
+        let whole = |question: &Question<'_>| self.may_be_odd(pool) || records::are_readable(message, question);
+        let readable = question.as_ref().is_none_or(|question| question.as_ref().is_ok_and(whole));
+        let unreadable = !readable || matches!(requested, Some(Err(_)));
         let refusal = refusal(&peek, message, unreadable);
         let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
             false => Ok(Treatment::Pass),
@@ -287,6 +289,12 @@ impl Core {
         stats.in_flight.add(1);
         self.follow(query, route, now);
         Taken::Yes
+    }
+
+    /// Whether queries may have records that cannot be read: they may cost the client its own connections, as some servers
+    /// close one on which they come. Where others ask on it, too, it is not for one of them to have it closed.
+    fn may_be_odd(&self, pool: u16) -> bool {
+        self.plan.pools[usize::from(pool)].proxy.as_ref().is_some_and(|proxy| proxy.owned)
     }
 
     /// A message gets no answer. An answer where a query belongs: two programs that answer it could go on for ever. A DSO
