@@ -144,6 +144,43 @@ fn queries_go_to_the_other_server_while_one_is_down() {
     counterfoil.assert_quiescent();
 }
 
+/// A check that has the last place under a limit gives it back to who waits.
+#[test]
+fn who_waits_for_the_place_of_a_check_gets_it_when_the_check_is_over() {
+    let checks = Arc::new(AtomicUsize::new(0));
+    let backend = {
+        let checks = Arc::clone(&checks);
+        FakeBackend::start(move |connection| {
+            while let Some(query) = connection.query() {
+                if message::question_name(&query).is_some_and(|name| name.starts_with("alive")) {
+                    checks.fetch_add(1, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_millis(300));
+                }
+                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+            }
+        })
+    };
+    let keys = [
+        ("health.mode", "\"auto\""),
+        ("health.name", "\"alive.example.test\""),
+        ("health.interval", "\"500ms\""),
+        ("max_connections", "1"),
+    ];
+    let config = Config::new(backend.address).settles_soon();
+    let counterfoil =
+        Counterfoil::start(&keys.iter().fold(config, |config, (key, value)| config.backend_key(key, value)));
+    wait_up(&counterfoil, "backend-0", true);
+    let before = checks.load(Ordering::SeqCst);
+    wait::until("another check is under way", SOON, || checks.load(Ordering::SeqCst) > before);
+    let mut client = counterfoil.client();
+    let answer = client.exchange(1, "n.example.test", qtype::A);
+    assert_eq!(message::response_code(&answer), rcode::NOERROR);
+    let waited = counterfoil.metrics().sum("pool_acquire_total", &[("result", "wait")]);
+    assert_eq!(waited, 1.0, "it came while the check went on");
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
 /// Every check's connection is in the ledger like all others, is closed by us without TIME_WAIT, and counts.
 #[test]
 fn checks_are_connections_like_all_others() {

@@ -91,6 +91,13 @@ impl Caps {
         Ok(Permit { caps: Arc::clone(self), backend })
     }
 
+    /// Whether one more connection to this backend is allowed now.
+    pub fn has_place(&self, backend: BackendIndex) -> bool {
+        let has_place = |(limit, used): (usize, usize)| used < limit;
+        let in_total = self.beside == Some(usize::from(backend)) || has_place(self.total());
+        in_total && self.backend(backend).is_some_and(has_place)
+    }
+
     /// Limit and use of a backend.
     pub fn backend(&self, backend: BackendIndex) -> Option<(usize, usize)> {
         self.backends.get(usize::from(backend)).map(Counted::read)
@@ -141,8 +148,10 @@ mod tests {
         let third = caps.acquire(1);
         assert!(third.is_ok());
         assert_eq!(caps.acquire(1).err(), Some(AtCap::Total));
+        assert!(!caps.has_place(0) && !caps.has_place(1));
         assert_eq!(caps.backend(1), Some((5, 1)), "a refusal by the total leaves the backend's count alone");
         drop(first);
+        assert!(caps.has_place(0) && caps.has_place(1) && !caps.has_place(7));
         assert!(caps.acquire(1).is_ok());
         drop((second, third));
         assert_eq!(caps.total(), (3, 0));

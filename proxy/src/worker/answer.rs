@@ -240,15 +240,9 @@ impl Core {
             self.reroute(query, now);
         }
         // The place under the caps is free: for who waits here, else for who waits elsewhere.
-        let mut waits = 0;
-        for backend in 0..self.waits.len() {
-            if !self.waits[backend].is_empty() {
-                // As many as there are backends in the configuration, which are fewer than 65,535.
-                self.serve_waiting(backend as u16, now);
-                waits += usize::from(!self.waits[backend].is_empty());
-            }
-        }
-        if waits == 0 && self.shared.waiting.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+        self.serve_all_waiting(now);
+        let waiting = self.shared.waiting.load(std::sync::atomic::Ordering::Relaxed) as u64;
+        if waiting > self.stats.waiting.get() && self.shared.caps.has_place(backend) {
             self.wakes.tell_capacity = true;
         }
     }

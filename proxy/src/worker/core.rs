@@ -346,6 +346,8 @@ impl Core {
         tracing::debug!(session = serial, reason = reason.label(), "client connection closed");
         stats.connections.sub(1);
         stats.closed[reason as usize].add(1);
+        // Connections on which only this client had something in flight are idle now, and may make way.
+        self.serve_all_waiting(now);
     }
 
     /// The session's task has done what it could: when to look at it again.

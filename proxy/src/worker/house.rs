@@ -71,9 +71,13 @@ impl Backoff {
 impl Core {
     /// When [`Self::tick`] has something to do next.
     pub(crate) fn next_deadline(&self) -> Mono {
-        let waits = self.waits.iter().filter_map(crate::backend::wait::WaitQueue::next_deadline);
         let others = [self.timers.next(), self.queries.next_deadline()];
-        waits.chain(others.into_iter().flatten()).fold(self.next_cleanup, Mono::min)
+        let next = others.into_iter().flatten().fold(self.next_cleanup, Mono::min);
+        if self.stats.waiting.get() == 0 {
+            // There may be many backends, and each task that has run asks.
+            return next;
+        }
+        self.waits.iter().filter_map(crate::backend::wait::WaitQueue::next_deadline).fold(next, Mono::min)
     }
 
     /// Time has passed.
@@ -87,6 +91,10 @@ impl Core {
                     self.stop_waiting(query);
                     self.fail(query, FailReason::NoCapacity);
                 }
+            }
+            if self.waits[backend].is_due(now) {
+                // As many as there are backends in the configuration, which are fewer than 65,535.
+                self.serve_waiting(backend as u16, now);
             }
         }
         while let Some((deadline, key)) = self.timers.pop(now) {

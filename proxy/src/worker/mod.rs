@@ -28,6 +28,8 @@ mod sim;
 mod spares_tests;
 mod timers;
 pub(crate) mod transfer;
+#[cfg(test)]
+mod waits_tests;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -178,12 +180,7 @@ impl Keeper {
                 }
             }
             Control::EvictIdle { backend } => self.shell.core.borrow_mut().evict_for_other(backend, now),
-            Control::CapacityFreed => {
-                let mut core = self.shell.core.borrow_mut();
-                for backend in 0..core.waits.len() {
-                    core.serve_waiting(backend as u16, now);
-                }
-            }
+            Control::CapacityFreed => self.shell.core.borrow_mut().capacity_freed(now),
             Control::Reconfigure { config, numbers, done } => {
                 self.shell.ledger.use_new_slots();
                 let mut core = self.shell.core.borrow_mut();

@@ -1,5 +1,6 @@
 //! Acting on a route: opening a connection under the caps, sending, waiting at a cap, and trying again.
 
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -8,6 +9,7 @@ use super::links::Maybe;
 use super::queries::{Place, QueryKey};
 use super::route::{How, Route, Wanted};
 use crate::backend::pool::{Assigned, ConnKey, NewConn, Phase};
+use crate::backend::wait::{WaitQueue, Waiter};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
@@ -58,6 +60,7 @@ impl Core {
                 return Route::Wait(backend);
             }
         };
+        self.count_open(key);
         let session = &mut self.sessions[key.0];
         if owner {
             if session.owned.is_empty() {
@@ -149,7 +152,7 @@ impl Core {
         }
     }
 
-    /// Holds `max_opens_per_client`.
+    /// Holds `max_opens_per_client`, by what [`Self::count_open`] has counted.
     fn may_open(&mut self, key: SessionKey, now: Mono) -> bool {
         let limit = self.plan.connections.max_opens_per_client;
         if limit == 0 {
@@ -159,11 +162,21 @@ impl Core {
             self.opens.clear();
             self.opens_since = now;
         }
+        self.opens.get(&self.client_of(key)).is_none_or(|opened| *opened < limit)
+    }
+
+    /// A connection was opened, or a spare one taken. To have tried in vain does not count: who waits tries often.
+    fn count_open(&mut self, key: SessionKey) {
+        if self.plan.connections.max_opens_per_client > 0 {
+            let client = self.client_of(key);
+            *self.opens.entry(client).or_default() += 1;
+        }
+    }
+
+    /// Who counts as one client with this one.
+    fn client_of(&self, key: SessionKey) -> IpAddr {
         let session = &self.sessions[key.0];
-        let client = self.plan.listeners[usize::from(session.listener)].client(session.client.ip());
-        let opened = self.opens.entry(client).or_default();
-        *opened += 1;
-        *opened <= limit
+        self.plan.listeners[usize::from(session.listener)].client(session.client.ip())
     }
 
     /// A cap is reached: an idle connection of this worker goes, or another worker is asked for one of its own.
@@ -180,7 +193,8 @@ impl Core {
             Some(victim) => {
                 self.pool.close(victim, CloseReason::Evicted, now);
             }
-            None => self.wakes.ask_eviction.push(scope),
+            None if self.waits[usize::from(backend)].asks(now) => self.wakes.ask_eviction.push(scope),
+            None => {}
         }
     }
 
@@ -263,15 +277,35 @@ impl Core {
             return;
         }
         entry.place = Place::Waiting;
-        let session = entry.session;
-        self.waits[usize::from(backend)].push(session, query, now.after(self.plan.connections.max_wait));
+        let until = now.after(self.plan.connections.max_wait);
+        self.waits[usize::from(backend)].push(Waiter { session: entry.session, query, until }, now);
         self.stats.waiting.add(1);
         self.count_acquired(pool, Acquired::Wait);
     }
 
-    /// A place may have become free: serves those that wait for this backend, in turn.
+    /// Another worker has closed a connection, or a health check is over: serves those that wait.
+    pub(crate) fn capacity_freed(&mut self, now: Mono) {
+        self.waits.iter_mut().for_each(WaitQueue::was_heard);
+        self.serve_all_waiting(now);
+    }
+
+    /// A place may have become free: serves those that wait, in turn.
+    pub(super) fn serve_all_waiting(&mut self, now: Mono) {
+        if self.stats.waiting.get() == 0 {
+            return;
+        }
+        for backend in 0..self.waits.len() {
+            if !self.waits[backend].is_empty() {
+                // As many as there are backends in the configuration, which are fewer than 65,535.
+                self.serve_waiting(backend as u16, now);
+            }
+        }
+    }
+
+    /// The same for this backend.
     pub(crate) fn serve_waiting(&mut self, backend: BackendIndex, now: Mono) {
-        while let Some((session, query)) = self.waits[usize::from(backend)].pop() {
+        while let Some(waiter) = self.waits[usize::from(backend)].pop() {
+            let Waiter { session, query, .. } = waiter;
             let Some((message, pool, alone, how)) = self.queries.get_mut(query).map(|entry| {
                 let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
                 // A reload may have given its listener another pool.
@@ -286,13 +320,12 @@ impl Core {
             entry.message = message;
             if let Route::Wait(still) = route {
                 if still == backend {
-                    self.waits[usize::from(backend)].put_back(session, query);
-                } else {
-                    // Another backend has become the better choice, and is at its cap as well.
-                    let until = entry.deadline;
-                    self.waits[usize::from(still)].push(session, query, until);
+                    self.waits[usize::from(backend)].put_back(waiter, now);
+                    return;
                 }
-                return;
+                // Another backend has become the better choice, and is at its cap as well. The place is for the next one.
+                self.waits[usize::from(still)].push(waiter, now);
+                continue;
             }
             entry.place = Place::Nowhere;
             self.waited();

@@ -68,6 +68,10 @@ pub(crate) struct Sim {
     pub(crate) opened: usize,
     pub(crate) closed: HashMap<CloseReason, usize>,
     pub(crate) most_owned: usize,
+    /// Places that others have: other workers, health checks.
+    pub(crate) elsewhere: Vec<Permit>,
+    /// Queries that wait in other workers.
+    waiting_elsewhere: usize,
     header: bool,
     proxy_len: fn(&[u8]) -> Option<usize>,
     max_owned: usize,
@@ -106,6 +110,8 @@ impl Sim {
             opened: 0,
             closed: HashMap::new(),
             most_owned: 0,
+            elsewhere: Vec::new(),
+            waiting_elsewhere: 0,
             proxy_len: |bytes| {
                 let length = bytes.get(14..16)?;
                 let len = 16 + usize::from(u16::from_be_bytes([length[0], length[1]]));
@@ -377,6 +383,13 @@ impl Sim {
         self.wires.keys().copied().filter(to).collect()
     }
 
+    /// So many queries wait in other workers from now on.
+    pub(crate) fn waiting_elsewhere(&mut self, count: usize) {
+        self.core.shared.waiting.fetch_sub(self.waiting_elsewhere, Ordering::Relaxed);
+        self.core.shared.waiting.fetch_add(count, Ordering::Relaxed);
+        self.waiting_elsewhere = count;
+    }
+
     /// What must hold at all times.
     fn check(&mut self) {
         for (_, conn) in self.core.pool.iter() {
@@ -394,7 +407,7 @@ impl Sim {
         for (backend, limit) in self.max_per_backend.iter().enumerate() {
             assert!(self.to_backend(backend).len() <= *limit, "more connections than the backend's limit");
         }
-        assert_eq!(self.core.shared.caps.total().1, self.core.pool.len());
+        assert_eq!(self.core.shared.caps.total().1, self.core.pool.len() + self.elsewhere.len());
         let stats = &self.core.stats.listeners[0];
         let failed: u64 = stats.failed.iter().map(crate::stats::Counter::get).sum();
         assert_eq!(
@@ -403,8 +416,8 @@ impl Sim {
             "accepted = answered + failed + abandoned + in flight (I8)"
         );
         assert_eq!(stats.in_flight.get(), self.core.queries.len() as u64);
-        let waiting = self.core.stats.waiting.get();
-        assert_eq!(self.core.shared.waiting.load(Ordering::Relaxed) as u64, waiting);
+        let waiting = self.core.stats.waiting.get() as usize + self.waiting_elsewhere;
+        assert_eq!(self.core.shared.waiting.load(Ordering::Relaxed), waiting);
     }
 
     /// Everybody leaves: nothing may be left.
