@@ -267,6 +267,8 @@ fn the_end_of_the_certificate_is_a_metric() {
     let ends = || counterfoil.metrics().value("tls_certificate_not_after_timestamp_seconds", &labels);
     let end_of_2000 = 978_220_800.0;
     assert_eq!(ends(), end_of_2000);
+    let warning = |line: &String| line.contains("`listener.tls.certificate`") && line.contains(" is over since ");
+    assert!(counterfoil.process.lines().iter().any(warning), "{}", counterfoil.process.tail());
     authority.issue("dns", &[NAME]);
     assert_eq!(ends(), end_of_2000, "nobody has asked for it yet");
     let (ok, said) = counterfoil.ctl(&["reload"], SOON);

@@ -1,7 +1,11 @@
 //! What the limits on clients amount to.
 
-use super::super::{Config, Listener};
+use super::super::{Config, Listener, ListenerTls};
 use super::{Limits, Warning};
+use crate::clock;
+
+/// Before so many days are left a certificate should have been renewed, as the alert has it.
+const RENEWED: f64 = 7.0;
 
 /// Warns of limits that cannot hold, or are never reached.
 pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warning>) {
@@ -30,6 +34,20 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
         if listener.connection_rate_per_client == 0 && listener.ban_duration != Listener::DEFAULT_BAN {
             warn("ban_duration", "nobody is ever banned: `connection_rate_per_client` is 0".to_owned());
         }
+        if let Some(message) = listener.tls.as_ref().and_then(|tls| certificate(tls, clock::unix_seconds())) {
+            warn("tls.certificate", message);
+        }
+    }
+}
+
+/// A certificate that is over, or soon will be.
+fn certificate(tls: &ListenerTls, now: f64) -> Option<String> {
+    let days = (tls.identity.as_ref()?.not_after()? as f64 - now) / 86_400.0;
+    let file = tls.certificate.display();
+    if days < 0.0 {
+        Some(format!("{file} is over since {:.0} days: clients that look at it do not connect", days.abs().floor()))
+    } else {
+        (days < RENEWED).then(|| format!("{file} is over in {:.0} days", days.floor()))
     }
 }
 
@@ -52,6 +70,7 @@ mod tests {
     use super::super::super::contract_tests::MINIMAL;
     use super::super::super::from_str;
     use super::*;
+    use crate::tls::server::Identity;
 
     /// The warnings for the minimal configuration with these lines in its listener.
     fn warnings(listener: &str, memory: u64) -> Vec<String> {
@@ -95,5 +114,27 @@ mod tests {
             ]
         );
         assert_eq!(warnings("max_pending_answers = \"64KiB\"", 2 << 30), [""; 0]);
+    }
+
+    #[test]
+    fn certificates_that_are_over_or_soon_will_be() {
+        let directory = std::env::temp_dir().join(format!("counterfoil-over-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let (certificate, key) = (directory.join("c.pem"), directory.join("k.pem"));
+        let made = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(["dns.example".to_owned()]).unwrap();
+        params.not_after = rcgen::date_time_ymd(2030, 1, 1);
+        std::fs::write(&certificate, params.self_signed(&made).unwrap().pem()).unwrap();
+        std::fs::write(&key, made.serialize_pem()).unwrap();
+        let identity = Identity::read(&certificate, &key);
+        std::fs::remove_dir_all(&directory).unwrap();
+        let tls = ListenerTls { certificate: "c.pem".into(), identity: identity.ok(), ..ListenerTls::default() };
+        let end = 1_893_456_000.0;
+        let said = |before: f64| super::certificate(&tls, end - before * 86_400.0);
+        assert_eq!(said(8.0), None);
+        assert_eq!(said(6.5).as_deref(), Some("c.pem is over in 6 days"));
+        let over = "c.pem is over since 2 days: clients that look at it do not connect";
+        assert_eq!(said(-2.5).as_deref(), Some(over));
+        assert_eq!(super::certificate(&ListenerTls::default(), end), None, "not read");
     }
 }
