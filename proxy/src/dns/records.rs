@@ -1,22 +1,33 @@
-//! Whether the records of a query can be walked through to the last one.
+//! Whether a message that a client sends can be walked through, from its first question to its last record.
 //!
 //! A server may close the connection on which a message comes that it cannot read (PowerDNS Recursor does), and with it go
-//! the queries of everybody who shares it. So such a query is answered before it gets there. What is in the records is not
+//! the queries of everybody who shares it. So such a message is answered before it gets there. What is in the records is not
 //! looked at.
 
 use super::frame::MIN_MESSAGE;
-use super::message::{MAX_LABEL, MAX_NAME, Question};
+use super::message::{MAX_LABEL, MAX_NAME};
 
+/// Octets of QTYPE and QCLASS together.
+const TYPE_AND_CLASS: usize = 4;
 /// Octets of TYPE, CLASS, TTL and RDLENGTH together (RFC 1035, section 4.1.3).
 const FIXED: usize = 10;
 
-/// Whether all records that the header of `message` announces are there behind its only question, each with an owner that
-/// is a name. Octets behind the last one do not matter.
-pub(crate) fn are_readable(message: &[u8], question: &Question<'_>) -> bool {
-    let (before, additional) = question.records;
-    let mut records = 0..before + u32::from(additional);
-    // A record has 11 octets at least, so this ends with the message, whatever its header says.
-    records.try_fold(question.end, |at, _| end_of_record(message, at)).is_some()
+/// Whether all questions and records that the header announces are there, each with a name. Octets behind the last one do
+/// not matter.
+pub(crate) fn are_readable(message: &[u8]) -> bool {
+    let Some([_, _, _, _, counts @ ..]) = message.first_chunk::<MIN_MESSAGE>() else { return false };
+    let (counts, _) = counts.as_chunks::<2>();
+    let [questions, records @ ..] = counts else { return false };
+    let mut questions = 0..u16::from_be_bytes(*questions);
+    let mut records = 0..records.iter().map(|count| u32::from(u16::from_be_bytes(*count))).sum();
+    // Each has some octets, so this ends with the message, whatever its header says.
+    let behind = questions.try_fold(MIN_MESSAGE, |at, _| end_of_question(message, at));
+    behind.and_then(|at| records.try_fold(at, |at, _: u32| end_of_record(message, at))).is_some()
+}
+
+fn end_of_question(message: &[u8], at: usize) -> Option<usize> {
+    let end = end_of_name(message, at)? + TYPE_AND_CLASS;
+    (end <= message.len()).then_some(end)
 }
 
 fn end_of_record(message: &[u8], at: usize) -> Option<usize> {
@@ -55,12 +66,9 @@ fn end_of_name(message: &[u8], start: usize) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::expect_used, reason = "tests panic")]
-
     use proptest::prelude::*;
 
     use super::*;
-    use crate::dns::message::first_question;
 
     /// A query for `a.` with so many records announced in each section, and these octets behind the question.
     fn query(counts: [u8; 3], records: &[u8]) -> Vec<u8> {
@@ -72,9 +80,7 @@ mod tests {
     }
 
     fn readable(counts: [u8; 3], records: &[u8]) -> bool {
-        let query = query(counts, records);
-        let question = first_question(&query).expect("a question").expect("that can be read");
-        are_readable(&query, &question)
+        are_readable(&query(counts, records))
     }
 
     const OPT: &[u8] = b"\0\0\x29\x04\xd0\0\0\0\0\0\x04abcd";
@@ -88,6 +94,19 @@ mod tests {
         for cut in 0..OPT.len() {
             assert!(!readable([0, 0, 1], &OPT[..cut]), "{cut}");
         }
+    }
+
+    #[test]
+    fn there_may_be_any_number_of_questions() {
+        let with = |count: u8, octets: &[u8]| {
+            let mut message = [&query([0, 0, 1], b"")[..MIN_MESSAGE], octets].concat();
+            message[5] = count;
+            are_readable(&message)
+        };
+        let question = b"\x01a\0\0\x01\0\x01";
+        assert!(with(0, OPT) && with(1, &[question, OPT].concat()) && with(2, &[question, question, OPT].concat()));
+        assert!(!with(0, b"") && !with(2, &[question, OPT].concat()) && !with(1, &question[..6]));
+        assert!(!with(1, b"\xc0\x0c\0\x01\0\x01") && !are_readable(&[0; 11]) && are_readable(&[0; 12]));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::dns::keepalive::{self, Treatment};
-use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek, Question};
+use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
 use crate::dns::{records, synth, transfer};
 use crate::health::Board;
 use crate::ledger::BackendIndex;
@@ -226,10 +226,9 @@ impl Core {
             }
             _ => None,
         };
-        let whole = |question: &Question<'_>| self.may_be_odd(pool) || records::are_readable(message, question);
-        let readable = question.as_ref().is_none_or(|question| question.as_ref().is_ok_and(whole));
-        let unreadable = !readable || matches!(requested, Some(Err(_)));
-        let refusal = refusal(&peek, message, unreadable);
+        let unreadable = matches!(question, Some(Err(_))) || matches!(requested, Some(Err(_)));
+        let odd = !self.may_be_odd(pool) && !records::are_readable(message);
+        let refusal = refusal(&peek, message, unreadable, odd);
         let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
             false => Ok(Treatment::Pass),
             true => keepalive::asked(message),
@@ -291,8 +290,8 @@ impl Core {
         Taken::Yes
     }
 
-    /// Whether queries may have records that cannot be read: they may cost the client its own connections, as some servers
-    /// close one on which they come. Where others ask on it, too, it is not for one of them to have it closed.
+    /// Whether messages may pass that cannot be read, as far as that does not matter here: they may cost the client its own
+    /// connections, as some servers close one for it. Where others ask on it, too, it is not for one of them to end it.
     fn may_be_odd(&self, pool: u16) -> bool {
         self.plan.pools[usize::from(pool)].proxy.as_ref().is_some_and(|proxy| proxy.owned)
     }
@@ -428,10 +427,10 @@ impl Core {
 }
 
 /// The answer of our own to a message that no backend is to see.
-fn refusal(peek: &Peek, message: &[u8], unreadable: bool) -> Option<(FailReason, Vec<u8>)> {
+fn refusal(peek: &Peek, message: &[u8], unreadable: bool, odd: bool) -> Option<(FailReason, Vec<u8>)> {
     if peek.opcode == OPCODE_DSO {
         Some((FailReason::NotSupported, synth::notimp(message)))
-    } else if peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || unreadable) {
+    } else if odd || peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || unreadable) {
         // RFC 9619 section 4. A QUERY without any question is none of a middlebox's business: a backend answers it.
         Some((FailReason::Malformed, synth::formerr(message)))
     } else {
