@@ -87,6 +87,9 @@ fn it_shows_what_is_there() {
     let backends = json(&counterfoil, &["show", "backends"]);
     let first = &rows(&backends, "backends")[0];
     assert_eq!((&first["backend"], &first["used"], &first["limit"]), (&"backend-0".into(), &2.into(), &512.into()));
+    assert_eq!((&first["health"], &first["state"]), (&"up".into(), &"up".into()));
+    let drill = &rows(&backends, "backends")[1];
+    assert_eq!((&drill["backend"], &drill["health"], &drill["state"]), (&"drill".into(), &Value::Null, &Value::Null));
     assert_eq!(first["ledger"]["owned"]["idle"], 2);
     assert_eq!((&first["kernel"]["established"], &first["sockets"]), (&2.into(), &2.into()));
     assert_eq!((&backends["total"]["used"], &backends["total"]["sockets"]), (&2.into(), &2.into()));

@@ -81,7 +81,9 @@ fn describe(index: usize, context: &Context<'_>) -> Backend {
     let caps = BackendIndex::try_from(index).ok().and_then(|index| observed.ledger.caps().backend(index));
     let totals = observed.ledger.totals();
     let totals = totals.get(index);
+    // The drill's peer, and what a reload has taken out, have no state.
     let place = BackendIndex::try_from(index).ok().and_then(|index| observed.health.get(index));
+    let place = place.filter(|place| place.mode().is_some());
     let stats = || observed.stats.iter().filter_map(|worker| worker.backends.get(index));
     Backend {
         backend: observed.policy.backends.get(index).map(|backend| backend.name.clone()).unwrap_or_default(),
