@@ -17,6 +17,8 @@ struct Curve {
     workers: u32,
     header: Header,
     identity: &'static str,
+    /// The same load goes to the backend itself, too, to show how much of a growth is not Counterfoil's.
+    bare: bool,
     /// How much of it, and what the load generator is told.
     points: &'static [(u32, &'static [&'static str])],
 }
@@ -27,6 +29,7 @@ const CURVES: [Curve; 3] = [
         workers: 2,
         header: Header::Address,
         identity: "address",
+        bare: true,
         points: &[
             (1, &["--clients=1"]),
             (10, &["--clients=10"]),
@@ -40,6 +43,7 @@ const CURVES: [Curve; 3] = [
         workers: 2,
         header: Header::Address,
         identity: "connection",
+        bare: true,
         points: &[
             (1, &["--clients=10"]),
             (3, &["--clients=10", "--in-flight=3"]),
@@ -55,6 +59,7 @@ const CURVES: [Curve; 3] = [
         workers: 1,
         header: Header::Label,
         identity: "forwarder",
+        bare: false,
         points: &[
             (1, &["--names=rotate:1", "--shared-names"]),
             (10, &["--names=rotate:10", "--shared-names"]),
@@ -72,6 +77,8 @@ pub(super) struct Point {
     about: &'static str,
     at: u32,
     samples: Vec<Sample>,
+    /// CPU time per query of the backend when it is asked directly, in microseconds.
+    bare_us: Vec<f64>,
     errors: Vec<String>,
 }
 
@@ -86,7 +93,13 @@ impl Point {
 pub(super) fn measure(plan: &Plan<'_>, arguments: &Arguments) -> Vec<Point> {
     let mut measured = Vec::new();
     for curve in &CURVES {
-        let point = |(at, _): &(u32, _)| Point { about: curve.about, at: *at, samples: Vec::new(), errors: Vec::new() };
+        let point = |(at, _): &(u32, _)| Point {
+            about: curve.about,
+            at: *at,
+            samples: Vec::new(),
+            bare_us: Vec::new(),
+            errors: Vec::new(),
+        };
         let mut points: Vec<Point> = curve.points.iter().map(point).collect();
         for round in 1..=arguments.rounds {
             for (point, (_, load)) in points.iter_mut().zip(curve.points) {
@@ -98,13 +111,14 @@ pub(super) fn measure(plan: &Plan<'_>, arguments: &Arguments) -> Vec<Point> {
                     load,
                     ..scenario::BASE
                 };
-                match measure::sample(plan, &scenario, Subject::Counterfoil) {
-                    Ok(sample) => point.samples.push(sample),
-                    Err(error) => {
-                        say(format_args!("{} {} failed: {error:#}", point.at, curve.about));
-                        point.errors.push(format!("{error:#}"));
-                    }
+                let sample = measure::sample(plan, &scenario, Subject::Counterfoil);
+                let bare = curve.bare.then(|| measure::bare(plan, load)).transpose();
+                for error in [sample.as_ref().err(), bare.as_ref().err()].into_iter().flatten() {
+                    say(format_args!("{} {} failed: {error:#}", point.at, curve.about));
+                    point.errors.push(format!("{error:#}"));
                 }
+                point.samples.extend(sample);
+                point.bare_us.extend(bare.ok().flatten());
             }
         }
         measured.extend(points);
@@ -118,16 +132,16 @@ pub(super) fn tables(points: &[Point], arguments: &Arguments) -> String {
     for curve in &CURVES {
         let _ = writeln!(
             text,
-            "\nCurve: {}\nmedian of {} rounds of {} s; x: CPU per query / that of the first point",
+            "\nCurve: {}\nmedian of {} rounds of {} s; x: CPU per query / that of the first point; bare: CPU per query of the backend, asked directly",
             curve.about, arguments.rounds, arguments.seconds,
         );
         let _ = writeln!(
             text,
-            "{:>8}{:>11}{:>10}{:>8}{:>10}{:>10}{:>9}{:>7}{:>8}",
-            "", "qps", "CPU us/q", "x", "p50 us", "p99 us", "conns/q", "most", "others"
+            "{:>8}{:>11}{:>10}{:>8}{:>10}{:>8}{:>10}{:>10}{:>9}{:>7}{:>8}",
+            "", "qps", "CPU us/q", "x", "bare us/q", "x", "p50 us", "p99 us", "conns/q", "most", "others"
         );
         let own = || points.iter().filter(|point| point.about == curve.about);
-        let first = own().next().map(cpu);
+        let first = own().next();
         for point in own() {
             text.push_str(&line(point, first));
         }
@@ -139,18 +153,26 @@ fn cpu(point: &Point) -> f64 {
     median(point.samples.iter().map(|sample| sample.cpu_us))
 }
 
-fn line(point: &Point, first: Option<f64>) -> String {
+fn bare(point: &Point) -> f64 {
+    median(point.bare_us.iter().copied())
+}
+
+fn line(point: &Point, first: Option<&Point>) -> String {
     if point.samples.is_empty() {
         return format!("{:>8} FAILED in all {} runs\n", point.at, point.errors.len());
     }
     let of = |figure: fn(&Sample) -> f64| median(point.samples.iter().map(figure));
+    let bare = match point.bare_us.is_empty() {
+        true => format!("{:>10}{:>8}", "-", "-"),
+        false => format!("{:>10.2}{:>8.2}", bare(point), bare(point) / first.map_or(f64::NAN, bare)),
+    };
     let failed = if point.errors.is_empty() { String::new() } else { format!("  FAILED {} times", point.errors.len()) };
     format!(
-        "{:>8}{:>11.0}{:>10.2}{:>8.2}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{:>8.2}{failed}\n",
+        "{:>8}{:>11.0}{:>10.2}{:>8.2}{bare}{:>10.0}{:>10.0}{:>9.4}{:>7.0}{:>8.2}{failed}\n",
         point.at,
         of(|sample| sample.qps),
         cpu(point),
-        cpu(point) / first.unwrap_or(f64::NAN),
+        cpu(point) / first.map_or(f64::NAN, cpu),
         of(|sample| sample.latency_us.p50),
         of(|sample| sample.latency_us.p99),
         of(|sample| sample.opened_per_query),

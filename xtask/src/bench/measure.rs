@@ -1,5 +1,7 @@
 //! One run of one subject in one scenario.
 
+use std::net::SocketAddrV4;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -121,15 +123,11 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
     let (start, machine_before, answerer_before) = (Instant::now(), process::machine_cpu()?, answerer.cpu()?);
     let watchdog_before = running.watchdog_cpu()?;
     let (cpu_before, resident_before) = (running.process.cpu()?, running.process.resident()?);
-    let mut command = plan.tools.own("loadgen");
-    command.arg(running.address.to_string()).arg("--hold");
-    if !scenario.load.iter().any(|option| option.starts_with("--seconds")) {
-        command.arg(format!("--seconds={}", plan.seconds));
-    }
+    let mut command = load_generator(plan, running.address, scenario.load);
     if scenario.tls {
         command.arg("--tls").arg(plan.tools.certificate().certificate());
     }
-    let mut generator = Process::start("loadgen", command.args(scenario.load), directory.path())?;
+    let mut generator = Process::start("loadgen", &mut command, directory.path())?;
     let load: Load = generator.read()?;
     let (cpu_after, resident) = (running.process.cpu()?, running.process.resident()?);
     let watchdog = running.watchdog_cpu()?.zip(watchdog_before).map(|(after, before)| after.saturating_sub(before));
@@ -178,6 +176,36 @@ pub(super) fn sample(plan: &Plan, scenario: &Scenario, subject: Subject) -> Resu
             Figure::Memory { clients } => Some(resident.saturating_sub(resident_before) as f64 / f64::from(clients)),
         },
     })
+}
+
+/// Asks who listens at `address`; the connections stay open until it is told to end.
+fn load_generator(plan: &Plan, address: SocketAddrV4, load: &[&str]) -> Command {
+    let mut command = plan.tools.own("loadgen");
+    command.arg(address.to_string()).arg("--hold");
+    if !load.iter().any(|option| option.starts_with("--seconds")) {
+        command.arg(format!("--seconds={}", plan.seconds));
+    }
+    command.args(load);
+    command
+}
+
+/// CPU time per query, in microseconds, of the backend itself when the clients ask it directly: one thread that reads and
+/// writes. What it costs more as connections grow is the kernel's and the machine's.
+pub(super) fn bare(plan: &Plan, load: &[&str]) -> Result<f64> {
+    let directory = TempDir::new()?;
+    let mut answerer = Process::start("answerer", &mut plan.tools.own("answerer"), directory.path())?;
+    let Listening { address } = answerer.read()?;
+    let before = answerer.cpu()?;
+    let mut generator = Process::start("loadgen", &mut load_generator(plan, address, load), directory.path())?;
+    let load: Load = generator.read()?;
+    let cpu = answerer.cpu()?.saturating_sub(before);
+    let counts = ask(&mut answerer)?;
+    let ended = generator.finish()?;
+    check(&load, &counts)?;
+    if !ended.success() {
+        bail!("the load generator ended with {ended}");
+    }
+    Ok(cpu as f64 / 1000.0 / load.answers as f64)
 }
 
 fn ask(answerer: &mut Process) -> Result<Counts> {
