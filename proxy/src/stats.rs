@@ -208,6 +208,8 @@ pub struct ListenerStats {
     pub closed: [Counter; ClientCloseReason::ALL.len()],
     /// By [`Refusal`].
     pub refused: [Counter; Refusal::ALL.len()],
+    /// Times that `accept(2)` failed for want of descriptors or memory.
+    pub accept_failures: Counter,
     /// Accepted, and no session yet, by [`Stage`].
     pub pending: [Counter; Stage::ALL.len()],
     /// TLS sessions begun, by [`SessionKind::index`].

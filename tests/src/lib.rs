@@ -17,6 +17,7 @@ pub mod counterfoil;
 pub mod documents;
 pub mod drill;
 pub mod driver;
+pub mod failing;
 pub mod fake_backend;
 pub mod holding;
 pub mod http;

@@ -43,6 +43,24 @@ pub(crate) enum OpenError {
     Register(io::Error),
 }
 
+impl OpenError {
+    /// Whether this host has no descriptor or no memory left for a socket, which says nothing of the backend.
+    pub(crate) fn is_shortage(&self) -> bool {
+        match self {
+            Self::Reserve(_) => false,
+            Self::Socket(error) | Self::Bind(_, error) | Self::Connect(error) | Self::Register(error) => {
+                is_shortage(error)
+            }
+        }
+    }
+}
+
+/// Whether a system call failed because this process or this host has no descriptor or no memory left.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+}
+
 /// Whether `connect(2)` may wait for the first write (`TCP_FASTOPEN_CONNECT`, tcp(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FastOpen {

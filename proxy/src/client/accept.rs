@@ -7,7 +7,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::io::Errno;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -17,12 +16,13 @@ use super::introduction::Stranger;
 use super::limits::{Admitted, ClientLimits};
 use super::session::{Addresses, Origin, Pace};
 use super::task::SessionTask;
+use crate::backend::connect::is_shortage;
 use crate::stats::{ListenerStats, Refusal};
 use crate::tls::server::ServerTls;
 use crate::worker::plan::ListenerPlan;
 use crate::worker::shell::Shell;
 
-/// How long a listener rests when no descriptor is left, and nothing was there to be shed.
+/// How long a listener rests when no descriptor or no memory is left.
 const REST: Duration = Duration::from_millis(50);
 /// Connections shed at one go when no descriptor is left.
 const SHED: usize = 64;
@@ -131,17 +131,16 @@ impl Acceptor {
     }
 
     /// Without descriptors `accept(2)` fails and the connection stays in the queue: asking again at once would spin.
-    /// The reserve descriptor is given up to take such connections out and close them, so their clients know.
+    /// The reserve descriptor is given up to take such connections out and close them, so their clients know. Without
+    /// memory that fails, too: they wait in the queue, and once that is full the kernel answers nobody any more.
     async fn failed(&self, error: &io::Error, reserve: &mut Option<File>) {
-        let out_of_descriptors = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM]
-            .iter()
-            .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()));
-        if !out_of_descriptors {
+        if !is_shortage(error) {
             // The connection was reset in the queue, or the network had a passing fault: on to the next one.
             tracing::debug!(%error, "accept");
             return;
         }
         self.door.shell.complain_accept(error);
+        self.door.stats().accept_failures.add(1);
         drop(reserve.take());
         let mut shed = 0;
         while shed < SHED

@@ -31,6 +31,8 @@ pub(super) enum Outcome {
     Failed(Failure),
     /// No connection was opened: the limit is reached.
     NoPlace(AtCap),
+    /// No connection was opened: this host has no descriptor or no memory left.
+    NoMeans(OpenError),
     /// It was broken off: the process ends, or the watchdog asked.
     BrokenOff,
 }
@@ -91,6 +93,7 @@ pub(super) async fn run(ledger: &ShardWriter, target: &Target, source: Option<Ip
         .and_then(|(socket, _)| connect::register(socket, Interest::READABLE | Interest::WRITABLE));
     let io = match opened {
         Ok(io) => io,
+        Err(error) if error.is_shortage() => return Outcome::NoMeans(error),
         Err(error) => return Outcome::Failed(Failure::Open(error)),
     };
     cancel.row.set(Some(io.entry().id()));
@@ -110,7 +113,7 @@ pub(super) async fn run(ledger: &ShardWriter, target: &Target, source: Option<Ip
             CloseReason::Checked
         }
         Outcome::Failed(failure) => failure.reason(),
-        Outcome::NoPlace(_) | Outcome::BrokenOff => cancel.reason.get(),
+        Outcome::NoPlace(_) | Outcome::NoMeans(_) | Outcome::BrokenOff => cancel.reason.get(),
     };
     io.close(reason);
     outcome

@@ -266,6 +266,11 @@ impl Checks {
                 }
                 return;
             }
+            Outcome::NoMeans(error) => {
+                place.count(CheckResult::Skipped);
+                tracing::warn!(backend = name, %error, "health check skipped: this host has no means for a connection");
+                return;
+            }
             Outcome::BrokenOff => return,
         };
         place.count(result);

@@ -43,6 +43,8 @@ pub(super) struct SockDiag {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    /// Reading an answer has failed: the rest of it is still to come.
+    broken_off: bool,
 }
 
 impl SockDiag {
@@ -58,7 +60,7 @@ impl SockDiag {
             socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
             Ok(socket)
         };
-        open().map(|socket| Self { socket, sequence: 0, buffer: vec![0; BUFFER] }).map_err(refused)
+        open().map(|socket| Self { socket, sequence: 0, buffer: vec![0; BUFFER], broken_off: false }).map_err(refused)
     }
 
     /// All sockets of the table of connections, and the listeners, IPv4 and IPv6.
@@ -151,6 +153,9 @@ impl SockDiag {
         M: NetlinkSerializable,
         NetlinkPayload<M>: From<M>,
     {
+        if self.broken_off {
+            self.discard()?;
+        }
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = flags;
@@ -162,9 +167,29 @@ impl SockDiag {
         self.socket.send(&bytes, 0).map(drop).map_err(ViewError::io("asking sock_diag"))
     }
 
+    /// Reads the rest of an answer that was broken off: before that the kernel begins no other dump (EBUSY).
+    fn discard(&mut self) -> Result<(), ViewError> {
+        loop {
+            let mut target = &mut self.buffer[..];
+            match self.socket.recv(&mut target, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(ViewError::io("reading from sock_diag")(error)),
+            }
+        }
+        self.broken_off = false;
+        Ok(())
+    }
+
     /// Reads one datagram of answers to the last request and adds its sockets; `Some` when the answer is over, with
     /// the error that the kernel reports, if any.
     fn receive(&mut self, rows: &mut Vec<Row>) -> Result<Option<io::Result<()>>, ViewError> {
+        let received = self.receive_datagram(rows);
+        self.broken_off = received.is_err();
+        received
+    }
+
+    fn receive_datagram(&mut self, rows: &mut Vec<Row>) -> Result<Option<io::Result<()>>, ViewError> {
         let mut target = &mut self.buffer[..];
         // With MSG_TRUNC the true length is returned: a cut answer is seen.
         let len = self.socket.recv(&mut target, libc::MSG_TRUNC).map_err(ViewError::io("reading from sock_diag"))?;

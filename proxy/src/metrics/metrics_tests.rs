@@ -120,12 +120,13 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 45] = [
+const CONTRACT: [&str; 46] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
     "counterfoil_client_connections_closed_total",
     "counterfoil_client_connections_refused_total",
+    "counterfoil_client_accept_failures_total",
     "counterfoil_queries_total",
     "counterfoil_answers_total",
     "counterfoil_queries_failed_total",

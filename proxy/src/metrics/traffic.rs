@@ -100,6 +100,11 @@ impl Traffic<'_> {
                     (labels, self.listener(i, |l| &l.refused[refusal as usize]))
                 })
             }),
+        )?;
+        families.counters(
+            "client_accept_failures",
+            "Times that accept(2) failed for want of descriptors or memory; the clients wait in the kernel's queue",
+            self.listeners().map(|(i, name)| ([("listener", name)], self.listener(i, |l| &l.accept_failures))),
         )
     }
 

@@ -142,8 +142,9 @@ impl Task {
         if self.view.source() != Source::None && (now >= self.next_crosscheck || self.disbelief.is_some() || self.doubt)
         {
             self.next_crosscheck = now.after(self.subject.settings.crosscheck_interval);
-            self.doubt = false;
+            // One that fails settles no doubt.
             let crosscheck = self.view.crosscheck()?;
+            self.doubt = false;
             self.tell_of_witnesses(&crosscheck);
             self.disbelief = crosscheck.doubt().map(str::to_owned);
             self.report.crosscheck = Some(Checked { at: clock::unix_seconds(), result: crosscheck });

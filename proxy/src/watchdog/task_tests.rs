@@ -52,6 +52,9 @@ impl KernelView for View {
     fn crosscheck(&mut self) -> Result<Crosscheck, ViewError> {
         let mut script = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         script.crosschecks += 1;
+        if script.broken {
+            return Err(ViewError::Netlink("scripted".to_owned()));
+        }
         Ok(Crosscheck { disagreement: script.disagreement.clone(), liar: script.liar, ..Crosscheck::default() })
     }
 }
@@ -239,6 +242,18 @@ fn a_ghost_whose_socket_exists_is_none() {
     let record = report.recent.back().unwrap();
     assert_eq!((record.class, record.outcome), (Class::Ghost, Some(Outcome::Ineffective)));
     assert!(bench.script.lock().unwrap().crosschecks > 0, "the witnesses are asked");
+}
+
+#[test]
+fn a_crosscheck_that_fails_settles_no_doubt() {
+    let mut bench = Bench::new();
+    bench.task.doubt = true;
+    bench.script(|script| script.broken = true);
+    assert!(bench.sweep().uncertain.is_some());
+    bench.script(|script| script.broken = false);
+    assert!(bench.sweep().uncertain.is_none());
+    bench.sweep();
+    assert_eq!(bench.script.lock().unwrap().crosschecks, 2, "until the witnesses have been asked, and no longer");
 }
 
 #[test]

@@ -189,9 +189,9 @@ impl Shell {
         tracing::warn!(conn, backend, %address, trouble, "backend connection");
     }
 
-    /// Logs that no descriptor is left.
+    /// Logs that no descriptor or no memory is left.
     pub(crate) fn complain_accept(&self, error: &std::io::Error) {
-        tracing::error!(%error, "no descriptor left: shedding client connections");
+        tracing::error!(%error, "no descriptor or no memory left: no client connections are accepted");
     }
 
     /// Logs that a peer and the listener do not agree on PROXY headers; `session` is the client connection's number if it
