@@ -72,7 +72,7 @@ fn every_test_that_it_names_ends_with_nothing_left() {
 /// The tests named after a fault are in its row.
 #[test]
 fn every_test_named_after_a_fault_is_in_its_row() {
-    for file in ["faults_client", "faults_host", "faults_link", "faults_memory", "faults_tls"] {
+    for file in ["faults_client", "faults_emulated", "faults_host", "faults_link", "faults_memory", "faults_tls"] {
         let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/{file}.rs")));
         for line in source.unwrap().lines() {
             let Some(function) = line.strip_prefix("fn f").and_then(|rest| rest.split('(').next()) else { continue };

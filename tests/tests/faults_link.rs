@@ -1,8 +1,9 @@
-//! A link that loses packets and brings some twice, by chance: a fault of the network, named by its row in docs/faults.md.
+//! A link that loses packets and brings some twice, by chance, and a firewall that forgets: faults of the network, named by
+//! their row in docs/faults.md.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{Counterfoil, Options, message as logged};
@@ -10,7 +11,7 @@ use counterfoil_tests::driver::{Client, Load, Outcome};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{self, qtype, rcode};
 use counterfoil_tests::netns::{self, Namespace};
-use counterfoil_tests::wait;
+use counterfoil_tests::{netlink, snmp, wait};
 
 /// Of a hundred packets that arrive at either end, and as many again come twice. A query or an answer is late by 15 s, where
 /// the clients would call it a hang, if it is lost seven times in a row: once in ten million.
@@ -51,10 +52,7 @@ fn mend(end: &Namespace) -> [u64; 2] {
 
 /// Segments that TCP has sent again in this namespace (RFC 4022, tcpRetransSegs).
 fn sent_again(end: &Namespace) -> u64 {
-    let text = end.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: ")).map(str::split_whitespace);
-    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    names.zip(values).find(|(name, _)| *name == "RetransSegs").unwrap().1.parse().unwrap()
+    end.run(|| snmp::counter("Tcp", "RetransSegs"))
 }
 
 fn ask_all(mut client: Client, number: usize) -> Outcome {
@@ -129,5 +127,71 @@ fn f52_packets_lost_and_doubled_by_chance() {
     });
     let found = counterfoil.process.lines().into_iter().find(|line| logged(line, "finding").is_some());
     assert!(found.is_none(), "{found:?}");
+    far.run(|| drop(backend));
+}
+
+/// A firewall in between forgets its connections: from then on their packets are dropped without a word, in both directions
+/// and on both sides of Counterfoil. New connections pass.
+#[test]
+fn f52_a_firewall_that_forgets_its_connections() {
+    const QUERY_TIMEOUT: Duration = Duration::from_secs(1);
+    const RULE: &str = "meta l4proto tcp ct state new tcp flags & (fin | syn | rst | ack) != syn counter drop";
+    let (near, far) = netns::pair();
+    let listener = far.run(|| TcpListener::bind((far.address, 0)).unwrap());
+    let backend = FakeBackend::start_on(listener, |connection| {
+        if connection.header().is_none() {
+            return;
+        }
+        while let Some(query) = connection.query() {
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let config = Config::new(backend.address)
+        .listen(SocketAddr::from((near.address, 0)))
+        .identity("connection")
+        .set("pool", "query_timeout", format!("\"{}s\"", QUERY_TIMEOUT.as_secs()))
+        .set("listener", "idle_timeout", "\"3s\"")
+        .set("watchdog", "interval", "\"200ms\"")
+        .set("watchdog", "grace", "\"1s\"")
+        .set("watchdog", "crosscheck_interval", "\"1s\"");
+    let counterfoil = Counterfoil::start_with(&config, Options { namespace: Some(&near), ..Options::default() });
+    near.nft(&format!(
+        "table ip firewall {{
+            chain arriving {{
+                type filter hook input priority 0
+                iifname veth0 {RULE}
+            }}
+            chain leaving {{
+                type filter hook output priority 0
+                oifname veth0 {RULE}
+            }}
+        }}"
+    ));
+    let mut beyond = far.run(|| Client::connect(counterfoil.address, Some(IpAddr::from(far.address))));
+    beyond.assert_served();
+    // Nothing is between it and Counterfoil.
+    let mut beside = near.run(|| counterfoil.client());
+    beside.assert_served();
+    near.run(netlink::forget_connections);
+    beyond.ask(1, "beyond.example.test", qtype::A);
+    let start = Instant::now();
+    let answer = beside.exchange(1, "beside.example.test", qtype::A);
+    assert_eq!(message::response_code(&answer), rcode::SERVFAIL, "it was sent, and nobody has answered");
+    assert!(start.elapsed() < QUERY_TIMEOUT + Duration::from_secs(1), "{:?}", start.elapsed());
+    wait::until("over a connection that the firewall knows it is served", Duration::from_secs(10), || {
+        message::response_code(&beside.exchange(2, "beside.example.test", qtype::A)) == rcode::NOERROR
+    });
+    drop(beside);
+    let rules = near.nft("list table ip firewall");
+    let counts = rules.split("counter packets ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
+    let dropped: Vec<u64> = counts.collect();
+    assert!(dropped.len() == 2 && dropped.iter().all(|count| *count > 0), "{rules}");
+    near.run(|| {
+        counterfoil.assert_quiescent();
+        assert!(counterfoil.backend_sockets(backend.address).is_empty());
+    });
+    let found = counterfoil.process.lines().into_iter().find(|line| logged(line, "finding").is_some());
+    assert!(found.is_none(), "{found:?}");
+    drop(beyond);
     far.run(|| drop(backend));
 }

@@ -56,6 +56,7 @@ pub(super) const EBPF: &[Suite] = &[
             "a_hanging_worker_is_reported_and_nothing_of_it_is_reaped",
         ],
     },
+    Suite { program: "faults_emulated", tests: &["f52_delay_reordering_and_corruption"] },
 ];
 
 /// On kernels that are too old for it.

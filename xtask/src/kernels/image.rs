@@ -16,8 +16,8 @@ const NEWEST: &str = "linux-image-cloud-amd64";
 /// Packages that a kernel consists of: one until Debian 13, split in several after it.
 const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 
-/// What `sock_diag` of TCP needs, in the order of loading.
-const MODULES: [&str; 2] = ["inet_diag", "tcp_diag"];
+/// What `sock_diag` of TCP needs, in the order of loading, and netem, for links in trouble.
+const MODULES: [&str; 3] = ["inet_diag", "tcp_diag", "sch_netem"];
 
 /// Debian's keys. Where the file is missing, apt's own are used.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -35,13 +35,14 @@ impl Image {
     /// The kernel in `directory`; fetched if it is not there, or if an update is asked for.
     pub(super) fn get(directory: &Path, kernel: &Kernel, update: bool, host: &Host) -> Result<Self> {
         let stamp = directory.join("package");
-        if update || !stamp.exists() {
+        let modules = MODULES.map(|name| directory.join(format!("{name}.ko"))).to_vec();
+        // One that was fetched before a module was wanted lacks it.
+        if update || !stamp.exists() || !modules.iter().all(|module| module.exists()) {
             let _lock = workspace::lock(&host.target)?;
             let package = fetch(directory, kernel, host).with_context(|| format!("no kernel {}", kernel.name))?;
             fs::write(&stamp, package).with_context(|| format!("cannot write {}", stamp.display()))?;
         }
         let package = fs::read_to_string(&stamp).with_context(|| format!("cannot read {}", stamp.display()))?;
-        let modules = MODULES.map(|name| directory.join(format!("{name}.ko"))).to_vec();
         Ok(Self { package, vmlinuz: directory.join("vmlinuz"), modules })
     }
 }
