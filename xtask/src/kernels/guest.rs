@@ -56,7 +56,10 @@ pub(super) const EBPF: &[Suite] = &[
             "a_hanging_worker_is_reported_and_nothing_of_it_is_reaped",
         ],
     },
-    Suite { program: "faults_emulated", tests: &["f52_delay_reordering_and_corruption"] },
+    Suite {
+        program: "faults_emulated",
+        tests: &["f49_the_memory_of_tcp_is_used_up", "f52_delay_reordering_and_corruption"],
+    },
 ];
 
 /// On kernels that are too old for it.
