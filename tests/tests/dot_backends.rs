@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests panic")]
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -384,6 +385,49 @@ fn health_checks_go_over_tls() {
         assert_eq!(up("other.example.test"), (0.0, [false, true], true), "{proxy} {outside}");
         assert_eq!(backend.queries(), before);
     }
+}
+
+/// None until queries fail; then they go over TLS, too, until one passes.
+#[test]
+fn lazy_health_checks_go_over_tls() {
+    let authority = Authority::new();
+    let server = server_config(&authority.issue("server", &[NAME]), rustls::ALL_VERSIONS);
+    let works = Arc::new(AtomicBool::new(true));
+    let switch = Arc::clone(&works);
+    let backend = FakeBackend::start(move |connection| {
+        if !connection.secure(&server) {
+            return;
+        }
+        while let Some(query) = connection.query() {
+            if !switch.load(Ordering::SeqCst) {
+                return;
+            }
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
+    });
+    let config = config(backend.address).dot(NAME, &authority.ca).set("pool", "retries", 0);
+    let config = config.backend_key("health.mode", "\"lazy\"").backend_key("health.interval", "\"50ms\"");
+    let counterfoil = Counterfoil::start(&config);
+    let checks = |metrics: &Metrics| metrics.sum("backend_health_checks_total", &[]);
+    let mut client = counterfoil.client();
+    load(&mut client, 10);
+    assert_eq!(checks(&counterfoil.metrics()), 0.0, "nothing failed");
+    works.store(false, Ordering::SeqCst);
+    counterfoil.wait_metrics("it is down", SOON, |metrics| {
+        client.exchange(1, "n.example.test", qtype::A);
+        metrics.sum("backend_up", &[]) == 0.0
+    });
+    works.store(true, Ordering::SeqCst);
+    let metrics = counterfoil.wait_metrics("it is up", SOON, |metrics| metrics.sum("backend_up", &[]) == 1.0);
+    let passed = [("result", "passed")];
+    assert_eq!(metrics.sum("backend_health_checks_total", &passed), 1.0, "then they end");
+    // The worker may still leave it alone for a moment, for the connections that died.
+    wait::until("it is asked again", SOON, || {
+        message::response_code(&client.exchange(2, "n.example.test", qtype::A)) == rcode::NOERROR
+    });
+    load(&mut client, 10);
+    drop(client);
+    counterfoil.assert_quiescent();
 }
 
 /// A reload reads the file again: those whom it trusts no more get no query, and a file that cannot be used changes nothing.
