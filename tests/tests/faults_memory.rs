@@ -179,8 +179,8 @@ fn f49_each_call_of_a_worker_fails_once() {
 fn f49_the_watchdog_without_memory() {
     /// The view needs the first three; the others are the witnesses', of whom one may be missing.
     const CALLS: [&str; 7] = ["bpf", "read", "openat", "getdents64", "getsockopt", "sendto", "recvfrom"];
-    /// In so many sweeps there are two cross-checks.
-    const SWEEPS: f64 = 8.0;
+    /// In so many sweeps there is a cross-check.
+    const SWEEPS: f64 = 5.0;
     let backend = FakeBackend::answering(true);
     let counterfoil = Counterfoil::start(&config(backend.address).set("watchdog", "crosscheck_interval", "\"300ms\""));
     let speechless = || counterfoil.process.lines().iter().filter(|line| line.contains("cannot witness")).count();
