@@ -1,10 +1,12 @@
 //! What comes back: answers, and connections that died with queries in flight.
 
+use std::net::IpAddr;
+
 use super::core::Core;
 use super::links::Maybe;
 use super::queries::{Place, QueryKey};
 use crate::backend::pending::Answered;
-use crate::backend::pool::ConnKey;
+use crate::backend::pool::{Conn, ConnKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::config::OnFailure;
@@ -184,10 +186,11 @@ impl Core {
         }
         let left = matches!(reason, CloseReason::PeerClosed | CloseReason::PeerReset);
         if conn.was_spare && conn.last_received == Mono::ZERO && (unsent || left) {
-            self.spare_backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64());
+            self.spare_backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64(), None);
         }
         if unsent || reason == CloseReason::Unanswered {
-            self.backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64());
+            let client = self.only_client(&conn).filter(|_| !unsent);
+            self.backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64(), client);
         }
         if let Some(owner) = conn.owner() {
             if let Some(session) = self.sessions.get_mut(owner.0) {
@@ -226,7 +229,8 @@ impl Core {
             entry.tried.add(place.unwrap_or(usize::MAX));
             let (tried, retries_left) = (entry.tried, entry.retries_left);
             // What was not sent may be sent to another backend, whatever it is and however often.
-            let moves_on = unsent && self.has_another_backend(pool, tried, now);
+            let session = entry.session;
+            let moves_on = unsent && self.has_another_backend(session, pool, tried, now);
             if !moves_on && (retries_left == 0 || answer_began) {
                 self.fail(query, failed);
                 continue;
@@ -245,6 +249,14 @@ impl Core {
         if waiting > self.stats.waiting.get() && self.shared.caps.has_place(backend) {
             self.wakes.tell_capacity = true;
         }
+    }
+
+    /// The client of all queries in flight on a connection, if it is one.
+    fn only_client(&self, conn: &Conn) -> Option<IpAddr> {
+        let session = |query| self.queries.get(query).map(|entry| entry.session);
+        let mut clients = conn.pending.queries().filter_map(session).map(|session| self.client_of(session));
+        let first = clients.next()?;
+        clients.all(|client| client == first).then_some(first)
     }
 
     /// A query gets an answer of our own, or its connection ends, by `on_failure`.

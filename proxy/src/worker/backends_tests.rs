@@ -282,6 +282,39 @@ fn no_storm_on_a_backend_that_refuses_or_closes_at_once() {
     }
 }
 
+/// A backend may not want to serve a client, and close its connections: others are served all the same. One that closes
+/// those of many clients is one that closes all.
+#[test]
+fn who_is_turned_away_costs_others_nothing() {
+    let mut sim = Sim::new(&configuration("", OWNED, &[""]));
+    let mut port = 1000;
+    let mut asks = |sim: &mut Sim, address: &str, is_served: bool| {
+        port += 1;
+        let client = sim.connect_client(&format!("{address}:{port}"));
+        let before = sim.opened;
+        sim.ask(client, 1, "a.test");
+        for _ in 0..2 {
+            sim.accept_all();
+            for key in sim.wires.keys().copied().collect::<Vec<_>>().into_iter().filter(|_| !is_served) {
+                sim.hang_up(key);
+            }
+        }
+        sim.answer_all();
+        let code = sim.clients[&client].answers[0][3] & 15;
+        sim.close_client(client, ClientCloseReason::ClientClosed);
+        (code, sim.opened - before)
+    };
+    for _ in 0..20 {
+        let tried: usize = (0..20).map(|_| asks(&mut sim, "192.0.2.66", false).1).sum();
+        assert!(tried <= 6, "{tried}");
+        assert_eq!(asks(&mut sim, "192.0.2.1", true), (0, 1));
+    }
+    let tried: usize = (0..100).map(|n| asks(&mut sim, &format!("192.0.2.{}", 100 + n), false).1).sum();
+    assert!(tried <= 40, "{tried}");
+    assert_eq!(asks(&mut sim, "192.0.2.1", true).0, 2, "it turns everybody away");
+    sim.assert_quiescent();
+}
+
 /// Many clients wait for a backend that comes back: one connection is tried, and only if that brings an answer more.
 #[test]
 fn after_a_pause_one_connection_is_tried_alone() {

@@ -1,5 +1,6 @@
 //! What only time brings about: deadlines, and the one clean-up that walks every connection of every kind.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,22 +18,35 @@ const TOLERATED: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// Clients that may be turned away by a backend before it is taken for one that turns everybody away.
+const TURNED_AWAY: usize = 16;
+
 /// Keeps a backend that refuses connections, or closes them without an answer, from being stormed with them. A pure state
 /// machine: after a few failures in a row nothing is tried for a while, longer and longer; then one connection is, and
-/// what becomes of it decides.
-#[derive(Clone, Copy, Debug, Default)]
+/// what becomes of it decides. A few clients whose connections a backend closes without an answer, as it may not want to
+/// serve them, are held back alone.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Backoff {
     until: Mono,
     pause: Duration,
     /// Failures since the last success.
     failures: u32,
     failed: Mono,
+    /// Those that were turned away since the last success.
+    turned_away: Vec<IpAddr>,
+    /// Not only they are held back.
+    for_all: bool,
 }
 
 impl Backoff {
-    /// Whether no connection should be tried now.
+    /// Whether no connection should be tried now, whoever it is for.
     pub(crate) fn holds(&self, now: Mono) -> bool {
-        now < self.until
+        now < self.until && self.for_all
+    }
+
+    /// Whether no connection should be tried now for this client.
+    pub(crate) fn holds_back(&self, client: impl FnOnce() -> IpAddr, now: Mono) -> bool {
+        now < self.until && (self.for_all || self.turned_away.contains(&client()))
     }
 
     /// Whether it has failed too often, and has not been seen to work since.
@@ -47,8 +61,14 @@ impl Backoff {
         }
     }
 
-    /// A connection that was opened at this time has failed. `jitter` is between 0 and 1.
-    pub(crate) fn failed(&mut self, opened: Mono, now: Mono, jitter: f64) {
+    /// A connection that was opened at this time has failed. `jitter` is between 0 and 1. If the backend closed it without an
+    /// answer, and only one client had something on it, that is `client`.
+    pub(crate) fn failed(&mut self, opened: Mono, now: Mono, jitter: f64, client: Option<IpAddr>) {
+        match client {
+            Some(client) if self.turned_away.contains(&client) => {}
+            Some(client) if self.turned_away.len() < TURNED_AWAY => self.turned_away.push(client),
+            _ => self.for_all = true,
+        }
         if opened < self.failed {
             // One of several that were under way together.
             return;

@@ -29,7 +29,7 @@ impl Core {
         how: How,
         now: Mono,
     ) -> Route {
-        if self.backoff[usize::from(backend)].holds(now) {
+        if self.backoff[usize::from(backend)].holds_back(|| self.client_of(key), now) {
             return Route::Fail(FailReason::ConnectFailed);
         }
         // Who came later does not overtake who waits.
@@ -174,7 +174,7 @@ impl Core {
     }
 
     /// Who counts as one client with this one.
-    fn client_of(&self, key: SessionKey) -> IpAddr {
+    pub(super) fn client_of(&self, key: SessionKey) -> IpAddr {
         let session = &self.sessions[key.0];
         self.plan.listeners[usize::from(session.listener)].client(session.client.ip())
     }

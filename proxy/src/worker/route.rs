@@ -3,7 +3,6 @@
 use std::rc::Rc;
 
 use super::core::Core;
-use super::house::Backoff;
 use super::plan::{BackendPlan, Plan, ProxyPlan};
 use super::queries::Tried;
 use crate::backend::choose::{Candidate, digest};
@@ -83,7 +82,7 @@ impl Core {
         if let Some(proxy) = proxy.filter(|proxy| proxy.owned) {
             return self.route_owned(session, (pool, proxy), question, alone, how, now);
         }
-        let Some(backend) = self.choose_backend(pool, question, how, now) else {
+        let Some(backend) = self.choose_backend(session, pool, question, how, now) else {
             return Route::Fail(FailReason::NoBackend);
         };
         let Some(proxy) = proxy else {
@@ -116,25 +115,32 @@ impl Core {
     /// The backend that the pool's policy chooses.
     fn choose_backend(
         &mut self,
+        session: SessionKey,
         pool: u16,
         question: Option<Question<'_>>,
         how: How,
         now: Mono,
     ) -> Option<BackendIndex> {
-        let Self { plan, pool: conns, backoff, choosers, random, shared, .. } = self;
+        let Self { plan, pool: conns, sessions, backoff, choosers, random, shared, .. } = self;
+        let session = &sessions[session.0];
+        let client = || plan.listeners[usize::from(session.listener)].client(session.client.ip());
         let backends = plan.pools[usize::from(pool)].backends.as_slice();
         let chooser = &mut choosers[usize::from(pool)];
         let name = question.filter(|_| chooser.needs_question()).map_or(0, |question| digest(question.name_wire));
-        let of = |at: usize| candidate(plan, conns, backoff, &shared.health, (at, backends[at]), how, now);
+        let of = |at: usize| {
+            let held_back = backoff[usize::from(backends[at])].holds_back(client, now);
+            candidate(plan, conns, &shared.health, (at, backends[at]), held_back, how)
+        };
         let chosen = chooser.choose(of, name, random)?;
         backends.get(chosen).copied()
     }
 
     /// Whether the client that owns a connection to this backend stays there, by its pool's policy.
-    fn keeps_backend(&self, pool: u16, backend: BackendIndex, how: How, now: Mono) -> bool {
+    fn keeps_backend(&self, session: SessionKey, pool: u16, backend: BackendIndex, how: How, now: Mono) -> bool {
         let backends = self.plan.pools[usize::from(pool)].backends.as_slice();
         let of = |at: usize| {
-            candidate(&self.plan, &self.pool, &self.backoff, &self.shared.health, (at, backends[at]), how, now)
+            let held_back = self.backoff[usize::from(backends[at])].holds_back(|| self.client_of(session), now);
+            candidate(&self.plan, &self.pool, &self.shared.health, (at, backends[at]), held_back, how)
         };
         let place = backends.iter().position(|other| *other == backend);
         place.is_some_and(|at| self.choosers[usize::from(pool)].keeps(at, of))
@@ -217,7 +223,7 @@ impl Core {
         let stays = backends.len() > 1 && !proxy.per_backend && self.choosers[usize::from(pool)].is_sticky();
         let mut chosen = None;
         if !stays {
-            chosen = self.choose_backend(pool, question, how, now);
+            chosen = self.choose_backend(key, pool, question, how, now);
             if chosen.is_none() {
                 return Route::Fail(FailReason::NoBackend);
             }
@@ -245,7 +251,7 @@ impl Core {
         };
         let here = |conn: &Conn| match chosen {
             Some(backend) => conn.backend == backend,
-            None => self.keeps_backend(pool, conn.backend, how, now),
+            None => self.keeps_backend(key, pool, conn.backend, how, now),
         };
         if !proxy.unique && !alone {
             let mut owned = self.sessions[key.0].owned.iter();
@@ -253,10 +259,10 @@ impl Core {
                 return Route::Use(*found);
             }
         }
-        let Some(backend) = chosen.or_else(|| self.choose_backend(pool, question, how, now)) else {
+        let Some(backend) = chosen.or_else(|| self.choose_backend(key, pool, question, how, now)) else {
             return Route::Fail(FailReason::NoBackend);
         };
-        if self.backoff[usize::from(backend)].holds(now) {
+        if self.backoff[usize::from(backend)].holds_back(|| self.client_of(key), now) {
             // Before room is made for a connection that will not be opened.
             return Route::Fail(FailReason::ConnectFailed);
         }
@@ -325,10 +331,11 @@ impl Core {
     }
 
     /// A query could not be sent, as no connection came about: whether there is a backend that has not failed it yet.
-    pub(super) fn has_another_backend(&self, pool: u16, tried: Tried, now: Mono) -> bool {
+    pub(super) fn has_another_backend(&self, session: SessionKey, pool: u16, tried: Tried, now: Mono) -> bool {
         let untried = |(place, backend): (usize, &BackendIndex)| {
             let at = usize::from(*backend);
-            !tried.has(place) && self.shared.health.is_usable(*backend) && !self.backoff[at].holds(now)
+            let held_back = || self.backoff[at].holds_back(|| self.client_of(session), now);
+            !tried.has(place) && self.shared.health.is_usable(*backend) && !held_back()
         };
         self.plan.pools[usize::from(pool)].backends.iter().enumerate().any(untried)
     }
@@ -343,14 +350,13 @@ impl Core {
 fn candidate(
     plan: &Plan,
     conns: &Pool,
-    backoff: &[Backoff],
     health: &Board,
     (place, backend): (usize, BackendIndex),
+    held_back: bool,
     how: How,
-    now: Mono,
 ) -> Candidate {
     let at = usize::from(backend);
-    let rank = 2 * u8::from(backoff[at].holds(now)) + u8::from(how.tried().has(place));
+    let rank = 2 * u8::from(held_back) + u8::from(how.tried().has(place));
     let BackendPlan { weight, digest, .. } = plan.backends[at];
     let rank = health.is_usable(backend).then_some(rank);
     Candidate { weight, outstanding: conns.outstanding(backend), rank, name: digest }
