@@ -26,7 +26,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
-    refuse: AtomicBool,
     accepted: AtomicUsize,
     open: AtomicUsize,
     most_open: AtomicUsize,
@@ -40,6 +39,7 @@ pub struct FakeBackend {
     /// Where it listens.
     pub address: SocketAddr,
     shared: Arc<Shared>,
+    listener: TcpListener,
     acceptor: Option<JoinHandle<()>>,
 }
 
@@ -60,10 +60,10 @@ impl FakeBackend {
         let address = listener.local_addr().expect("a bound socket has an address");
         let shared = Arc::new(Shared::default());
         let acceptor = {
-            let shared = Arc::clone(&shared);
-            std::thread::spawn(move || accept(listener, &shared, &Arc::new(script)))
+            let (listener, shared) = (listener.try_clone().expect("a descriptor"), Arc::clone(&shared));
+            std::thread::spawn(move || accept(&listener, &shared, &Arc::new(script)))
         };
-        Self { address, shared, acceptor: Some(acceptor) }
+        Self { address, shared, listener, acceptor: Some(acceptor) }
     }
 
     /// One that answers every query with an A record, in order, with or without a PROXY header in front.
@@ -113,10 +113,14 @@ impl FakeBackend {
     /// # Panics
     /// If it goes on accepting.
     pub fn refuse(&self) {
-        self.shared.refuse.store(true, Ordering::SeqCst);
-        // Wakes the accepting thread.
-        let _ = TcpStream::connect(self.address);
+        self.stop_listening();
         wait::until("connections are refused", PATIENCE, || TcpStream::connect(self.address).is_err());
+    }
+
+    /// Wakes the accepting thread, whatever network namespace its socket is in: accept(2) fails on a socket that was shut
+    /// down.
+    fn stop_listening(&self) {
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 
     /// Connections accepted so far.
@@ -140,12 +144,13 @@ impl FakeBackend {
     }
 }
 
-fn accept(listener: TcpListener, shared: &Arc<Shared>, script: &Arc<impl Fn(&mut Connection) + Send + Sync + 'static>) {
+fn accept(
+    listener: &TcpListener,
+    shared: &Arc<Shared>,
+    script: &Arc<impl Fn(&mut Connection) + Send + Sync + 'static>,
+) {
     let mut scripts = Vec::new();
     while let Ok((stream, peer)) = listener.accept() {
-        if shared.stop.load(Ordering::SeqCst) || shared.refuse.load(Ordering::SeqCst) {
-            break;
-        }
         let number = shared.accepted.fetch_add(1, Ordering::SeqCst);
         let open = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
         shared.most_open.fetch_max(open, Ordering::SeqCst);
@@ -168,7 +173,6 @@ fn accept(listener: TcpListener, shared: &Arc<Shared>, script: &Arc<impl Fn(&mut
             shared.open.fetch_sub(1, Ordering::SeqCst);
         }));
     }
-    drop(listener);
     for thread in scripts {
         // A panic was caught and recorded inside.
         let _ = thread.join();
@@ -178,8 +182,7 @@ fn accept(listener: TcpListener, shared: &Arc<Shared>, script: &Arc<impl Fn(&mut
 impl Drop for FakeBackend {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        // Wakes the accepting thread.
-        let _ = TcpStream::connect(self.address);
+        self.stop_listening();
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
