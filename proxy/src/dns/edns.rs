@@ -4,7 +4,7 @@ use super::message::MAX_LABEL;
 
 /// Type of the OPT record (RFC 6891, section 6.1.1).
 pub(super) const OPT: u16 = 41;
-/// Octets of a record between its name and its data: TYPE, CLASS, TTL, RDLENGTH.
+/// Octets of a record between its name and its data: TYPE, CLASS, TTL, RDLENGTH (RFC 1035, section 4.1.3).
 pub(super) const FIXED: usize = 10;
 
 /// The value of the first option of this code in the first OPT record of the additional section. `records` are the octets

@@ -26,7 +26,7 @@ pub const MAX_LABEL: u8 = 63;
 pub const MAX_NAME_TEXT: usize = 4 * MAX_NAME;
 
 /// Octets of QTYPE and QCLASS together.
-const TYPE_AND_CLASS: usize = 4;
+pub(super) const TYPE_AND_CLASS: usize = 4;
 
 /// The header of a message, without the counts that a forwarder has no use for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,13 +7,12 @@ use std::ops::Range;
 
 use super::edns::{FIXED, OPT, name_len};
 use super::frame::MIN_MESSAGE;
+use super::message::TYPE_AND_CLASS;
 
 /// Type of the record that signs a transaction by a shared key (RFC 8945, section 4.2).
 const TSIG: u16 = 250;
 /// Type of the record that signs a transaction by a public key, if it covers type 0 (RFC 2931, section 3).
 const SIG: u16 = 24;
-/// Octets of QTYPE and QCLASS together.
-const TYPE_AND_CLASS: usize = 4;
 /// Octets of an option's code and length (RFC 6891, section 6.1.2).
 pub(super) const OPTION_HEAD: usize = 4;
 

@@ -4,24 +4,21 @@
 //! the queries of everybody who shares it. So such a message is answered before it gets there. What is in the records is not
 //! looked at.
 
+use super::edns::FIXED;
 use super::frame::MIN_MESSAGE;
-use super::message::{MAX_LABEL, MAX_NAME};
-
-/// Octets of QTYPE and QCLASS together.
-const TYPE_AND_CLASS: usize = 4;
-/// Octets of TYPE, CLASS, TTL and RDLENGTH together (RFC 1035, section 4.1.3).
-const FIXED: usize = 10;
+use super::message::{MAX_LABEL, MAX_NAME, Question, TYPE_AND_CLASS};
 
 /// Whether all questions and records that the header announces are there, each with a name. Octets behind the last one do
-/// not matter.
-pub(crate) fn are_readable(message: &[u8]) -> bool {
+/// not matter. `first` is the message's first question, if it has been read already.
+pub(crate) fn are_readable(message: &[u8], first: Option<&Question<'_>>) -> bool {
     let Some([_, _, _, _, counts @ ..]) = message.first_chunk::<MIN_MESSAGE>() else { return false };
     let (counts, _) = counts.as_chunks::<2>();
     let [questions, records @ ..] = counts else { return false };
-    let mut questions = 0..u16::from_be_bytes(*questions);
+    let (start, read) = first.map_or((MIN_MESSAGE, 0), |first| (first.end, 1));
+    let mut questions = read..u16::from_be_bytes(*questions);
     let mut records = 0..records.iter().map(|count| u32::from(u16::from_be_bytes(*count))).sum();
     // Each has some octets, so this ends with the message, whatever its header says.
-    let behind = questions.try_fold(MIN_MESSAGE, |at, _| end_of_question(message, at));
+    let behind = questions.try_fold(start, |at, _| end_of_question(message, at));
     behind.and_then(|at| records.try_fold(at, |at, _: u32| end_of_record(message, at))).is_some()
 }
 
@@ -68,7 +65,8 @@ fn end_of_name(message: &[u8], start: usize) -> Option<usize> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::super::message::first_question;
+    use super::MIN_MESSAGE;
 
     /// A query for `a.` with so many records announced in each section, and these octets behind the question.
     fn query(counts: [u8; 3], records: &[u8]) -> Vec<u8> {
@@ -77,6 +75,14 @@ mod tests {
         query.extend_from_slice(b"\x01a\0\0\x01\0\x01");
         query.extend_from_slice(records);
         query
+    }
+
+    /// Whether or not the first question has been read before.
+    fn are_readable(message: &[u8]) -> bool {
+        let first = first_question(message).and_then(Result::ok);
+        let readable = super::are_readable(message, None);
+        assert_eq!(super::are_readable(message, first.as_ref()), readable, "{message:02x?}");
+        readable
     }
 
     fn readable(counts: [u8; 3], records: &[u8]) -> bool {

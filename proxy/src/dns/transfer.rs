@@ -10,6 +10,7 @@
 
 use thiserror::Error;
 
+use super::edns::FIXED;
 use super::frame::MIN_MESSAGE;
 use super::message::{MAX_LABEL, MAX_NAME, Question, peek};
 use super::rtype::{AXFR, IXFR};
@@ -20,8 +21,6 @@ const SOA: u16 = 6;
 const ANY_CLASS: u16 = 255;
 /// Octets of SERIAL, REFRESH, RETRY, EXPIRE and MINIMUM together (RFC 1035, section 3.3.13).
 const SOA_NUMBERS: usize = 20;
-/// Octets of TYPE, CLASS, TTL and RDLENGTH together (RFC 1035, section 4.1.3).
-const RECORD_FIXED: usize = 10;
 
 /// What a transfer's query asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,8 +242,8 @@ impl<'a> Record<'a> {
     /// The one that begins at `at`, if all of it is there.
     fn read(message: &'a [u8], at: usize) -> Option<Self> {
         let fixed = skip_name(message, at)?;
-        let [t1, t0, c1, c0, _, _, _, _, l1, l0] = *message.get(fixed..)?.first_chunk::<RECORD_FIXED>()?;
-        let data = fixed + RECORD_FIXED;
+        let [t1, t0, c1, c0, _, _, _, _, l1, l0] = *message.get(fixed..)?.first_chunk::<FIXED>()?;
+        let data = fixed + FIXED;
         let end = data + usize::from(u16::from_be_bytes([l1, l0]));
         let (rtype, class) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
         (end <= message.len()).then_some(Self { message, owner: at, rtype, class, data, end })

@@ -227,7 +227,8 @@ impl Core {
             _ => None,
         };
         let unreadable = matches!(question, Some(Err(_))) || matches!(requested, Some(Err(_)));
-        let odd = !self.may_be_odd(pool) && !records::are_readable(message);
+        let read = question.as_ref().and_then(|question| question.as_ref().ok());
+        let odd = !self.may_be_odd(pool) && !records::are_readable(message, read);
         let refusal = refusal(&peek, message, unreadable, odd);
         let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
             false => Ok(Treatment::Pass),
