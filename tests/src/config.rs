@@ -33,6 +33,21 @@ impl Config {
         self.set("connections", "idle_timeout", "\"1s\"").set("connections", "cleanup_interval", "\"100ms\"")
     }
 
+    /// For a link on which packets are late, lost or spoiled: patience, and connections to the backend that come and go, by a
+    /// TLV.
+    #[must_use]
+    pub fn over_a_bad_link(self) -> Self {
+        self.backend_key("connect_timeout", "\"6s\"")
+            .identity("address")
+            .tlv(0xe0, "{qname_label:2}")
+            .set("pool", "query_timeout", "\"8s\"")
+            .set("listener", "idle_timeout", "\"20s\"")
+            .set("listener", "message_timeout", "\"20s\"")
+            .set("connections", "idle_timeout", "\"500ms\"")
+            .set("connections", "cleanup_interval", "\"100ms\"")
+            .set("watchdog", "crosscheck_interval", "\"1s\"")
+    }
+
     /// Sets a key of a section that exists once: `server`, `overload`, `listener`, `listener.accept_proxy`, `listener.tls`,
     /// `pool`, `pool.proxy_protocol`, `connections`, `kernel`, `watchdog`, `admin`.
     #[must_use]

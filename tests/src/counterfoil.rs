@@ -270,6 +270,20 @@ impl Counterfoil {
         crate::process::run(&program, &[&["ctl", "--socket", &socket], arguments].concat(), deadline)
     }
 
+    /// At no time anything was taken for a leak, nor the kernel's view doubted.
+    ///
+    /// # Panics
+    /// If something was.
+    #[track_caller]
+    pub fn assert_no_leak_was_seen(&self) {
+        let metrics = self.metrics();
+        for name in ["reaped_total", "kernel_witness_disagreements_total", "kernel_view_uncertain"] {
+            assert_eq!(metrics.sum(name, &[]), 0.0, "{name}");
+        }
+        let found = self.process.lines().into_iter().find(|line| message(line, "finding").is_some());
+        assert!(found.is_none(), "{found:?}");
+    }
+
     /// Waits until everything is at rest: no client, no backend connection, no query, no socket (by its own word and by the
     /// kernel's to us), and every query that came in was answered, failed or abandoned. Backend connections must be on their way out (idle timeout, or their
     /// client gone) before this is called.

@@ -11,6 +11,7 @@ use ppp::v2;
 use rustls::ServerConnection;
 
 use crate::message;
+use crate::netns::Namespace;
 use crate::wait;
 
 mod tls;
@@ -49,7 +50,7 @@ impl FakeBackend {
     /// # Panics
     /// If there is no free port.
     pub fn start(script: impl Fn(&mut Connection) + Send + Sync + 'static) -> Self {
-        Self::start_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"), script)
+        Self::start_on(free_port(), script)
     }
 
     /// Like [`Self::start`], on a listener with options of its own.
@@ -68,12 +69,36 @@ impl FakeBackend {
 
     /// One that answers every query with an A record, in order, with or without a PROXY header in front.
     pub fn answering(proxy_header: bool) -> Self {
-        Self::start(move |connection| {
+        Self::answering_on(free_port(), proxy_header)
+    }
+
+    /// The same at this namespace's address.
+    ///
+    /// # Panics
+    /// If there is no free port.
+    pub fn answering_in(namespace: &Namespace, proxy_header: bool) -> Self {
+        let listener = namespace.run(|| TcpListener::bind((namespace.address, 0)).expect("a free port"));
+        Self::answering_on(listener, proxy_header)
+    }
+
+    fn answering_on(listener: TcpListener, proxy_header: bool) -> Self {
+        Self::start_on(listener, move |connection| {
             if proxy_header && connection.header().is_none() {
                 return;
             }
             while let Some(query) = connection.query() {
                 connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+            }
+        })
+    }
+
+    /// One whose answers have so many octets: zeros behind an A record.
+    pub fn answering_at_length(octets: usize) -> Self {
+        Self::start(move |connection| {
+            while let Some(query) = connection.query() {
+                let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
+                answer.resize(octets, 0);
+                connection.send(&answer);
             }
         })
     }
@@ -142,6 +167,10 @@ impl FakeBackend {
     pub fn queries(&self) -> usize {
         self.shared.queries.load(Ordering::SeqCst)
     }
+}
+
+fn free_port() -> TcpListener {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port")
 }
 
 fn accept(

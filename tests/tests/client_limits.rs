@@ -176,13 +176,7 @@ fn near_a_limit_new_connections_are_short() {
 
 /// How many queries of a client that does not read get to the backend.
 fn asked_without_reading(max_pending_answers: &str) -> usize {
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let config = config(backend.address)
         .set("listener", "max_in_flight", 4)
         .set("listener", "write_timeout", "\"2s\"")

@@ -1,7 +1,7 @@
 //! TCP fast open (RFC 7413), in network namespaces of the test's own where the kernel allows it: by the kernel's counters.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
@@ -41,21 +41,6 @@ fn start_in(namespace: &Namespace, config: &Config) -> Counterfoil {
     Counterfoil::start_with(config, Options { namespace: Some(namespace), ..Options::default() })
 }
 
-/// A backend in a namespace that answers all; it must be dropped there.
-fn backend_in(namespace: &Namespace) -> FakeBackend {
-    let address = namespace.address;
-    namespace.run(|| {
-        FakeBackend::start_on(TcpListener::bind((address, 0)).unwrap(), |connection| {
-            if connection.header().is_none() {
-                return;
-            }
-            while let Some(query) = connection.query() {
-                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-            }
-        })
-    })
-}
-
 /// Every query takes a connection of its own.
 fn one_shot(backend: SocketAddr, fast_open: bool) -> Config {
     Config::new(backend).identity("connection").tlv(0xe0, "{uuid}").backend_key("tcp_fast_open", fast_open)
@@ -67,7 +52,7 @@ fn one_shot(backend: SocketAddr, fast_open: bool) -> Config {
 fn rfc7413_3_the_first_query_goes_with_the_syn() {
     const QUERIES: usize = 50;
     let (near, far) = open_pair();
-    let backend = backend_in(&far);
+    let backend = FakeBackend::answering_in(&far, true);
     let counterfoil = start_in(&near, &one_shot(backend.address, true));
     near.run(|| {
         let mut client = counterfoil.client();
@@ -82,14 +67,13 @@ fn rfc7413_3_the_first_query_goes_with_the_syn() {
     println!("of {QUERIES} connections {sent} were opened with data in the SYN, {taken} accepted so");
     assert!(sent >= QUERIES as u64 / 2 && sent == taken, "{sent} {taken}");
     assert_eq!(backend.accepted(), QUERIES);
-    far.run(|| drop(backend));
 }
 
 /// The counterpart, without which the test above would prove nothing.
 #[test]
 fn without_the_key_nothing_goes_with_a_syn() {
     let (near, far) = open_pair();
-    let backend = backend_in(&far);
+    let backend = FakeBackend::answering_in(&far, true);
     let counterfoil = start_in(&near, &one_shot(backend.address, false));
     near.run(|| {
         let mut client = counterfoil.client();
@@ -98,14 +82,13 @@ fn without_the_key_nothing_goes_with_a_syn() {
         counterfoil.assert_quiescent();
     });
     assert_eq!(counter(&near, "TCPFastOpenActive"), 0);
-    far.run(|| drop(backend));
 }
 
 /// Data in a SYN may arrive twice, so nothing goes with it that must not be asked twice.
 #[test]
 fn rfc7413_2_1_only_questions_go_with_the_syn() {
     let (near, far) = open_pair();
-    let backend = backend_in(&far);
+    let backend = FakeBackend::answering_in(&far, true);
     let counterfoil = start_in(&near, &one_shot(backend.address, true));
     near.run(|| {
         let mut client = counterfoil.client();
@@ -124,14 +107,13 @@ fn rfc7413_2_1_only_questions_go_with_the_syn() {
         drop(client);
         counterfoil.assert_quiescent();
     });
-    far.run(|| drop(backend));
 }
 
 /// A SYN with data that nobody answers is given up after `connect_timeout`, as any other, and both views have it until then.
 #[test]
 fn a_syn_with_data_and_without_an_answer_is_given_up_in_time() {
     let (near, far) = open_pair();
-    let backend = backend_in(&far);
+    let backend = FakeBackend::answering_in(&far, true);
     let config = one_shot(backend.address, true)
         .backend_key("connect_timeout", "\"2s\"")
         .set("pool", "retries", 0)
@@ -162,7 +144,6 @@ fn a_syn_with_data_and_without_an_answer_is_given_up_in_time() {
         assert_eq!(metrics.sum("reaped_total", &[]), 0.0);
     });
     far.ip("link set veth0 up");
-    far.run(|| drop(backend));
 }
 
 /// kdig +fastopen in one namespace, the listener in the other, Unbound behind it.
@@ -196,7 +177,7 @@ fn rfc7413_4_a_listener_takes_data_from_a_syn() {
 fn a_kernel_that_does_not_allow_it_is_named_in_the_log() {
     let (near, far) = netns::pair();
     near.sysctl("ipv4/tcp_fastopen", "0");
-    let backend = backend_in(&far);
+    let backend = FakeBackend::answering_in(&far, true);
     let config = one_shot(backend.address, true).set("listener", "tcp_fast_open", 16);
     let mut counterfoil = start_in(&near, &config);
     for key in ["listener.tcp_fast_open", "pool.backend.tcp_fast_open"] {
@@ -210,5 +191,4 @@ fn a_kernel_that_does_not_allow_it_is_named_in_the_log() {
         drop(client);
         counterfoil.assert_quiescent();
     });
-    far.run(|| drop(backend));
 }

@@ -2,7 +2,7 @@
 //! in docs/faults.md.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
@@ -22,21 +22,6 @@ fn config(backend: SocketAddr) -> Config {
 
 fn start_in(namespace: &Namespace, config: &Config) -> Counterfoil {
     Counterfoil::start_with(config, Options { namespace: Some(namespace), ..Options::default() })
-}
-
-/// A backend in a namespace that answers all; it must be dropped there.
-fn backend_in(namespace: &Namespace, header: bool) -> FakeBackend {
-    let address = namespace.address;
-    namespace.run(|| {
-        FakeBackend::start_on(TcpListener::bind((address, 0)).unwrap(), move |connection| {
-            if header && connection.header().is_none() {
-                return;
-            }
-            while let Some(query) = connection.query() {
-                connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
-            }
-        })
-    })
 }
 
 /// A SYN that nobody answers is a socket of ours in both views, until it is given up.
@@ -119,7 +104,7 @@ fn f47_no_descriptor_for_a_backend_connection() {
 fn f48_no_port_left_towards_the_backend() {
     const PORTS: usize = 20;
     let (near, far) = netns::pair();
-    let backend = backend_in(&far, true);
+    let backend = FakeBackend::answering_in(&far, true);
     // With FIN the ports stay with us for a minute.
     let config = config(backend.address)
         .identity("connection")
@@ -152,7 +137,6 @@ fn f48_no_port_left_towards_the_backend() {
         drop(client);
         counterfoil.assert_quiescent();
     });
-    far.run(|| drop(backend));
 }
 
 /// Small packets, and a link that goes away for moments: what is lost is sent again, and every query has its end.
@@ -163,7 +147,7 @@ fn f52_a_narrow_link_that_flaps() {
     for end in [&near, &far] {
         end.ip("link set veth0 mtu 576");
     }
-    let backend = backend_in(&far, true);
+    let backend = FakeBackend::answering_in(&far, true);
     let config = config(backend.address)
         .identity("address")
         .tlv(0xe0, "{qname_label:2}")
@@ -196,5 +180,4 @@ fn f52_a_narrow_link_that_flaps() {
         counterfoil.assert_quiescent();
         assert!(counterfoil.backend_sockets(backend.address).is_empty());
     });
-    far.run(|| drop(backend));
 }

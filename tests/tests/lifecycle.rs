@@ -86,13 +86,7 @@ fn sigterm_delivers_to_a_slow_client() {
     // Their 5.7 MB are more than the kernel keeps, so some are owed to the client when the signal comes: one that is owed
     // nothing may be let go at any moment from then on.
     const COUNT: u16 = 95;
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let config = Config::new(backend.address).set("server", "drain_timeout", "\"8s\"");
     let mut counterfoil = Counterfoil::start(&config.set("listener", "max_pending_answers", "\"16MiB\""));
     let mut client = counterfoil.client();

@@ -98,13 +98,7 @@ fn max_in_flight_holds_and_loses_nothing() {
 #[test]
 fn all_is_answered_after_a_half_close_beyond_max_in_flight() {
     const COUNT: u16 = 1000;
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(5000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(5000);
     let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_in_flight", "4"));
     let mut client = counterfoil.client();
     let queries: Vec<u8> = (0..COUNT)
@@ -240,13 +234,7 @@ fn a_length_below_a_header_ends_the_connection() {
 #[test]
 fn answers_before_broken_framing_are_delivered() {
     const COUNT: u16 = 50;
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let counterfoil = Counterfoil::start(&config(backend.address));
     let mut client = counterfoil.client();
     for id in 0..COUNT {
@@ -270,13 +258,7 @@ fn answers_before_broken_framing_are_delivered() {
 #[test]
 fn broken_framing_from_a_client_that_never_reads() {
     const COUNT: u16 = 300;
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let config = config(backend.address)
         .set("listener", "write_timeout", "\"4s\"")
         .set("listener", "max_in_flight", COUNT)
@@ -299,13 +281,7 @@ fn broken_framing_from_a_client_that_never_reads() {
 /// A client that asks and never reads: its answers are bounded, and others are served all the while.
 #[test]
 fn a_client_that_never_reads_is_ended() {
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "write_timeout", "\"1s\""));
     let before = counterfoil.process.resident_bytes();
     let mut deaf = counterfoil.client();

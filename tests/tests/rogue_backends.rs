@@ -113,13 +113,7 @@ fn a_flood_of_unsolicited_answers_ends_the_connection_and_costs_no_memory() {
 /// else waits.
 #[test]
 fn large_answers_for_a_client_that_does_not_read() {
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(65_535, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(65_535);
     let config = config(backend.address).set("listener", "write_timeout", "\"2s\"");
     let counterfoil = Counterfoil::start(&config);
     let before = counterfoil.process.resident_bytes();
@@ -148,13 +142,7 @@ fn large_answers_for_a_client_that_does_not_read() {
 #[test]
 fn long_answers_for_a_client_that_reads_slowly() {
     const COUNT: usize = 1000;
-    let backend = FakeBackend::start(|connection| {
-        while let Some(query) = connection.query() {
-            let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            answer.resize(60_000, 0);
-            connection.send(&answer);
-        }
-    });
+    let backend = FakeBackend::answering_at_length(60_000);
     let counterfoil = Counterfoil::start(&config(backend.address).set("listener", "max_pending_answers", "\"4MiB\""));
     let before = counterfoil.process.resident_bytes();
     let mut client = counterfoil.client();
