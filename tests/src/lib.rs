@@ -21,6 +21,7 @@ pub mod failing;
 pub mod fake_backend;
 pub mod holding;
 pub mod http;
+pub mod isolation;
 pub mod load;
 pub mod message;
 pub mod metrics;
