@@ -8,6 +8,7 @@ mod cost;
 mod curve;
 mod measure;
 mod process;
+mod regression;
 mod report;
 mod scenario;
 mod subject;
@@ -43,6 +44,10 @@ pub(crate) struct Arguments {
     /// Measure this Counterfoil instead of building one
     #[arg(long, value_name = "PROGRAM")]
     counterfoil: Option<PathBuf>,
+    /// Measure this older build of Counterfoil, too, and fail where the new one is more than 3 % worse, surely: where the 95 %
+    /// interval of the ratio's median, which takes 6 rounds, lies wholly above 1.03
+    #[arg(long, value_name = "PROGRAM")]
+    before: Option<PathBuf>,
     /// Build Counterfoil without the eBPF program
     #[arg(long, conflicts_with = "counterfoil")]
     no_ebpf: bool,
@@ -70,15 +75,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let only_own = (arguments.cost || arguments.curves) && arguments.scenarios.is_empty();
     let scenarios = if only_own { Vec::new() } else { scenario::choose(&arguments.scenarios)? };
-    let subjects = match () {
+    let mut subjects = match () {
         () if only_own => vec![Subject::Counterfoil],
         () if arguments.only.is_empty() => Subject::ALL.to_vec(),
         () => arguments.only.clone(),
     };
+    if arguments.before.is_some() && !only_own {
+        let beside = subjects.iter().position(|subject| *subject == Subject::Counterfoil).unwrap_or(subjects.len());
+        subjects.insert(beside, Subject::Before);
+    }
     let wants_cost =
         arguments.cost || !arguments.no_ebpf && arguments.scenarios.iter().any(|name| name == scenario::EVERY);
     process::raise_descriptor_limit()?;
-    let tools = Tools::get(arguments.counterfoil.as_deref(), arguments.no_ebpf, &subjects, wants_cost)?;
+    let tools = Tools::get(arguments, &subjects, wants_cost)?;
     let plan = Plan { tools: &tools, seconds: arguments.seconds, syscalls: arguments.syscalls, kernel_view: "auto" };
 
     let mut outcomes = Vec::new();
@@ -96,7 +105,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let path = save(&tools, arguments, &outcomes, cost.as_ref(), &curves)?;
     say(format_args!("all samples are in {}", path.display()));
-    verdict(&outcomes, &curves)
+    verdict(&outcomes, &curves)?;
+    regression::verdict(&scenarios, &outcomes)
 }
 
 /// # Errors
@@ -113,7 +123,10 @@ fn verdict(outcomes: &[Outcome], curves: &[Point]) -> Result<()> {
 fn run_scenario(plan: &Plan, scenario: &'static Scenario, subjects: &[Subject], rounds: u32) -> Vec<Outcome> {
     let mut outcomes = Vec::new();
     for round in 1..=rounds {
-        for &subject in subjects.iter().filter(|subject| subject.can(scenario)) {
+        // A machine that is faster at first, or later, favours nobody.
+        let turns: Vec<&Subject> =
+            if round % 2 == 0 { subjects.iter().rev().collect() } else { subjects.iter().collect() };
+        for &subject in turns.into_iter().filter(|subject| subject.can(scenario)) {
             say(format_args!("{} round {round} of {rounds}: {}", scenario.name, subject.name()));
             let sample = measure::sample(plan, scenario, subject);
             if let Err(error) = &sample {

@@ -9,6 +9,7 @@ use super::Arguments;
 use super::cost::Cost;
 use super::curve::Point;
 use super::measure::{Handshakes, Outcome, Sample};
+use super::regression;
 use super::scenario::{Figure, Scenario};
 use super::subject::Subject;
 use super::tools::Tools;
@@ -49,11 +50,11 @@ pub(super) fn table(scenario: &Scenario, subjects: &[Subject], outcomes: &[Outco
         }
         text.push('\n');
     }
-    for peer in able().filter(|&peer| peer != Subject::Counterfoil) {
+    for peer in able().filter(|&peer| !peer.is_ours()) {
         let (own, other) = (samples(outcomes, scenario, Subject::Counterfoil), samples(outcomes, scenario, peer));
         text.push_str(&beside(&own, peer, &other));
     }
-    text
+    text + &regression::table(scenario, outcomes)
 }
 
 /// The columns that all scenarios have.
@@ -160,7 +161,7 @@ fn run(outcome: &Outcome) -> Value {
 }
 
 /// The good samples of a subject, with their rounds.
-fn samples<'a>(outcomes: &'a [Outcome], scenario: &Scenario, subject: Subject) -> Vec<(u32, &'a Sample)> {
+pub(super) fn samples<'a>(outcomes: &'a [Outcome], scenario: &Scenario, subject: Subject) -> Vec<(u32, &'a Sample)> {
     outcomes
         .iter()
         .filter(|outcome| outcome.scenario == scenario.name && outcome.subject == subject)

@@ -22,6 +22,9 @@ pub(super) enum Subject {
     Relay,
     Haproxy,
     Dnsdist,
+    /// An older build of Counterfoil
+    #[value(skip)]
+    Before,
     Counterfoil,
 }
 
@@ -35,7 +38,7 @@ pub(super) struct Running {
 impl Running {
     /// CPU time of Counterfoil's watchdog so far, in nanoseconds.
     pub(super) fn watchdog_cpu(&self) -> Result<Option<u64>> {
-        if self.subject != Subject::Counterfoil {
+        if !self.subject.is_ours() {
             return Ok(None);
         }
         self.process.thread_cpu("watchdog").map(Some)
@@ -43,7 +46,7 @@ impl Running {
 
     /// Ends it. Counterfoil must have drained cleanly.
     pub(super) fn stop(mut self) -> Result<()> {
-        if self.subject == Subject::Counterfoil {
+        if self.subject.is_ours() {
             let status = self.process.terminate()?;
             ensure!(status.success(), "counterfoil ended with {status} after SIGTERM");
         }
@@ -54,11 +57,17 @@ impl Running {
 impl Subject {
     pub(super) const ALL: [Self; 4] = [Self::Relay, Self::Haproxy, Self::Dnsdist, Self::Counterfoil];
 
+    /// Whether it is a build of Counterfoil.
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Self::Before | Self::Counterfoil)
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Relay => "relay",
             Self::Haproxy => "haproxy",
             Self::Dnsdist => "dnsdist",
+            Self::Before => "before",
             Self::Counterfoil => "counterfoil",
         }
     }
@@ -70,7 +79,7 @@ impl Subject {
             Self::Haproxy => scenario.header != Header::Label,
             // It has no way to name the forwarder instead of the client.
             Self::Dnsdist => scenario.identity == "connection",
-            Self::Counterfoil => true,
+            Self::Before | Self::Counterfoil => true,
         }
     }
 
@@ -107,12 +116,12 @@ impl Subject {
                 dnsdist.args(["--supervised", "--disable-syslog", "-C"]).arg(file);
                 Process::start("dnsdist", &mut dnsdist, directory.path())
             })?,
-            Self::Counterfoil => {
+            Self::Before | Self::Counterfoil => {
                 let file =
                     directory.write("counterfoil.toml", &counterfoil(plan, scenario, backend, directory.path()))?;
-                let mut command = tools.counterfoil();
+                let mut command = tools.counterfoil(self);
                 command.args(["run", "--log-format", "json", "--config"]).arg(file);
-                let mut process = Process::start("counterfoil", &mut command, directory.path())?;
+                let mut process = Process::start(self.name(), &mut command, directory.path())?;
                 let log = process.wait_for("it was ready", ready_log)?;
                 let address = listening_address(&log).context("no `listening` line in its log")?;
                 (process, address)

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use super::Arguments;
 use super::certificate::Certificate;
 use super::subject::Subject;
 use crate::command::{self, EBPF_OBJECT, say};
@@ -18,6 +19,8 @@ const OWN: [&str; 4] = ["loadgen", "relay", "answerer", "certificate"];
 pub(super) struct Tools {
     target: PathBuf,
     counterfoil: PathBuf,
+    /// An older build of it.
+    before: Option<PathBuf>,
     /// Has HAProxy and dnsdist.
     path: OsString,
     certificate: Certificate,
@@ -25,7 +28,8 @@ pub(super) struct Tools {
 
 impl Tools {
     /// Builds and gets what `subjects` need.
-    pub(super) fn get(given: Option<&Path>, no_ebpf: bool, subjects: &[Subject], cost: bool) -> Result<Self> {
+    pub(super) fn get(arguments: &Arguments, subjects: &[Subject], cost: bool) -> Result<Self> {
+        let (given, no_ebpf) = (arguments.counterfoil.as_deref(), arguments.no_ebpf);
         let target = workspace::target()?;
         let release = target.join("release");
         let wants_ours = cost || subjects.contains(&Subject::Counterfoil);
@@ -46,10 +50,9 @@ impl Tools {
             say("the eBPF view's cost: building");
             build(&["--package", "counterfoil-tests", "--bin", "kernel_cost"])?;
         }
-        let counterfoil = match given {
-            Some(program) => fs::canonicalize(program).with_context(|| program.display().to_string())?,
-            None => release.join("counterfoil"),
-        };
+        let absolute = |program: &Path| fs::canonicalize(program).with_context(|| program.display().to_string());
+        let counterfoil = given.map_or_else(|| Ok(release.join("counterfoil")), absolute)?;
+        let before = arguments.before.as_deref().map(absolute).transpose()?;
         if wants_ours && given.is_none() {
             say(if no_ebpf { "Counterfoil: building in release mode, without eBPF" } else { "Counterfoil: building" });
             build(&["--package", "counterfoil", "--bin", "counterfoil"])?;
@@ -57,7 +60,7 @@ impl Tools {
         let wants_peers = subjects.iter().any(|subject| matches!(subject, Subject::Haproxy | Subject::Dnsdist));
         let path =
             if wants_peers { tools::search_path(&target)? } else { std::env::var_os("PATH").unwrap_or_default() };
-        Ok(Self { target, counterfoil, path, certificate })
+        Ok(Self { target, counterfoil, before, path, certificate })
     }
 
     /// The same for every subject that speaks TLS.
@@ -69,8 +72,10 @@ impl Tools {
         &self.target
     }
 
-    pub(super) fn counterfoil(&self) -> Command {
-        Command::new(&self.counterfoil)
+    /// Counterfoil, of the build that `subject` names.
+    pub(super) fn counterfoil(&self, subject: Subject) -> Command {
+        let before = self.before.as_ref().filter(|_| subject == Subject::Before);
+        Command::new(before.unwrap_or(&self.counterfoil))
     }
 
     /// `loadgen`, `relay`, `answerer` or `kernel_cost`.
