@@ -1,5 +1,7 @@
 //! Why a backend connection was closed (I3): one closed enum for logs, metrics and alarms.
 
+use crate::dns::synth::{ExtendedError, InfoCode, Rcode};
+
 macro_rules! reasons {
     ($(#[$meta:meta])* $vis:vis enum $name:ident { $($(#[$doc:meta])* $variant:ident = $label:literal,)+ }) => {
         $(#[$meta])*
@@ -142,6 +144,33 @@ reasons! {
         Malformed = "malformed",
         /// An opcode that is not supported (NOTIMP).
         NotSupported = "not_supported",
+    }
+}
+
+impl FailReason {
+    /// What the client is told, if it is told anything: the code, and the extended error that says why (RFC 8914).
+    pub const fn answer(self) -> (Rcode, ExtendedError) {
+        let (rcode, code, text) = match self {
+            Self::Timeout => (Rcode::ServFail, InfoCode::NetworkError, "no backend answered in time"),
+            Self::BackendClosed => (Rcode::ServFail, InfoCode::NetworkError, "the backend closed the connection"),
+            Self::BadAnswer => {
+                (Rcode::ServFail, InfoCode::NetworkError, "the backend's answer was to another question")
+            }
+            Self::ConnectFailed => {
+                (Rcode::ServFail, InfoCode::NoReachableAuthority, "no backend could be connected to")
+            }
+            Self::NoBackend => (Rcode::ServFail, InfoCode::NoReachableAuthority, "no backend is up"),
+            // A passing state of this server, and another try may do.
+            Self::NoCapacity => (Rcode::ServFail, InfoCode::NotReady, "all connections to backends are in use"),
+            Self::HeaderTooLong => {
+                (Rcode::ServFail, InfoCode::Other, "what the query asks for does not fit a PROXY header")
+            }
+            Self::ClientSlow => (Rcode::ServFail, InfoCode::Other, "too many answers have not been read"),
+            // None of the codes is about queries that cannot be read.
+            Self::Malformed => (Rcode::FormErr, InfoCode::Other, "the query cannot be read, or has several questions"),
+            Self::NotSupported => (Rcode::NotImp, InfoCode::NotSupported, "the opcode is not forwarded"),
+        };
+        (rcode, ExtendedError { code, text })
     }
 }
 

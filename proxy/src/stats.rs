@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::client::handshake::{HandshakeFailure, SessionKind};
 use crate::close::{ClientCloseReason, FailReason, TransferEnd};
 use crate::distinct::Distinct;
+use crate::dns::synth::InfoCode;
 use crate::dns::transfer::Request;
 use crate::table::Table;
 
@@ -222,6 +223,8 @@ pub struct ListenerStats {
     pub answers: Counter,
     /// Queries that got an answer of our own, by [`FailReason`].
     pub failed: [Counter; FailReason::ALL.len()],
+    /// Of those the ones that told why, by [`InfoCode::index`].
+    pub extended_errors: [Counter; InfoCode::ALL.len()],
     /// Queries whose client left first.
     pub abandoned: Counter,
     /// Messages with QR set, which get no answer.

@@ -16,7 +16,7 @@ use super::pending::{IDS, Pending};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::CloseReason;
-use crate::dns::keepalive::TIMEOUT_UNIT;
+use crate::dns::hop::TIMEOUT_UNIT;
 use crate::ledger::caps::Permit;
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::worker::buffer::OutBuf;

@@ -8,11 +8,13 @@ use std::time::Duration;
 use crate::backend::history::History;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
-use crate::close::ClientCloseReason;
-use crate::dns::keepalive::{self, TIMEOUT_UNIT, Treatment};
+use crate::close::{ClientCloseReason, FailReason};
+use crate::dns::hop::{self, Scope, TIMEOUT_UNIT, Treatment};
+use crate::dns::synth;
 use crate::proxy_protocol::client_tls;
+use crate::stats::ListenerStats;
 use crate::tls::{Negotiated, Version};
-use crate::worker::buffer::OutBuf;
+use crate::worker::buffer::{OutBuf, Spares};
 use crate::worker::links::{List, Maybe};
 use crate::worker::queries::QueryKey;
 
@@ -300,15 +302,39 @@ impl Session {
         u16::try_from(time.as_millis() / TIMEOUT_UNIT.as_millis()).unwrap_or(u16::MAX)
     }
 
-    /// An answer of this length was appended: tells in it for how long the connection will be kept, if the query asked for
-    /// that. What the backend tells there of its own connection, if it does.
-    pub(crate) fn tell_keepalive(&mut self, treatment: Treatment, length: usize, now: Mono) -> Option<u16> {
-        if treatment == Treatment::Pass {
+    /// What is looked at in its queries and their answers.
+    pub(crate) fn scope(&self) -> Scope {
+        Scope { keepalive: self.limits.edns_tcp_keepalive, padding: self.origin.tls.is_some() }
+    }
+
+    /// An answer of this length was appended: it is treated as its query asks for. What the backend tells there of how long
+    /// it keeps its own connection, if it does and somebody looks.
+    pub(crate) fn treat(&mut self, treatment: Treatment, length: usize, now: Mono) -> Option<u16> {
+        if treatment == Treatment::default() {
             return None;
         }
         let timeout = self.keepalive(now);
         let (out, start) = self.out.last_message(length);
-        keepalive::tell(out, start, timeout, treatment)
+        hop::treat(out, start, timeout, treatment)
+    }
+
+    /// Appends an answer of our own to `query`, which had this ID and is answered for this reason.
+    pub(crate) fn answer(
+        &mut self,
+        query: &[u8],
+        id: u16,
+        reason: FailReason,
+        treatment: Treatment,
+        (spares, stats): (&mut Spares, &ListenerStats),
+        now: Mono,
+    ) {
+        let (rcode, error) = reason.answer();
+        let own = synth::answer(query, rcode, Some(error));
+        self.out.push_message(spares, &own.message, id);
+        self.treat(treatment, own.message.len(), now);
+        if let Some(code) = own.error {
+            stats.extended_errors[code.index()].add(1);
+        }
     }
 
     /// When it has been open for long enough.

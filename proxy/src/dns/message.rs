@@ -6,8 +6,9 @@ use std::fmt;
 
 use thiserror::Error;
 
-use super::edns;
 use super::frame::MIN_MESSAGE;
+use super::opt;
+use super::records::{Piece, piece};
 
 /// Opcode of a standard query (RFC 1035); the only one that may be sent a second time (RFC 7766, section 6.2.4).
 pub const OPCODE_QUERY: u8 = 0;
@@ -58,10 +59,8 @@ pub struct Question<'a> {
     pub qclass: u16,
     /// Where the question ends, in octets from the start of the message.
     pub end: usize,
-    /// What follows the question section; empty if there are several questions.
-    pub rest: &'a [u8],
-    /// Records that the header announces before the additional section, and in it. Not more than a claim.
-    pub records: (u32, u16),
+    /// All of the message.
+    message: &'a [u8],
 }
 
 /// Why the first question cannot be read.
@@ -108,12 +107,11 @@ pub fn first_question(message: &[u8]) -> Option<Result<Question<'_>, QuestionErr
 fn read_question(message: &[u8]) -> Result<Question<'_>, QuestionError> {
     let mut at = MIN_MESSAGE;
     loop {
-        let length = *message.get(at).ok_or(QuestionError::Truncated)?;
-        match length {
-            0 => break,
-            1..=MAX_LABEL => at += 1 + usize::from(length),
-            0xc0.. => return Err(QuestionError::Pointer),
-            _ => return Err(QuestionError::ReservedLabel(length & 0xc0)),
+        match piece(message, at).ok_or(QuestionError::Truncated)? {
+            Piece::Root => break,
+            Piece::Label(size) => at += size,
+            Piece::Pointer(_) => return Err(QuestionError::Pointer),
+            Piece::Reserved(kind) => return Err(QuestionError::ReservedLabel(kind)),
         }
         // The closing zero still has to fit.
         if at - MIN_MESSAGE >= MAX_NAME {
@@ -125,14 +123,8 @@ fn read_question(message: &[u8]) -> Result<Question<'_>, QuestionError> {
     let name_wire = message.get(MIN_MESSAGE..name_end).ok_or(QuestionError::Truncated)?;
     match message.get(name_end..end) {
         Some(&[t1, t0, c1, c0]) => {
-            let only = peek(message).is_some_and(|peek| peek.qdcount == 1);
-            let rest = message.get(end..).filter(|_| only).unwrap_or_default();
             let (qtype, qclass) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
-            let count = |at: usize| {
-                message.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |count| u16::from_be_bytes(*count))
-            };
-            let records = (u32::from(count(6)) + u32::from(count(8)), count(10));
-            Ok(Question { name_wire, qtype, qclass, end, rest, records })
+            Ok(Question { name_wire, qtype, qclass, end, message })
         }
         _ => Err(QuestionError::Truncated),
     }
@@ -181,7 +173,7 @@ impl<'a> Question<'a> {
 
     /// The value of the first EDNS option of this code in the query's OPT record (RFC 6891, section 6.1.2).
     pub fn edns_option(&self, code: u16) -> Option<&'a [u8]> {
-        edns::option(self.rest, self.records, code)
+        opt::value(self.message, code)
     }
 
     /// The labels from left to right, without the root.

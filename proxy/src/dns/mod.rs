@@ -2,12 +2,11 @@
 //!
 //! [`frame`], [`message`], [`rtype`] and [`transfer`] are the hot path: no allocation, no panic, no copy. They read only what the
 //! forwarder must know and leave the rest of a message unread, so that it passes unchanged.
-//! [`keepalive`] alone changes messages, where it was asked to, and then nothing but that option.
-//! [`synth`] builds the answers that the program gives itself, with `hickory-proto`.
+//! [`hop`] alone changes messages, where it was asked to, and then nothing but two options.
+//! [`synth`] makes the answers that the program gives itself.
 
-pub(crate) mod edns;
 pub mod frame;
-pub(crate) mod keepalive;
+pub(crate) mod hop;
 pub mod message;
 pub mod name;
 mod opt;

@@ -1,143 +1,230 @@
-//! Whether a message that a client sends can be walked through, from its first question to its last record.
+//! The records of a message and the names in front of them, walked in place: the one walk that everything here shares.
 //!
-//! A server may close the connection on which a message comes that it cannot read (PowerDNS Recursor does), and with it go
-//! the queries of everybody who shares it. So such a message is answered before it gets there. What is in the records is not
-//! looked at.
+//! A name is skipped, not followed: a compression pointer ends it (RFC 1035, section 4.1.4). Where a name must be followed,
+//! all names of a message together take no more steps than a few for each of its octets ([`Steps`]). So the work for a
+//! message grows with its octets and no faster, whatever it holds: the fuzz targets count.
 
-use super::edns::FIXED;
+use std::ops::Range;
+
 use super::frame::MIN_MESSAGE;
 use super::message::{MAX_LABEL, MAX_NAME, Question, TYPE_AND_CLASS};
 
-/// Whether all questions and records that the header announces are there, each with a name. Octets behind the last one do
-/// not matter. `first` is the message's first question, if it has been read already.
-pub(crate) fn are_readable(message: &[u8], first: Option<&Question<'_>>) -> bool {
-    let Some([_, _, _, _, counts @ ..]) = message.first_chunk::<MIN_MESSAGE>() else { return false };
+/// Type of the OPT record (RFC 6891, section 6.1.1).
+pub(super) const OPT: u16 = 41;
+/// Octets of a record between its name and its data: TYPE, CLASS, TTL, RDLENGTH (RFC 1035, section 4.1.3).
+const FIXED: usize = 10;
+/// Pointers that are followed for one name. PowerDNS closes the connection on which one has more; a name without two
+/// pointers in a row seldom has ten.
+const MAX_HOPS: usize = 100;
+
+/// What stands at a place in a name (RFC 1035, section 4.1.4).
+pub(super) enum Piece {
+    /// The root: the name ends.
+    Root,
+    /// A label of so many octets, its length octet included.
+    Label(usize),
+    /// The name goes on at this place, and ends here.
+    Pointer(usize),
+    /// A length octet of the reserved kinds 0x40 and 0x80 (RFC 6891, section 5).
+    Reserved(u8),
+}
+
+/// What stands at `at`, where a name begins or goes on. None if the message ends there.
+pub(super) fn piece(message: &[u8], at: usize) -> Option<Piece> {
+    work::count(1);
+    Some(match *message.get(at)? {
+        0 => Piece::Root,
+        length @ 1..=MAX_LABEL => Piece::Label(1 + usize::from(length)),
+        high @ 0xc0.. => Piece::Pointer(usize::from(u16::from_be_bytes([high & 0x3f, *message.get(at + 1)?]))),
+        length => Piece::Reserved(length & 0xc0),
+    })
+}
+
+/// Where the name at `start` ends, with its root or a pointer. The pointer is not followed.
+pub(super) fn name_end(message: &[u8], start: usize) -> Option<usize> {
+    let mut at = start;
+    // The root, or the pointer, still has to fit.
+    while at - start < MAX_NAME {
+        match piece(message, at)? {
+            Piece::Root => return Some(at + 1),
+            Piece::Label(size) => at += size,
+            Piece::Pointer(_) => return Some(at + 2),
+            Piece::Reserved(_) => return None,
+        }
+    }
+    None
+}
+
+/// Steps that are left for following the names of one message: labels and pointers. Four for each octet: a record has 11 at
+/// least, and names of more than 40 labels in each of them are nobody's.
+pub(super) struct Steps(usize);
+
+impl Steps {
+    pub(super) fn of(message: &[u8]) -> Self {
+        Self(4 * message.len())
+    }
+
+    /// Follows the name at `start`, and shows each of its labels with its length octet. Whether it is a name: its pointers
+    /// lead to a prior place in the message (RFC 1035, section 4.1.4), each before the last one, and `label` likes its
+    /// labels.
+    pub(super) fn follow(&mut self, message: &[u8], start: usize, mut label: impl FnMut(&[u8]) -> bool) -> bool {
+        let (mut at, mut before, mut octets, mut hops) = (start, start, 0, 0);
+        while self.0 > 0 {
+            self.0 -= 1;
+            match piece(message, at) {
+                Some(Piece::Root) => return true,
+                Some(Piece::Label(size)) => {
+                    octets += size;
+                    // The root still has to fit.
+                    if octets >= MAX_NAME || !message.get(at..at + size).is_some_and(&mut label) {
+                        return false;
+                    }
+                    at += size;
+                }
+                Some(Piece::Pointer(target)) if hops < MAX_HOPS && (MIN_MESSAGE..before).contains(&target) => {
+                    hops += 1;
+                    (at, before) = (target, target);
+                }
+                _ => return false,
+            }
+        }
+        false
+    }
+}
+
+/// A part of a message that holds records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Section {
+    Answer,
+    Authority,
+    Additional,
+}
+
+/// A record's place in its message.
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    pub(super) section: Section,
+    /// Where its owner begins, and ends.
+    pub(super) owner: Range<usize>,
+    pub(super) rtype: u16,
+    pub(super) class: u16,
+    pub(super) ttl: u32,
+    pub(super) data: Range<usize>,
+}
+
+impl Record {
+    /// The one that begins at `at`, if all of it is there.
+    fn read(message: &[u8], at: usize, section: Section) -> Option<Self> {
+        let fixed = name_end(message, at)?;
+        let [t1, t0, c1, c0, ttl @ .., l1, l0] = *message.get(fixed..)?.first_chunk::<FIXED>()?;
+        let start = fixed + FIXED;
+        let data = start..start + usize::from(u16::from_be_bytes([l1, l0]));
+        let (rtype, class) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
+        let record = Self { section, owner: at..fixed, rtype, class, ttl: u32::from_be_bytes(ttl), data };
+        (record.data.end <= message.len()).then_some(record)
+    }
+}
+
+/// The records that the header of a message announces, in order. None stands for one that cannot be read; it is the last.
+/// Each has 11 octets at least, so this ends with the message, whatever its header says.
+#[derive(Clone, Debug)]
+pub(super) struct Records<'a> {
+    message: &'a [u8],
+    /// Where the next one begins, or the octets behind the last one.
+    at: usize,
+    left: [u16; 3],
+}
+
+impl<'a> Records<'a> {
+    /// Those of `message`, which begin at `at`.
+    fn from(message: &'a [u8], at: usize) -> Option<Self> {
+        let [_, answers, authorities, additional] = counts(message)?;
+        Some(Self { message, at, left: [answers, authorities, additional] })
+    }
+
+    /// Those of `message`. None if its questions cannot be read.
+    pub(super) fn of(message: &'a [u8]) -> Option<Self> {
+        let [questions, ..] = counts(message)?;
+        let end = (0..questions).try_fold(MIN_MESSAGE, |at, _| end_of_question(message, at))?;
+        Self::from(message, end)
+    }
+
+    /// Where the next record begins; once all are read, where the last one ends.
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = Option<Record>;
+
+    fn next(&mut self) -> Option<Option<Record>> {
+        let sections = [Section::Answer, Section::Authority, Section::Additional];
+        let (section, left) = sections.into_iter().zip(&mut self.left).find(|(_, left)| **left > 0)?;
+        *left -= 1;
+        let record = Record::read(self.message, self.at, section);
+        match &record {
+            Some(record) => self.at = record.data.end,
+            None => self.left = [0; 3],
+        }
+        Some(record)
+    }
+}
+
+/// QDCOUNT, ANCOUNT, NSCOUNT and ARCOUNT (RFC 1035, section 4.1.1).
+pub(super) fn counts(message: &[u8]) -> Option<[u16; 4]> {
+    let [_, _, _, _, counts @ ..] = message.first_chunk::<MIN_MESSAGE>()?;
     let (counts, _) = counts.as_chunks::<2>();
-    let [questions, records @ ..] = counts else { return false };
-    let (start, read) = first.map_or((MIN_MESSAGE, 0), |first| (first.end, 1));
-    let mut questions = read..u16::from_be_bytes(*questions);
-    let mut records = 0..records.iter().map(|count| u32::from(u16::from_be_bytes(*count))).sum();
-    // Each has some octets, so this ends with the message, whatever its header says.
-    let behind = questions.try_fold(start, |at, _| end_of_question(message, at));
-    behind.and_then(|at| records.try_fold(at, |at, _: u32| end_of_record(message, at))).is_some()
+    counts.as_array().map(|counts| counts.map(u16::from_be_bytes))
 }
 
 fn end_of_question(message: &[u8], at: usize) -> Option<usize> {
-    let end = end_of_name(message, at)? + TYPE_AND_CLASS;
+    let end = name_end(message, at)? + TYPE_AND_CLASS;
     (end <= message.len()).then_some(end)
 }
 
-fn end_of_record(message: &[u8], at: usize) -> Option<usize> {
-    let fixed = end_of_name(message, at)?;
-    let [.., high, low] = *message.get(fixed..)?.first_chunk::<FIXED>()?;
-    let end = fixed + FIXED + usize::from(u16::from_be_bytes([high, low]));
-    (end <= message.len()).then_some(end)
+/// Whether a message that a client sends can be walked through, from its first question to its last record: all questions
+/// and records that its header announces are there, each with a name. Octets behind the last one do not matter, nor what is
+/// in the records. `first` is the message's first question, if it has been read already.
+///
+/// A server may close the connection on which a message comes that it cannot read (PowerDNS Recursor does), and with it go
+/// the queries of everybody who shares it. So such a message is answered before it gets there.
+pub(crate) fn are_readable(message: &[u8], first: Option<&Question<'_>>) -> bool {
+    let Some([questions, ..]) = counts(message) else { return false };
+    let (start, read) = first.map_or((MIN_MESSAGE, 0), |first| (first.end, 1));
+    let mut steps = Steps::of(message);
+    let mut is_name = |at| steps.follow(message, at, |_| true);
+    let behind = (read..questions).try_fold(start, |at, _| end_of_question(message, at).filter(|_| is_name(at)));
+    let records = behind.and_then(|at| Records::from(message, at));
+    records.is_some_and(|mut records| records.all(|record| record.is_some_and(|record| is_name(record.owner.start))))
 }
 
-/// Pointers must lead to a prior place in the message (RFC 1035, section 4.1.4), each before the last one, so this ends.
-fn end_of_name(message: &[u8], start: usize) -> Option<usize> {
-    let (mut at, mut before, mut octets, mut end) = (start, start, 0, None);
-    loop {
-        match *message.get(at)? {
-            0 => return Some(end.unwrap_or(at + 1)),
-            length @ 1..=MAX_LABEL => {
-                let label = 1 + usize::from(length);
-                (at, octets) = (at + label, octets + label);
-                // The closing zero still has to fit.
-                if octets >= MAX_NAME {
-                    return None;
-                }
-            }
-            high @ 0xc0.. => {
-                let target = usize::from(u16::from_be_bytes([high & 0x3f, *message.get(at + 1)?]));
-                if !(MIN_MESSAGE..before).contains(&target) {
-                    return None;
-                }
-                end = end.or(Some(at + 2));
-                (at, before) = (target, target);
-            }
-            _ => return None,
-        }
+/// What the fuzz targets count.
+pub(crate) mod work {
+    #[cfg(any(test, fuzzing))]
+    thread_local! {
+        static DONE: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+    }
+
+    /// So many steps were done: pieces of names and options read, octets compared.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn count(steps: usize) {
+        DONE.set(DONE.get() + steps);
+    }
+
+    /// Nobody counts.
+    #[cfg(not(any(test, fuzzing)))]
+    pub(crate) const fn count(_: usize) {}
+
+    /// The steps that this takes.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn of<T>(work: impl FnOnce() -> T) -> usize {
+        let before = DONE.get();
+        work();
+        DONE.get() - before
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::super::message::first_question;
-    use super::MIN_MESSAGE;
-
-    /// A query for `a.` with so many records announced in each section, and these octets behind the question.
-    fn query(counts: [u8; 3], records: &[u8]) -> Vec<u8> {
-        let [answers, authorities, additional] = counts;
-        let mut query = vec![0, 1, 1, 0, 0, 1, 0, answers, 0, authorities, 0, additional];
-        query.extend_from_slice(b"\x01a\0\0\x01\0\x01");
-        query.extend_from_slice(records);
-        query
-    }
-
-    /// Whether or not the first question has been read before.
-    fn are_readable(message: &[u8]) -> bool {
-        let first = first_question(message).and_then(Result::ok);
-        let readable = super::are_readable(message, None);
-        assert_eq!(super::are_readable(message, first.as_ref()), readable, "{message:02x?}");
-        readable
-    }
-
-    fn readable(counts: [u8; 3], records: &[u8]) -> bool {
-        are_readable(&query(counts, records))
-    }
-
-    const OPT: &[u8] = b"\0\0\x29\x04\xd0\0\0\0\0\0\x04abcd";
-
-    #[test]
-    fn all_that_is_announced_must_be_there() {
-        assert!(readable([0; 3], b"") && readable([0; 3], b"octets behind it"));
-        assert!(readable([0, 0, 1], OPT) && readable([0, 0, 1], &[OPT, b"more"].concat()));
-        let three = [b"\xc0\x0c", &OPT[1..], b"\x01b\xc0\x0c", &OPT[1..], OPT].concat();
-        assert!(readable([1; 3], &three) && readable([3, 0, 0], &three) && !readable([2, 1, 1], &three));
-        for cut in 0..OPT.len() {
-            assert!(!readable([0, 0, 1], &OPT[..cut]), "{cut}");
-        }
-    }
-
-    #[test]
-    fn there_may_be_any_number_of_questions() {
-        let with = |count: u8, octets: &[u8]| {
-            let mut message = [&query([0, 0, 1], b"")[..MIN_MESSAGE], octets].concat();
-            message[5] = count;
-            are_readable(&message)
-        };
-        let question = b"\x01a\0\0\x01\0\x01";
-        assert!(with(0, OPT) && with(1, &[question, OPT].concat()) && with(2, &[question, question, OPT].concat()));
-        assert!(!with(0, b"") && !with(2, &[question, OPT].concat()) && !with(1, &question[..6]));
-        assert!(!with(1, b"\xc0\x0c\0\x01\0\x01") && !are_readable(&[0; 11]) && are_readable(&[0; 12]));
-    }
-
-    #[test]
-    fn owners_must_be_names() {
-        let owner = |name: &[u8]| readable([0, 0, 1], &[name, &OPT[1..]].concat());
-        let label = [&[63][..], &[b'x'; 63]].concat();
-        let name = |last: usize| [&label.repeat(3)[..], &[last as u8], &vec![b'x'; last], b"\0"].concat();
-        assert!(owner(&name(61)) && !owner(&name(62)), "255 octets");
-        // Into the header, to itself, beyond itself.
-        for pointer in [b"\xc0\x00", b"\xc0\x0b", b"\xc0\x13", b"\xc0\x14", b"\xff\xff"] {
-            assert!(!owner(pointer), "{pointer:02x?}");
-        }
-        assert!(owner(b"\xc0\x0c") && owner(b"\xc0\x0e") && !owner(b"\x41x\0") && !owner(b"\x80"));
-        assert!(!owner(b"\x01b\xc0\x13"), "round and round");
-    }
-
-    proptest! {
-        #[test]
-        fn any_octets_are_walked_without_a_panic(
-            counts in prop::array::uniform3(0..4u8),
-            records in prop::collection::vec(prop_oneof![Just(0), Just(0xc0), any::<u8>()], 0..80),
-        ) {
-            if readable(counts, &records) {
-                prop_assert!(records.len() >= 11 * counts.iter().map(|count| usize::from(*count)).sum::<usize>());
-            }
-        }
-    }
-}
+#[path = "records_tests.rs"]
+mod tests;

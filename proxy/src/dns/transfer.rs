@@ -10,9 +10,8 @@
 
 use thiserror::Error;
 
-use super::edns::FIXED;
-use super::frame::MIN_MESSAGE;
-use super::message::{MAX_LABEL, MAX_NAME, Question, peek};
+use super::message::{Question, peek};
+use super::records::{Record, Records, Section, Steps, counts, name_end};
 use super::rtype::{AXFR, IXFR};
 
 /// TYPE of the record that frames a transfer (RFC 1035, section 3.3.13).
@@ -87,20 +86,19 @@ pub fn is_transfer(qtype: u16) -> bool {
 ///
 /// If the query has several questions, or, for IXFR, no SOA that can be read.
 pub fn request(query: &[u8], question: &Question<'_>) -> Result<Request, RequestError> {
-    let counts = Counts::read(query).unwrap_or_default();
-    if counts.questions != 1 {
-        return Err(RequestError::Questions(counts.questions));
+    let [questions, ..] = counts(query).unwrap_or_default();
+    if questions != 1 {
+        return Err(RequestError::Questions(questions));
     }
     if question.qtype != IXFR {
         return Ok(Request::Axfr);
     }
-    let mut at = question.end;
-    for number in 0..u32::from(counts.answers) + u32::from(counts.authorities) {
-        let record = Record::read(query, at).ok_or(RequestError::Soa)?;
-        if number >= u32::from(counts.answers) && record.is_soa_of(question) {
-            return Ok(Request::Ixfr { serial: record.serial().ok_or(RequestError::Soa)? });
+    let mut steps = Steps::of(query);
+    for record in Records::of(query).ok_or(RequestError::Soa)? {
+        let record = record.filter(|record| record.section != Section::Additional).ok_or(RequestError::Soa)?;
+        if record.section == Section::Authority && is_soa_of(question, query, &record, &mut steps) {
+            return Ok(Request::Ixfr { serial: serial(query, &record).ok_or(RequestError::Soa)? });
         }
-        at = record.end;
     }
     Err(RequestError::Soa)
 }
@@ -151,23 +149,19 @@ impl Stream {
     ///
     /// See [`StreamError`]. The message does not count; the stream must not be used further.
     pub fn message(&mut self, question: &Question<'_>, message: &[u8]) -> Result<Step, StreamError> {
-        let (Some(header), Some(counts)) = (peek(message), Counts::read(message)) else {
+        let (Some(header), Some([_, answers, ..])) = (peek(message), counts(message)) else {
             return Err(StreamError::Unreadable);
         };
         let is_first = self.messages == 0;
-        if header.rcode != 0 || (is_first && counts.answers == 0) {
+        if header.rcode != 0 || (is_first && answers == 0) {
             self.messages += 1;
             return Ok(Step::Done(End::Declined));
         }
-        let mut at = MIN_MESSAGE;
-        for _ in 0..counts.questions {
-            at = skip_name(message, at).ok_or(StreamError::Unreadable)? + 4;
-        }
-        for _ in 0..counts.answers {
-            let record = Record::read(message, at).ok_or(StreamError::Unreadable)?;
-            at = record.end;
-            let soa = match record.is_soa_of(question) {
-                true => Some(record.serial().ok_or(StreamError::Unreadable)?),
+        let mut steps = Steps::of(message);
+        for record in Records::of(message).ok_or(StreamError::Unreadable)?.take(usize::from(answers)) {
+            let record = record.ok_or(StreamError::Unreadable)?;
+            let soa = match is_soa_of(question, message, &record, &mut steps) {
+                true => Some(serial(message, &record).ok_or(StreamError::Unreadable)?),
                 false => None,
             };
             if self.record(soa)? {
@@ -178,7 +172,7 @@ impl Stream {
         }
         self.messages += 1;
         if is_first
-            && counts.answers == 1
+            && answers == 1
             && let Request::Ixfr { serial } = self.request
             && at_most(self.newest, serial)
         {
@@ -211,106 +205,31 @@ fn at_most(a: u32, b: u32) -> bool {
     b.wrapping_sub(a) < 1 << 31
 }
 
-/// What a header says of the sections (RFC 1035, section 4.1.1).
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    questions: u16,
-    answers: u16,
-    authorities: u16,
+fn is_soa_of(zone: &Question<'_>, message: &[u8], record: &Record, steps: &mut Steps) -> bool {
+    record.rtype == SOA
+        && (record.class == zone.qclass || zone.qclass == ANY_CLASS)
+        && is_name(message, record.owner.start, zone.name_wire, steps)
 }
 
-impl Counts {
-    fn read(message: &[u8]) -> Option<Self> {
-        let [_, _, _, _, q1, q0, a1, a0, n1, n0, ..] = message.first_chunk::<MIN_MESSAGE>()?;
-        let number = |high: &u8, low: &u8| u16::from_be_bytes([*high, *low]);
-        Some(Self { questions: number(q1, q0), answers: number(a1, a0), authorities: number(n1, n0) })
+/// SERIAL of a SOA, behind its two names. `None` if its data are not those of a SOA.
+fn serial(message: &[u8], soa: &Record) -> Option<u32> {
+    let numbers = name_end(message, name_end(message, soa.data.start)?)?;
+    if numbers + SOA_NUMBERS != soa.data.end {
+        return None;
     }
+    Some(u32::from_be_bytes(*message.get(numbers..)?.first_chunk()?))
 }
 
-/// A record's place in its message.
-#[derive(Clone, Copy, Debug)]
-struct Record<'a> {
-    message: &'a [u8],
-    owner: usize,
-    rtype: u16,
-    class: u16,
-    data: usize,
-    end: usize,
-}
-
-impl<'a> Record<'a> {
-    /// The one that begins at `at`, if all of it is there.
-    fn read(message: &'a [u8], at: usize) -> Option<Self> {
-        let fixed = skip_name(message, at)?;
-        let [t1, t0, c1, c0, _, _, _, _, l1, l0] = *message.get(fixed..)?.first_chunk::<FIXED>()?;
-        let data = fixed + FIXED;
-        let end = data + usize::from(u16::from_be_bytes([l1, l0]));
-        let (rtype, class) = (u16::from_be_bytes([t1, t0]), u16::from_be_bytes([c1, c0]));
-        (end <= message.len()).then_some(Self { message, owner: at, rtype, class, data, end })
-    }
-
-    fn is_soa_of(&self, zone: &Question<'_>) -> bool {
-        self.rtype == SOA
-            && (self.class == zone.qclass || zone.qclass == ANY_CLASS)
-            && is_name(self.message, self.owner, zone.name_wire)
-    }
-
-    /// SERIAL of a SOA, behind its two names. `None` if its data are not those of a SOA.
-    fn serial(&self) -> Option<u32> {
-        let numbers = skip_name(self.message, skip_name(self.message, self.data)?)?;
-        if numbers + SOA_NUMBERS != self.end {
-            return None;
-        }
-        Some(u32::from_be_bytes(*self.message.get(numbers..)?.first_chunk()?))
-    }
-}
-
-/// Where the name at `at` ends. A pointer ends it and is not followed.
-fn skip_name(message: &[u8], start: usize) -> Option<usize> {
-    let mut at = start;
-    // The closing zero, or the pointer's target, still has to fit.
-    while at - start < MAX_NAME {
-        match *message.get(at)? {
-            0 => return Some(at + 1),
-            length @ 1..=MAX_LABEL => at += 1 + usize::from(length),
-            0xc0.. => return (at + 2 <= message.len()).then_some(at + 2),
-            _ => return None,
-        }
-    }
-    None
-}
-
-/// Whether the name at `at` is `wire`, which is uncompressed, ASCII case aside (RFC 4343). Each pointer must lead before
-/// what was read so far (RFC 1035, section 4.1.4: a prior occurrence), so this ends.
-fn is_name(message: &[u8], start: usize, wire: &[u8]) -> bool {
-    let (mut at, mut before, mut rest) = (start, start, wire);
-    loop {
-        let Some(&length) = message.get(at) else { return false };
-        match length {
-            0 => return rest == [0],
-            1..=MAX_LABEL => {
-                let size = 1 + usize::from(length);
-                let (Some(label), Some((wanted, tail))) = (message.get(at..at + size), rest.split_at_checked(size))
-                else {
-                    return false;
-                };
-                // The length octets take part; being below 64 they are not letters.
-                if !label.eq_ignore_ascii_case(wanted) {
-                    return false;
-                }
-                (at, rest) = (at + size, tail);
-            }
-            0xc0.. => {
-                let Some(&low) = message.get(at + 1) else { return false };
-                let target = usize::from(u16::from_be_bytes([length & 0x3f, low]));
-                if target >= before {
-                    return false;
-                }
-                (at, before) = (target, target);
-            }
-            _ => return false,
-        }
-    }
+/// Whether the name at `start` is `wire`, which is uncompressed, ASCII case aside (RFC 4343).
+fn is_name(message: &[u8], start: usize, wire: &[u8], steps: &mut Steps) -> bool {
+    let mut rest = wire;
+    let is_followed = steps.follow(message, start, |label| {
+        let Some((wanted, tail)) = rest.split_at_checked(label.len()) else { return false };
+        rest = tail;
+        // The length octets take part; being below 64 they are not letters.
+        label.eq_ignore_ascii_case(wanted)
+    });
+    is_followed && rest == [0]
 }
 
 #[cfg(test)]

@@ -8,18 +8,30 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken promise is to stop the fuzzer")]
 
 mod configuration;
-mod keepalive;
+mod hop;
 mod pending;
 mod pool;
 mod transfer;
 mod wire;
 
 pub use configuration::configuration;
-pub use keepalive::keepalive;
+pub use hop::hop;
 pub use pending::pending;
 pub use pool::pool;
 pub use transfer::transfer;
 pub use wire::{frame, header_against_ppp, header_out, proxy_in, question, template};
+
+/// A bound on work: so many steps for each octet, and so many for a message without any.
+struct Linear(usize, usize);
+
+/// What a walk through a message may cost: a few walks over its names and options, and the steps for following names.
+const LINEAR: Linear = Linear(8, 64);
+
+impl Linear {
+    fn of(&self, bytes: &[u8]) -> usize {
+        self.0 * bytes.len() + self.1
+    }
+}
 
 /// Events of a state machine from a fuzzer's bytes, until they are used up. A number takes as few octets as it can, so
 /// that a changed octet changes one event and not the meaning of all that follow.
@@ -92,7 +104,7 @@ mod tests {
         corpus_of_configuration: configuration,
         corpus_of_frame: frame,
         corpus_of_header_out: header_out,
-        corpus_of_keepalive: keepalive,
+        corpus_of_hop: hop,
         corpus_of_pending: pending,
         corpus_of_pool: pool,
         corpus_of_proxy_in: proxy_in,

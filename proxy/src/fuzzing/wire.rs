@@ -5,10 +5,14 @@ use std::net::{IpAddr, SocketAddr};
 use hickory_proto::op::{Message, Query};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
+use super::LINEAR;
 use crate::client::preface::{Preface, Progress};
 use crate::dns::frame::{Frames, MIN_MESSAGE, PREFIX_LEN, needed};
+use crate::dns::hop::{self, Scope};
 use crate::dns::message::{MAX_NAME, QuestionError, first_question, peek, question_matches};
+use crate::dns::records::{self, work};
 use crate::dns::synth;
+use crate::dns::transfer::{self, Request, Stream};
 use crate::proxy_protocol::encode::{EncodeError, HeaderWriter};
 use crate::proxy_protocol::parse::{Command, ParseError, Parsed, parse, parse_any};
 use crate::proxy_protocol::parse_v1::{MAX_LINE, parse_v1};
@@ -64,6 +68,25 @@ pub fn question(bytes: &[u8]) {
     let answer = synth::servfail(bytes);
     assert!(Message::from_vec(&answer).is_ok());
     assert!(question_matches(bytes, &answer));
+    walks(bytes);
+}
+
+/// All that is done with a message before it is forwarded, or answered, takes steps in proportion to its octets.
+fn walks(bytes: &[u8]) {
+    let question = first_question(bytes).and_then(Result::ok);
+    let readable = work::of(|| records::are_readable(bytes, question.as_ref()));
+    let answered = work::of(|| synth::servfail(bytes));
+    let matched = work::of(|| question_matches(bytes, bytes));
+    let scope = Scope { keepalive: true, padding: true };
+    let asked = work::of(|| hop::asked(bytes, scope));
+    let of_question = question.map_or(0, |question| {
+        let request = || transfer::request(bytes, &question);
+        let stream = || Stream::new(Request::Axfr).message(&question, bytes);
+        work::of(request).max(work::of(stream)).max(work::of(|| question.edns_option(65001)))
+    });
+    for steps in [readable, answered, matched, asked, of_question] {
+        assert!(steps <= LINEAR.of(bytes), "{steps} steps for {} octets", bytes.len());
+    }
 }
 
 /// A header for endpoints and TLVs taken from `bytes` is octet by octet what `ppp` builds.

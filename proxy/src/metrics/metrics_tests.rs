@@ -120,7 +120,7 @@ fn connected() -> (std::net::TcpListener, socket2::Socket) {
     (listener.try_clone().unwrap(), socket2::Socket::from(listener))
 }
 
-const CONTRACT: [&str; 46] = [
+const CONTRACT: [&str; 47] = [
     "counterfoil_build_info",
     "counterfoil_client_connections",
     "counterfoil_client_connections_opened_total",
@@ -130,6 +130,7 @@ const CONTRACT: [&str; 46] = [
     "counterfoil_queries_total",
     "counterfoil_answers_total",
     "counterfoil_queries_failed_total",
+    "counterfoil_edns_errors_total",
     "counterfoil_queries_abandoned_total",
     "counterfoil_queries_in_flight",
     "counterfoil_queries_waiting",

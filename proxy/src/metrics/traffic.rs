@@ -8,6 +8,7 @@ use crate::client::handshake::{HandshakeFailure, SessionKind};
 use crate::clock;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::distinct::estimate;
+use crate::dns::synth::InfoCode;
 use crate::health::{CheckResult, State};
 use crate::ledger::{ConnKind, RowState};
 use crate::stats::{
@@ -163,6 +164,16 @@ impl Traffic<'_> {
                 FailReason::ALL.iter().map(move |reason| {
                     let labels = [("listener", name), ("reason", reason.label())];
                     (labels, self.listener(i, |l| &l.failed[*reason as usize]))
+                })
+            }),
+        )?;
+        families.counters(
+            "edns_errors",
+            "Answers of the forwarder's own that had an extended DNS error, by its code",
+            self.listeners().flat_map(|(i, name)| {
+                InfoCode::ALL.into_iter().map(move |code| {
+                    let labels = [("listener", name), ("edns_error", code.label())];
+                    (labels, self.listener(i, |l| &l.extended_errors[code.index()]))
                 })
             }),
         )?;

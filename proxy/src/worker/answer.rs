@@ -12,7 +12,6 @@ use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::config::OnFailure;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
 use crate::dns::message::{self, OPCODE_DSO};
-use crate::dns::synth;
 use crate::dns::transfer::StreamError;
 use crate::ledger::{BackendIndex, ConnKind};
 
@@ -121,7 +120,7 @@ impl Core {
             return Ok(None);
         }
         client.out.push_message(&mut self.spares, answer, entry.client_id);
-        let kept_for = client.tell_keepalive(entry.keepalive, answer.len(), now);
+        let kept_for = client.treat(entry.treatment, answer.len(), now);
         self.queries.remove(query, Some(&mut client.queries));
         self.stats.pools[usize::from(pool)].latency.record(now.since(arrived));
         let stats = &self.stats.listeners[usize::from(listener)];
@@ -266,21 +265,19 @@ impl Core {
         let (session, listener, id) = (entry.session, entry.listener, entry.client_id);
         let on_failure = self.plan.pools[usize::from(entry.pool)].on_failure;
         let broken = entry.transfer.as_ref().is_some_and(|transfer| transfer.has_begun());
-        let answer = (on_failure == OnFailure::Servfail && !broken).then(|| synth::servfail(&entry.message));
-        let (keepalive, latest) = (entry.keepalive, entry.deadline);
+        let (treatment, latest) = (entry.treatment, entry.deadline);
         self.transfer_ended(query, if broken { TransferEnd::Broken } else { TransferEnd::Failed });
-        let Some(client) = self.sessions.get_mut(session.0) else { return };
-        match answer {
-            Some(answer) => {
-                client.out.push_message(&mut self.spares, &answer, id);
-                client.tell_keepalive(keepalive, answer.len(), latest);
-            }
-            None if broken => client.ending = Some(ClientCloseReason::TransferBroken),
-            None => drop(client.close.get_or_insert(ClientCloseReason::QueryFailed)),
+        let (Some(client), Some(entry)) = (self.sessions.get_mut(session.0), self.queries.get(query)) else { return };
+        let stats = &self.stats.listeners[usize::from(listener)];
+        if broken {
+            client.ending = Some(ClientCloseReason::TransferBroken);
+        } else if on_failure == OnFailure::Servfail {
+            client.answer(&entry.message, id, reason, treatment, (&mut self.spares, stats), latest);
+        } else {
+            client.close.get_or_insert(ClientCloseReason::QueryFailed);
         }
         client.stalled.remove(query);
         self.queries.remove(query, Some(&mut client.queries));
-        let stats = &self.stats.listeners[usize::from(listener)];
         stats.failed[reason as usize].add(1);
         stats.in_flight.sub(1);
         self.wake_session(session);

@@ -23,9 +23,9 @@ use crate::client::preface;
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
-use crate::dns::keepalive::{self, Treatment};
+use crate::dns::hop::{self, Keepalive};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
-use crate::dns::{records, synth, transfer};
+use crate::dns::{records, transfer};
 use crate::health::Board;
 use crate::ledger::BackendIndex;
 use crate::ledger::caps::Caps;
@@ -229,25 +229,17 @@ impl Core {
         let unreadable = matches!(question, Some(Err(_))) || matches!(requested, Some(Err(_)));
         let read = question.as_ref().and_then(|question| question.as_ref().ok());
         let odd = !self.may_be_odd(pool) && !records::are_readable(message, read);
-        let refusal = refusal(&peek, message, unreadable, odd);
-        let keepalive = match self.sessions[key.0].limits.edns_tcp_keepalive {
-            false => Ok(Treatment::Pass),
-            true => keepalive::asked(message),
-        };
-        let refusal = refusal.or_else(|| {
-            let malformed = keepalive.is_err();
-            malformed.then(|| (FailReason::Malformed, synth::formerr(message)))
-        });
-        let keepalive = keepalive.unwrap_or_default();
-        if let Some((reason, answer)) = refusal {
+        let treatment = hop::asked(message, self.sessions[key.0].scope());
+        if let Some(reason) = refusal(&peek, unreadable, odd || treatment.is_err()) {
             stats.queries.add(1);
             stats.failed[reason as usize].add(1);
             let session = &mut self.sessions[key.0];
             session.message_came(now);
-            session.out.push_message(&mut self.spares, &answer, peek.id);
+            session.answer(message, peek.id, reason, treatment.unwrap_or_default(), (&mut self.spares, stats), now);
             return Taken::Yes;
         }
 
+        let treatment = treatment.unwrap_or_default();
         let question = question.and_then(Result::ok);
         let requested = requested.and_then(Result::ok);
         let route = self.route(key, pool, question, requested.is_some(), super::route::How::First, now);
@@ -274,16 +266,16 @@ impl Core {
                 arrived: now,
                 deadline: now.after(plan.query_timeout),
                 retries,
-                keepalive,
+                treatment,
                 transfer: requested,
                 message,
             },
             &mut session.queries,
         );
-        if keepalive == Treatment::Tell
+        if treatment.keepalive == Keepalive::Tell
             && let Some(entry) = self.queries.get_mut(query)
         {
-            keepalive::take_out(&mut entry.message);
+            hop::take_out(&mut entry.message);
         }
         stats.queries.add(1);
         stats.in_flight.add(1);
@@ -427,13 +419,13 @@ impl Core {
     }
 }
 
-/// The answer of our own to a message that no backend is to see.
-fn refusal(peek: &Peek, message: &[u8], unreadable: bool, odd: bool) -> Option<(FailReason, Vec<u8>)> {
+/// Why a message gets an answer of our own: no backend is to see it.
+fn refusal(peek: &Peek, unreadable: bool, odd: bool) -> Option<FailReason> {
     if peek.opcode == OPCODE_DSO {
-        Some((FailReason::NotSupported, synth::notimp(message)))
+        Some(FailReason::NotSupported)
     } else if odd || peek.opcode == OPCODE_QUERY && (peek.qdcount > 1 || unreadable) {
         // RFC 9619 section 4. A QUERY without any question is none of a middlebox's business: a backend answers it.
-        Some((FailReason::Malformed, synth::formerr(message)))
+        Some(FailReason::Malformed)
     } else {
         None
     }

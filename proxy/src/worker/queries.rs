@@ -9,7 +9,7 @@ use super::transfer::Transfer;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
-use crate::dns::keepalive::Treatment;
+use crate::dns::hop::Treatment;
 use crate::dns::transfer::Request;
 
 /// A query, and proof against its slot being used again.
@@ -68,8 +68,8 @@ pub(crate) struct Query {
     pub(crate) fresh_only: bool,
     /// The backends that failed it, a bit for each place in the pool.
     pub(crate) tried: Tried,
-    /// What is done with edns-tcp-keepalive in its answer.
-    pub(crate) keepalive: Treatment,
+    /// What is done with the EDNS options of its answer.
+    pub(crate) treatment: Treatment,
     /// What has come of a zone transfer; none: one message answers it.
     pub(crate) transfer: Option<Box<Transfer>>,
     /// The message as it came, without the length.
@@ -141,7 +141,7 @@ impl Queries {
         slot.retries_left = new.retries;
         slot.fresh_only = false;
         slot.tried = Tried::default();
-        slot.keepalive = new.keepalive;
+        slot.treatment = new.treatment;
         slot.transfer = new.transfer.map(|request| Box::new(Transfer::new(request)));
         slot.message.clear();
         slot.message.extend_from_slice(new.message);
@@ -238,7 +238,7 @@ pub(crate) struct NewQuery<'a> {
     pub(crate) arrived: Mono,
     pub(crate) deadline: Mono,
     pub(crate) retries: u8,
-    pub(crate) keepalive: Treatment,
+    pub(crate) treatment: Treatment,
     pub(crate) transfer: Option<Request>,
     pub(crate) message: &'a [u8],
 }
@@ -260,7 +260,7 @@ impl Query {
             retries_left: 0,
             fresh_only: false,
             tried: Tried::default(),
-            keepalive: Treatment::Pass,
+            treatment: Treatment::default(),
             transfer: None,
             message: Vec::new(),
             by_deadline: Links::default(),

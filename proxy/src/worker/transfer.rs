@@ -63,7 +63,7 @@ impl Core {
         }
         let Some(entry) = self.queries.get_mut(query) else { return Ok(()) };
         let (session, client_id, pool) = (entry.session, entry.client_id, entry.pool);
-        let (listener, arrived, keepalive) = (entry.listener, entry.arrived, entry.keepalive);
+        let (listener, arrived, treatment) = (entry.listener, entry.arrived, entry.treatment);
         // RFC 5936 section 2.2.2: the question may be missing, in later messages.
         if !message::question_matches(&entry.message, answer) {
             return Err(Violation::WrongQuestion);
@@ -79,7 +79,7 @@ impl Core {
         let client = &mut self.sessions[session.0];
         client.out.push_message(&mut self.spares, answer, client_id);
         // What the backend tells of this connection does not matter: it ends with the transfer.
-        let _ = client.tell_keepalive(keepalive, answer.len(), now);
+        let _ = client.treat(treatment, answer.len(), now);
         self.stats.listeners[usize::from(listener)].transfer_messages.add(1);
         match step {
             Step::More => {
