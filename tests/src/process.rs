@@ -20,6 +20,9 @@ const TERM_TIMEOUT: Duration = Duration::from_secs(3);
 /// Lines of a log shown when something fails.
 const TAIL: usize = 60;
 
+/// Says that we run in the root that xtask unpacks, where the programs are those that the tests are written for.
+const ROOT: (&str, &str) = ("/etc/debian_chroot", "counterfoil-tests");
+
 /// Everything a child wrote, line by line, both streams in the order of arrival.
 #[derive(Debug, Default)]
 struct Log {
@@ -62,6 +65,8 @@ pub struct Process {
 impl Process {
     /// Starts `program` with `args`; `name` is what failures call it.
     ///
+    /// Programs are found in the root that the tests run in, never on the machine.
+    ///
     /// The child gets SIGKILL when the thread that started it dies, so that an interrupted test leaves nothing behind:
     /// start a child from the test's own thread.
     ///
@@ -81,6 +86,7 @@ impl Process {
         args: &[S],
         input: Stdio,
     ) -> Self {
+        assert_in_root();
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
         command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -236,6 +242,20 @@ impl Drop for Process {
             eprintln!("--- {} (pid {}, {early:?} before it was stopped):\n{}", self.name, self.pid(), self.log.tail());
         }
     }
+}
+
+/// # Panics
+/// If this test would start what happens to be installed on this machine.
+#[track_caller]
+fn assert_in_root() {
+    let name = std::fs::read_to_string(ROOT.0).unwrap_or_default();
+    assert_eq!(
+        name.trim_end(),
+        ROOT.1,
+        "{}: this test runs outside of the root with its programs. `cargo xtask tools` unpacks it, and `cargo test` and \
+         `cargo xtask test` start tests in it",
+        ROOT.0
+    );
 }
 
 /// Runs a command to its end and returns its output (both streams) and whether it succeeded.

@@ -13,6 +13,7 @@ use counterfoil_tests::drill::Drilled;
 use counterfoil_tests::driver::{Client, Load};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::message::{answer_to, qtype};
+use counterfoil_tests::metrics::Metrics;
 use counterfoil_tests::sockets::State;
 use counterfoil_tests::wait;
 
@@ -201,6 +202,8 @@ fn in_dry_run_nothing_is_touched() {
 fn a_hanging_worker_is_reported_and_nothing_of_it_is_reaped() {
     const HANG: Duration = Duration::from_secs(12);
     const CLIENTS: usize = 5;
+    // Grace and sweeps together, with an interval of a second.
+    const SWEEPS: f64 = 4.0;
     let close = Arc::new((Mutex::new(false), std::sync::Condvar::new()));
     let signal = Arc::clone(&close);
     let backend = FakeBackend::start(move |connection| {
@@ -235,12 +238,24 @@ fn a_hanging_worker_is_reported_and_nothing_of_it_is_reaped() {
     println!("reported after {:?}", start.elapsed());
     let states = || counterfoil.backend_sockets(backend.address).iter().map(|s| s.state).collect::<Vec<_>>();
     let all_wait = [State::CloseWait; CLIENTS];
+    // Each connection of the backend's is closed by a thread of its own.
+    wait::until("the backend has closed all of them", DETECTED_WITHIN, || states() == all_wait);
     // Long past grace and sweeps they are all still there, and untouched.
-    while start.elapsed() < HANG - Duration::from_secs(2) {
-        assert_eq!(states(), all_wait);
-        assert_eq!(counterfoil.metrics().sum("reaped_total", &[]), 0.0);
+    let sweeps = |metrics: &Metrics| metrics.sum("watchdog_sweeps_total", &[]);
+    let (first, mut last) = (counterfoil.metrics(), None);
+    loop {
+        let (seen, metrics) = (states(), counterfoil.metrics());
+        // Only what was seen before this moment was surely seen while it hung.
+        if start.elapsed() >= HANG {
+            break;
+        }
+        assert_eq!(seen, all_wait);
+        assert_eq!(metrics.sum("reaped_total", &[]), 0.0);
+        last = Some(metrics);
         std::thread::sleep(Duration::from_millis(200));
     }
+    let swept = sweeps(&last.expect("it was looked at while it hung")) - sweeps(&first);
+    assert!(swept > SWEEPS, "only {swept} sweeps while it hung");
     counterfoil.wait_metrics("the worker is back", HANG, |metrics| metrics.sum("worker_stalled", &worker) == 0.0);
     wait::until("it closed what the backend closed", DETECTED_WITHIN, || states().is_empty());
     assert_eq!(counterfoil.metrics().sum("reaped_total", &[]), 0.0);

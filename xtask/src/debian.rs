@@ -1,15 +1,28 @@
 //! Debian packages without installing them: apt downloads, dpkg unpacks below `target/`.
 //!
 //! Needs no root and changes nothing on the machine: even package lists that must be fresher than the machine's are
-//! fetched into a folder of our own. What is already installed is not fetched again.
+//! fetched into a folder of our own.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::command::{self, say};
+
+/// What is unpacked besides the packages that are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum With {
+    /// Those of their dependencies that are not installed: programs that run among this machine's.
+    Missing,
+    /// All of their dependencies, as on a machine where nothing is installed: a root to run programs in.
+    Everything,
+}
+
+/// What nobody reads below `target/`.
+const LEFT_OUT: [&str; 3] = ["./usr/share/doc", "./usr/share/man", "./usr/share/locale"];
 
 /// A folder with unpacked packages.
 #[derive(Debug)]
@@ -30,8 +43,8 @@ impl Unpacked {
         (stamp == packages.join("\n")).then_some(unpacked)
     }
 
-    /// Downloads and unpacks `packages` and those of their dependencies that are not installed.
-    pub(crate) fn get(directory: &Path, packages: &[&str]) -> Result<Self> {
+    /// Downloads and unpacks `packages` and what they depend on.
+    pub(crate) fn get(directory: &Path, packages: &[&str], with: With) -> Result<Self> {
         if let Some(cached) = Self::cached(directory, packages) {
             return Ok(cached);
         }
@@ -39,9 +52,12 @@ impl Unpacked {
         if directory.exists() {
             fs::remove_dir_all(directory).with_context(|| format!("cannot remove {}", directory.display()))?;
         }
-        let archives = unpacked.download(packages)?;
+        let archives = unpacked.download(packages, with)?;
+        if with == With::Everything {
+            merge_usr(&unpacked.root())?;
+        }
         for archive in &archives {
-            command::run(Command::new("dpkg").arg("-x").arg(archive).arg(unpacked.root()))?;
+            unpack(archive, &unpacked.root())?;
             fs::remove_file(archive).with_context(|| format!("cannot remove {}", archive.display()))?;
         }
         let apt = unpacked.apt_directory();
@@ -82,7 +98,7 @@ impl Unpacked {
     }
 
     /// The downloaded archives. Tries the machine's package lists first: they may be missing or stale.
-    fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    fn download(&self, packages: &[&str], with: With) -> Result<Vec<PathBuf>> {
         let (lists, archives) = (self.apt_directory().join("lists"), self.apt_directory().join("archives"));
         for directory in [&lists, &archives] {
             let partial = directory.join("partial");
@@ -91,6 +107,11 @@ impl Unpacked {
         fs::create_dir_all(self.root()).with_context(|| format!("cannot create {}", self.root().display()))?;
 
         let mut download = self.apt_get();
+        if with == With::Everything {
+            let status = self.apt_directory().join("status");
+            fs::write(&status, "").with_context(|| format!("cannot write {}", status.display()))?;
+            download.args(["-o", &format!("Dir::State::status={}", status.display())]);
+        }
         download.args(["install", "--yes", "--download-only", "--no-install-recommends"]).args(packages);
         if command::output(&mut download).is_err() {
             say("this machine's package lists are missing or stale: fetching fresh ones, below target/ too");
@@ -130,4 +151,31 @@ impl Unpacked {
         }
         command
     }
+}
+
+/// Debian has /bin, /sbin and the like below /usr. The package that sees to it does so while it is configured.
+fn merge_usr(root: &Path) -> Result<()> {
+    for folder in ["bin", "sbin", "lib", "lib64"] {
+        let (link, place) = (root.join(folder), Path::new("usr").join(folder));
+        fs::create_dir_all(root.join(&place)).with_context(|| format!("cannot create {}", place.display()))?;
+        symlink(&place, &link).with_context(|| format!("cannot link {}", link.display()))?;
+    }
+    Ok(())
+}
+
+/// As `dpkg -x` does, which replaces links to folders by folders.
+fn unpack(archive: &Path, root: &Path) -> Result<()> {
+    let mut packed = command::program("dpkg-deb");
+    let mut packed = packed.arg("--fsys-tarfile").arg(archive).stdout(Stdio::piped()).spawn().context("dpkg-deb")?;
+    let contents = packed.stdout.take().context("its output is piped")?;
+    let mut tar = command::program("tar");
+    tar.arg("--directory").arg(root).args(["--extract", "--keep-directory-symlink", "--no-same-owner"]);
+    // Modes as in the package, for whoever unpacks it.
+    tar.arg("--preserve-permissions").args(LEFT_OUT.map(|place| format!("--exclude={place}")));
+    let unpacked = command::run(tar.stdin(contents)).with_context(|| format!("cannot unpack {}", archive.display()));
+    let status = packed.wait().context("dpkg-deb")?;
+    if !status.success() {
+        bail!("dpkg-deb --fsys-tarfile {} ended with {status}", archive.display());
+    }
+    unpacked
 }

@@ -35,6 +35,8 @@ enum Command {
     Doctor,
     /// Check format, conventions and lints: user space and the eBPF program, each with its own compiler
     Lint(lint::Arguments),
+    /// Get the programs that tests and benchmarks run: a Debian of their own, unpacked below target/. `test` does it, too
+    Tools,
     /// Run all tests, unit and end-to-end, with real BPF; gets the servers they run against
     Test(test::Arguments),
     /// Run what takes too long for CI: the tests named `soak_...`, marked `#[ignore = "soak"]`, the fuzz targets, kernels
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::BuildAndRun(arguments) => build_and_run::run(&arguments),
         Command::Doctor => return doctor::run(),
         Command::Lint(arguments) => lint::run(&arguments),
+        Command::Tools => workspace::target().and_then(|target| tools::Root::get(&target).map(drop)),
         Command::Test(arguments) => test::run(&arguments),
         Command::Soak(arguments) => test::soak(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),

@@ -5,7 +5,8 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::command::{self, EBPF_OBJECT, say};
-use crate::{ebpf, fuzz, kernels, privilege, tools, workspace};
+use crate::tools::Root;
+use crate::{ebpf, fuzz, kernels, privilege, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -66,8 +67,7 @@ struct Cargo {
 
 impl Cargo {
     fn prepare(arguments: &Arguments) -> Result<Self> {
-        let target = workspace::target()?;
-        let path = tools::search_path(&target)?;
+        Root::get(&workspace::target()?)?;
         let mut environment = Vec::new();
         if arguments.no_ebpf {
             say("eBPF object: left out (--no-ebpf)");
@@ -80,14 +80,7 @@ impl Cargo {
                 bail!("the tests load eBPF programs and make network namespaces: run them as root, or install sudo");
             }
             say("not root: the test programs are started by sudo");
-            let runner = target.join("run-as-root");
-            // sudo has a search path of its own.
-            let path = workspace::shell_quote(&path.to_string_lossy());
-            workspace::write_script(&runner, &format!("exec sudo -E env PATH={path} \"$@\""))?;
-            let host = format!("CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_RUNNER", std::env::consts::ARCH.to_uppercase());
-            environment.push((host, runner.into()));
         }
-        environment.push(("PATH".to_owned(), path));
         Ok(Self { environment, package: arguments.package.clone() })
     }
 

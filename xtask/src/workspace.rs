@@ -52,7 +52,7 @@ pub(crate) fn write_wrapper(path: &Path, program: &Path, library_path: &str) -> 
 }
 
 /// Writes an executable shell script.
-pub(crate) fn write_script(path: &Path, script: &str) -> Result<()> {
+fn write_script(path: &Path, script: &str) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
 
     write_if_changed(path, format!("#!/bin/sh\n{script}\n").as_bytes())?;
@@ -61,7 +61,7 @@ pub(crate) fn write_script(path: &Path, script: &str) -> Result<()> {
 }
 
 /// `word` as a shell reads it unchanged.
-pub(crate) fn shell_quote(word: &str) -> String {
+fn shell_quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 

@@ -2,7 +2,6 @@
 //! the client is up to date.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::process::{self, Process};
@@ -35,10 +34,9 @@ impl PowerDns {
         let name = zone::NAME;
         let zones = format!("zone \"{name}\" {{ type master; file \"{zone_file}\"; }};\n");
         dir.write("named.conf", &zones);
-        let modules = modules().map(|modules| format!("module-dir={}\n", modules.display())).unwrap_or_default();
         let config = |port: u16| {
             format!(
-                "launch=bind\nbind-config={path}/named.conf\nbind-dnssec-db={path}/keys.db\n{modules}\
+                "launch=bind\nbind-config={path}/named.conf\nbind-dnssec-db={path}/keys.db\n\
                  local-address=127.0.0.1\nlocal-port={port}\nproxy-protocol-from=127.0.0.1/32\n\
                  allow-axfr-ips=127.0.0.0/29\nsocket-dir={path}\ndaemon=no\nguardian=no\ndisable-syslog=yes\n\
                  security-poll-suffix=\nloglevel=6\nlog-timestamp=no\n"
@@ -63,13 +61,4 @@ impl PowerDns {
         });
         Self { process, address: super::loopback(port), _dir: dir }
     }
-}
-
-/// Where its backends are, if it is unpacked and not installed: `bin/pdns_server` is then a wrapper, beside `root/`.
-fn modules() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let wrapper = std::env::split_paths(&path).map(|folder| folder.join(PROGRAM)).find(|program| program.is_file())?;
-    let libraries = wrapper.parent()?.parent()?.join("root/usr/lib");
-    let folders = std::fs::read_dir(libraries).ok()?.flatten().map(|entry| entry.path().join("pdns"));
-    folders.into_iter().find(|folder| folder.is_dir())
 }

@@ -108,11 +108,11 @@ impl Subject {
             Self::Haproxy => on_free_port(|address| {
                 let file = directory.write("haproxy.cfg", &haproxy(plan, scenario, address, backend))?;
                 // -db: in the foreground, one process.
-                Process::start("haproxy", tools.peer("haproxy").args(["-db", "-f"]).arg(file), directory.path())
+                Process::start("haproxy", tools.peer("haproxy")?.args(["-db", "-f"]).arg(file), directory.path())
             })?,
             Self::Dnsdist => on_free_port(|address| {
                 let file = directory.write("dnsdist.conf", &dnsdist(plan, scenario, address, backend))?;
-                let mut dnsdist = tools.peer("dnsdist");
+                let mut dnsdist = tools.peer("dnsdist")?;
                 dnsdist.args(["--supervised", "--disable-syslog", "-C"]).arg(file);
                 Process::start("dnsdist", &mut dnsdist, directory.path())
             })?,

@@ -1,6 +1,5 @@
 //! The programs of a benchmark: ours, built in release mode, and the peers from Debian.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +10,8 @@ use super::Arguments;
 use super::certificate::Certificate;
 use super::subject::Subject;
 use crate::command::{self, EBPF_OBJECT, say};
-use crate::{ebpf, tools, workspace};
+use crate::tools::Root;
+use crate::{ebpf, workspace};
 
 /// Our own, of the package `counterfoil-tests`.
 const OWN: [&str; 4] = ["loadgen", "relay", "answerer", "certificate"];
@@ -21,8 +21,8 @@ pub(super) struct Tools {
     counterfoil: PathBuf,
     /// An older build of it.
     before: Option<PathBuf>,
-    /// Has HAProxy and dnsdist.
-    path: OsString,
+    /// Has HAProxy and dnsdist, if they are among the subjects.
+    root: Option<Root>,
     certificate: Certificate,
 }
 
@@ -58,9 +58,8 @@ impl Tools {
             build(&["--package", "counterfoil", "--bin", "counterfoil"])?;
         }
         let wants_peers = subjects.iter().any(|subject| matches!(subject, Subject::Haproxy | Subject::Dnsdist));
-        let path =
-            if wants_peers { tools::search_path(&target)? } else { std::env::var_os("PATH").unwrap_or_default() };
-        Ok(Self { target, counterfoil, before, path, certificate })
+        let root = wants_peers.then(|| Root::get(&target)).transpose()?;
+        Ok(Self { target, counterfoil, before, root, certificate })
     }
 
     /// The same for every subject that speaks TLS.
@@ -84,15 +83,14 @@ impl Tools {
     }
 
     /// A peer's program.
-    pub(super) fn peer(&self, name: &str) -> Command {
-        let mut command = command::program("env");
-        command.env("PATH", &self.path).arg(name);
-        command
+    pub(super) fn peer(&self, name: &str) -> Result<Command> {
+        Ok(self.root.as_ref().context("no scenario asks for this program")?.program(name))
     }
 
     /// The first line of what a peer says of its version.
     pub(super) fn version(&self, name: &str, option: &str) -> String {
-        let said = command::output(self.peer(name).arg(option)).unwrap_or_else(|error| format!("{error:#}"));
+        let said = self.peer(name).and_then(|mut peer| command::output(peer.arg(option)));
+        let said = said.unwrap_or_else(|error| format!("{error:#}"));
         said.lines().next().unwrap_or_default().to_owned()
     }
 }

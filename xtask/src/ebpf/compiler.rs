@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{TARGET, linker};
 use crate::command::{self, say};
-use crate::debian::{self, Unpacked};
+use crate::debian::{self, Unpacked, With};
 use crate::workspace;
 
 /// `rust-web-clippy` is for `cargo xtask lint`: clippy must be of the compiler's own version.
@@ -76,7 +76,7 @@ impl Compiler {
             PACKAGES.join(" "),
             directory.display()
         ));
-        let unpacked = Unpacked::get(&directory, PACKAGES).context(
+        let unpacked = Unpacked::get(&directory, PACKAGES, With::Missing).context(
             "cannot get Debian's compiler for eBPF; `rustup toolchain install nightly --component rust-src` gives \
              another one, and `--no-ebpf` builds without",
         )?;

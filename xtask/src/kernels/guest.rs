@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::Host;
 use super::archive::Archive;
 use super::image::Image;
 use crate::command::{self, EBPF_OBJECT, say};
+use crate::tools::Root;
 use crate::workspace;
 
 /// Tests of one test program, by their full names. Each must pass.
@@ -84,8 +83,13 @@ pub(super) const FALLBACK: &[Suite] = &[
 /// What the tests start. The scenarios find it beside themselves.
 const UNDER_TEST: &str = "counterfoil-under-test";
 
-/// A program of the host's that the tests start children with.
+/// Of the root that the tests run in elsewhere: the shell and the like, what tests start children with, and what they know
+/// such a root by.
+const BUSYBOX: &str = "/bin/busybox";
 const SETPRIV: &str = "/usr/bin/setpriv";
+const NAME: &str = "/etc/debian_chroot";
+/// The loader, which tells what a program needs.
+const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 
 /// Begins what our own init says; everything else is the tests' or the kernel's.
 const MARK: &str = "counterfoil-guest: ";
@@ -95,7 +99,7 @@ pub(super) struct Programs(BTreeMap<String, PathBuf>);
 
 impl Programs {
     /// Builds all that any suite needs and leaves it in `directory`.
-    pub(super) fn build(object: &Path, host: &Host, directory: &Path) -> Result<Self> {
+    pub(super) fn build(object: &Path, root: &Root, directory: &Path) -> Result<Self> {
         let tests: BTreeSet<_> = EBPF.iter().chain(FALLBACK).map(|suite| suite.program).collect();
         let mut cargo = command::cargo();
         // The whole workspace, as `cargo xtask test` builds it: else Cargo would build it twice, with other features.
@@ -110,7 +114,7 @@ impl Programs {
         for name in tests.into_iter().chain([UNDER_TEST]) {
             let program = built.get(name).with_context(|| format!("cargo built no {name}"))?;
             let stripped = directory.join(name);
-            let mut strip = host.program("strip");
+            let mut strip = root.program("strip");
             command::output(strip.args(["--strip-debug", "-o"]).arg(&stripped).arg(program))?;
             programs.insert(name.to_owned(), stripped);
         }
@@ -134,18 +138,21 @@ fn executables(messages: &str) -> BTreeMap<String, PathBuf> {
 }
 
 /// The whole file system of a guest that runs `suites`.
-pub(super) fn file_system(suites: &[Suite], programs: &Programs, image: &Image, host: &Host) -> Result<Vec<u8>> {
+pub(super) fn file_system(suites: &[Suite], programs: &Programs, image: &Image, root: &Root) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["/dev", "/proc", "/sys", "/tmp", "/run"] {
         archive.directory(directory);
     }
-    archive.executable("/bin/busybox", &read(&host.busybox)?);
+    archive.executable(BUSYBOX, &read(&root.path(BUSYBOX))?);
     archive.link("/bin/sh", "busybox");
-    let own = programs.0.iter().map(|(name, path)| (Path::new("/bin").join(name), path.clone()));
-    for (place, program) in own.chain([("/bin/setpriv".into(), SETPRIV.into())]) {
-        archive.executable(place, &read(&program)?);
-        for library in libraries(&program)? {
-            archive.executable(&library, &read(&library)?);
+    archive.executable(NAME, &read(&root.path(NAME))?);
+    archive.executable("/bin/setpriv", &read(&root.path(SETPRIV))?);
+    for (name, program) in &programs.0 {
+        archive.executable(Path::new("/bin").join(name), &read(program)?);
+    }
+    for program in programs.0.values().map(PathBuf::as_path).chain([Path::new(SETPRIV)]) {
+        for library in libraries(program, root)? {
+            archive.executable(&library, &read(&root.path(&library))?);
         }
     }
     for module in &image.modules {
@@ -160,9 +167,9 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The shared libraries of a program and its loader, where the loader looks for them.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let listed = command::output(Command::new("ldd").arg(program))?;
+/// The shared libraries of a program and its loader, where the loader looks for them in the root.
+fn libraries(program: &Path, root: &Root) -> Result<Vec<PathBuf>> {
+    let listed = command::output(root.program(LOADER).arg("--list").arg(program))?;
     let words = listed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
     Ok(words.map(PathBuf::from).collect())
 }

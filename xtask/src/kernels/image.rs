@@ -6,8 +6,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Host, Kernel};
+use super::Kernel;
 use crate::command::{self, say};
+use crate::tools::Root;
 use crate::workspace;
 
 /// The package that depends on a suite's newest kernel for virtual machines.
@@ -33,13 +34,13 @@ pub(super) struct Image {
 
 impl Image {
     /// The kernel in `directory`; fetched if it is not there, or if an update is asked for.
-    pub(super) fn get(directory: &Path, kernel: &Kernel, update: bool, host: &Host) -> Result<Self> {
+    pub(super) fn get(directory: &Path, kernel: &Kernel, update: bool, tools: &Root) -> Result<Self> {
         let stamp = directory.join("package");
         let modules = MODULES.map(|name| directory.join(format!("{name}.ko"))).to_vec();
         // One that was fetched before a module was wanted lacks it.
         if update || !stamp.exists() || !modules.iter().all(|module| module.exists()) {
-            let _lock = workspace::lock(&host.target)?;
-            let package = fetch(directory, kernel, host).with_context(|| format!("no kernel {}", kernel.name))?;
+            let _lock = workspace::lock(&workspace::target()?)?;
+            let package = fetch(directory, kernel, tools).with_context(|| format!("no kernel {}", kernel.name))?;
             fs::write(&stamp, package).with_context(|| format!("cannot write {}", stamp.display()))?;
         }
         let package = fs::read_to_string(&stamp).with_context(|| format!("cannot read {}", stamp.display()))?;
@@ -48,7 +49,7 @@ impl Image {
 }
 
 /// Fills `directory` with a kernel and its modules; its package's name and version.
-fn fetch(directory: &Path, kernel: &Kernel, host: &Host) -> Result<String> {
+fn fetch(directory: &Path, kernel: &Kernel, tools: &Root) -> Result<String> {
     say(format_args!("{}: getting the kernel from Debian, below target/", kernel.name));
     if directory.exists() {
         fs::remove_dir_all(directory).with_context(|| format!("cannot remove {}", directory.display()))?;
@@ -72,7 +73,7 @@ fn fetch(directory: &Path, kernel: &Kernel, host: &Host) -> Result<String> {
             find(&root, &|file| file.strip_prefix(&plain).is_some_and(|rest| rest.is_empty() || rest == ".xz"))?;
         let module = module.with_context(|| format!("no module {name} in its packages"))?;
         let contents = if module.extension().is_some_and(|it| it == "xz") {
-            decompress(&module, host)
+            decompress(&module, tools)
         } else {
             Ok(fs::read(&module)?)
         };
@@ -84,8 +85,8 @@ fn fetch(directory: &Path, kernel: &Kernel, host: &Host) -> Result<String> {
     Ok(format!("{} {version}", packages.first().map_or("", String::as_str)))
 }
 
-fn decompress(path: &Path, host: &Host) -> Result<Vec<u8>> {
-    let output = host.program("xz").arg("-dc").arg(path).stdin(Stdio::null()).output().context("cannot start xz")?;
+fn decompress(path: &Path, tools: &Root) -> Result<Vec<u8>> {
+    let output = tools.program("xz").arg("-dc").arg(path).stdin(Stdio::null()).output().context("cannot start xz")?;
     if !output.status.success() {
         bail!("xz -dc {}: {}", path.display(), String::from_utf8_lossy(&output.stderr).trim());
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::Host;
+use crate::tools::Root;
 
 /// From power-on to power-off. All tests together take a fraction of it on a machine that is not busy.
 const TIME_LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -19,14 +19,14 @@ const TAIL: usize = 30;
 
 /// Boots `kernel` and gives `line` what it writes to its console, until it powers off.
 pub(super) fn run(
-    host: &Host,
+    root: &Root,
     processor: &str,
     kernel: &Path,
     initrd: &Path,
     mut line: impl FnMut(&str),
 ) -> Result<()> {
     // If we are killed, the machine is too.
-    let mut qemu = host.program("setpriv");
+    let mut qemu = root.program("setpriv");
     qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
     // One processor: with two this emulation stops now and then for seconds, and some kernels do not boot.
     qemu.args([

@@ -8,9 +8,8 @@ mod guest;
 mod image;
 mod machine;
 
-use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -18,7 +17,8 @@ use anyhow::{Context as _, Result, bail};
 use self::guest::{Programs, Suite, Transcript};
 use self::image::Image;
 use crate::command::say;
-use crate::{ebpf, tools, workspace};
+use crate::tools::Root;
+use crate::{ebpf, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -78,16 +78,6 @@ const KERNELS: [Kernel; 4] = [
     },
 ];
 
-/// What an emulated machine needs on this one.
-const TOOLS: &str = "\
-qemu-system-x86   the emulated machine
-busybox-static    its shell, and what mounts and powers off in it
-xz-utils          newer kernels' modules are compressed
-binutils          strip: programs without their debugging information";
-
-/// Where they are unpacked if they are not installed, below `target/`.
-const FOLDER: &str = "kernel-tools";
-
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let names: Vec<&str> = arguments.names.iter().map(String::as_str).collect();
     boot(&names, arguments.update)
@@ -101,12 +91,12 @@ pub(crate) fn boot(names: &[&str], update: bool) -> Result<()> {
     let wanted = KERNELS.iter().filter(|kernel| names.is_empty() || names.contains(&kernel.name));
     let target = workspace::target()?;
     let directory = target.join("kernels");
-    let host = Host::get(&target)?;
-    let programs = Programs::build(&ebpf::object()?, &host, &directory.join("programs"))?;
+    let root = Root::get(&target)?;
+    let programs = Programs::build(&ebpf::object()?, &root, &directory.join("programs"))?;
     let mut failed = Vec::new();
     for kernel in wanted {
         let start = Instant::now();
-        let outcome = try_kernel(kernel, &directory.join(kernel.name), update, &host, &programs);
+        let outcome = try_kernel(kernel, &directory.join(kernel.name), update, &root, &programs);
         let took = start.elapsed().as_secs();
         match outcome {
             Ok((release, tests)) => {
@@ -129,49 +119,19 @@ fn try_kernel(
     kernel: &Kernel,
     directory: &Path,
     update: bool,
-    host: &Host,
+    root: &Root,
     programs: &Programs,
 ) -> Result<(String, usize)> {
-    let image = Image::get(directory, kernel, update, host)?;
+    let image = Image::get(directory, kernel, update, root)?;
     say(format_args!("{}: booting {}", kernel.name, image.package));
     let initrd = directory.join("initrd");
-    let archive = guest::file_system(kernel.suites, programs, &image, host)?;
+    let archive = guest::file_system(kernel.suites, programs, &image, root)?;
     fs::write(&initrd, archive).with_context(|| format!("cannot write {}", initrd.display()))?;
     let mut transcript = Transcript::default();
-    machine::run(host, kernel.processor, &image.vmlinuz, &initrd, |line| {
+    machine::run(root, kernel.processor, &image.vmlinuz, &initrd, |line| {
         if let Some(line) = transcript.read(line) {
             println!("{:>6} | {line}", kernel.name);
         }
     })?;
     transcript.verdict(kernel.suites)
-}
-
-/// Programs of this machine that the emulated one is made and run with.
-struct Host {
-    target: PathBuf,
-    path: OsString,
-    /// A static one: it goes into the guest as it is.
-    busybox: PathBuf,
-}
-
-impl Host {
-    fn get(target: &Path) -> Result<Self> {
-        let path = tools::search_path_for(target, FOLDER, TOOLS, "an emulated machine needs")?;
-        let directory = target.join(FOLDER);
-        let places = [directory.join("root/bin"), directory.join("root/usr/bin"), "/bin".into(), "/usr/bin".into()];
-        let busybox = places.iter().map(|place| place.join("busybox")).find(|path| path.is_file());
-        Ok(Self {
-            target: target.to_owned(),
-            path,
-            busybox: busybox.context("busybox-static is here, but not its program")?,
-        })
-    }
-
-    /// A program that is found where [`TOOLS`] are.
-    fn program(&self, name: &str) -> std::process::Command {
-        // `env` searches the new PATH; our own would be searched otherwise.
-        let mut command = crate::command::program("env");
-        command.env("PATH", &self.path).arg(name);
-        command
-    }
 }
