@@ -3,6 +3,7 @@
 //! It is meant to be far faster than any proxy in front of it, and to notice what a load generator cannot: a PROXY
 //! header that is missing, malformed, or not the one of the query that follows it.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead as _};
 use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -18,7 +20,7 @@ use serde_json::json;
 
 use super::certificate;
 use super::message;
-use super::poll::{Events, Poller, READ, WRITE};
+use super::poll::{self, Events, Poller, READ, WRITE};
 use super::proxy_header::{self, Header};
 use super::slots::Slots;
 use super::stream::{self, Frames, Output, READ_LEN, Read};
@@ -40,6 +42,16 @@ pub struct Options {
     /// Speak TLS 1.3, ALPN `dot`, with `certificate.pem` and `key.pem` of this directory.
     #[arg(long, value_name = "DIRECTORY", conflicts_with = "proxy")]
     pub tls: Option<PathBuf>,
+    /// Some queries have answers of their own, by how their first label begins: `drop` closes the connection, `slow` is
+    /// answered after `--delay`, `long` with 60,000 octets. Other opcodes than QUERY get a header that says NOTIMP.
+    #[arg(long, conflicts_with = "tls")]
+    pub scripted: bool,
+    /// With `--scripted`: milliseconds.
+    #[arg(long, default_value_t = 1000)]
+    pub delay: u64,
+    /// Close connections whose header names a client of 127.9.0.0/16, as a server does that does not want them.
+    #[arg(long, requires = "proxy")]
+    pub turn_away: bool,
     /// Threads, each with a listener of its own on the same port.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
@@ -120,7 +132,26 @@ struct Worker {
     connections: Slots<Connection>,
     /// Answers to what one read brought.
     answers: Vec<u8>,
+    /// Answers that are not due yet: when they are, and on which connection. All wait equally long.
+    delayed: VecDeque<(u64, u64, Vec<u8>)>,
 }
+
+/// Why a connection is closed by this side.
+enum End {
+    /// It must not be like that.
+    Fault(&'static str),
+    /// It was asked for.
+    OnPurpose,
+}
+
+impl From<&'static str> for End {
+    fn from(fault: &'static str) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// Octets of a long answer.
+const LONG: u16 = 60_000;
 
 struct Connection {
     socket: OwnedFd,
@@ -148,14 +179,25 @@ impl Worker {
         let poller = Poller::new()?;
         poller.add(&listener, LISTENER, READ)?;
         let answers = Vec::with_capacity(stream::answers_per_read());
-        Ok(Self { listener, poller, options, tls, counts, connections: Slots::new(), answers })
+        Ok(Self {
+            listener,
+            poller,
+            options,
+            tls,
+            counts,
+            connections: Slots::new(),
+            answers,
+            delayed: VecDeque::new(),
+        })
     }
 
     fn serve(mut self) -> io::Result<()> {
         let mut events = Events::new();
         let mut buffer = vec![0; READ_LEN];
         loop {
-            self.poller.wait(&mut events, None)?;
+            let due = self.delayed.front().map(|(due, ..)| Duration::from_nanos(due.saturating_sub(poll::now())));
+            self.poller.wait(&mut events, due)?;
+            self.send_delayed()?;
             for (token, ready) in events.iter() {
                 if token == LISTENER {
                     self.accept()?;
@@ -165,6 +207,19 @@ impl Worker {
                 }
             }
         }
+    }
+
+    fn send_delayed(&mut self) -> io::Result<()> {
+        while let Some((_, key, answer)) = self.delayed.pop_front_if(|(due, ..)| *due <= poll::now()) {
+            let Some(connection) = self.connections.get_mut(key) else { continue };
+            // A dead connection says so when it is read.
+            let _ = connection.output.send(&connection.socket, &answer);
+            if !connection.output.is_empty() {
+                self.poller.modify(&connection.socket, key, WRITE)?;
+            }
+            self.counts.answers.fetch_add(1, Relaxed);
+        }
+        Ok(())
     }
 
     fn accept(&mut self) -> io::Result<()> {
@@ -216,14 +271,18 @@ impl Worker {
                 }
             },
         };
-        let fed = connection.receive(octets, &self.options, &mut self.answers);
+        let mut slow = Vec::new();
+        let fed = connection.receive(octets, &self.options, &mut self.answers, &mut slow);
         let answers = match fed {
             Ok(answers) => answers,
-            Err(fault) => {
+            Err(End::OnPurpose) => return Ok(false),
+            Err(End::Fault(fault)) => {
                 self.counts.fault(fault);
                 return Ok(false);
             }
         };
+        let due = poll::now() + Duration::from_millis(self.options.delay).as_nanos() as u64;
+        self.delayed.extend(slow.into_iter().map(|answer| (due, key, answer)));
         self.counts.answers.fetch_add(answers, Relaxed);
         let octets = match &mut tls {
             Some(session) => seal(session, &self.answers)?,
@@ -251,26 +310,68 @@ fn seal<'a>(session: &'a mut Session, mut answers: &[u8]) -> io::Result<&'a [u8]
 }
 
 impl Connection {
-    /// Appends the answers to all queries that are complete now, and says how many these are.
-    fn receive(&mut self, octets: &[u8], options: &Options, answers: &mut Vec<u8>) -> Result<u64, &'static str> {
-        let Err(start) = &mut self.header else { return self.answer(octets, answers) };
+    /// Appends the answers to all queries that are complete now, but for those of slow ones, and says how many these are.
+    fn receive(
+        &mut self,
+        octets: &[u8],
+        options: &Options,
+        answers: &mut Vec<u8>,
+        slow: &mut Vec<Vec<u8>>,
+    ) -> Result<u64, End> {
+        let Err(start) = &mut self.header else { return self.answer(octets, options, answers, slow) };
         start.extend_from_slice(octets);
         let Some((header, length)) = proxy_header::parse(start)? else { return Ok(0) };
+        if options.turn_away && header.source_ip.is_some_and(|source| source.octets()[..2] == [127, 9]) {
+            return Err(End::OnPurpose);
+        }
         let rest = start.split_off(length);
         self.header = Ok(Expected::of(header, options)?);
-        self.answer(&rest, answers)
+        self.answer(&rest, options, answers, slow)
     }
 
-    fn answer(&mut self, octets: &[u8], answers: &mut Vec<u8>) -> Result<u64, &'static str> {
+    fn answer(
+        &mut self,
+        octets: &[u8],
+        options: &Options,
+        answers: &mut Vec<u8>,
+        slow: &mut Vec<Vec<u8>>,
+    ) -> Result<u64, End> {
         let mut count = 0;
         let Ok(expected) = &self.header else { return Ok(0) };
         self.frames.feed(octets, |query| {
+            if options.scripted && scripted(query, answers, slow)? {
+                return Ok(());
+            }
             expected.check(query)?;
             count += 1;
-            message::push_answer(answers, query)
+            message::push_answer(answers, query).map_err(End::Fault)
         })?;
         Ok(count)
     }
+}
+
+/// Deals with a query that has an answer of its own; whether it is one.
+fn scripted(query: &[u8], answers: &mut Vec<u8>, slow: &mut Vec<Vec<u8>>) -> Result<bool, End> {
+    const OPCODE: u8 = 0x78;
+    if query.get(2).is_some_and(|flags| flags & OPCODE != 0) {
+        message::push_not_implemented(answers, query);
+        return Ok(true);
+    }
+    let start = answers.len();
+    match query.get(message::LABEL_AT..message::LABEL_AT + 4) {
+        Some(b"drop") => return Err(End::OnPurpose),
+        Some(b"slow") => {
+            let mut answer = Vec::new();
+            message::push_answer(&mut answer, query)?;
+            slow.push(answer);
+        }
+        Some(b"long") => {
+            message::push_answer(answers, query)?;
+            message::lengthen(answers, start, LONG);
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
 }
 
 impl Expected {
@@ -310,7 +411,7 @@ mod tests {
 
     /// Feeds a header with `tlv` from port 0x1234 and one query, in two parts cut at `cut`.
     fn one_query(tlv: Option<&[u8]>, label: &message::Label, cut: usize) -> Result<u64, &'static str> {
-        let options = Options { proxy: true, check_port: true, check_label: true, tls: None, threads: 1 };
+        let options = Options::parse_from(["answerer", "--proxy", "--check-port", "--check-label"]);
         let mut octets = Vec::new();
         proxy_header::push(&mut octets, SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0x1234), BACKEND, tlv);
         message::push_query(&mut octets, 7, label);
@@ -321,9 +422,14 @@ mod tests {
             frames: Frames::default(),
             output: Output::default(),
         };
-        let mut answers = Vec::new();
+        let (mut answers, mut slow) = (Vec::new(), Vec::new());
         let (first, second) = octets.split_at(cut.min(octets.len()));
-        Ok(connection.receive(first, &options, &mut answers)? + connection.receive(second, &options, &mut answers)?)
+        let mut receive = |octets| match connection.receive(octets, &options, &mut answers, &mut slow) {
+            Ok(count) => Ok(count),
+            Err(End::Fault(fault)) => Err(fault),
+            Err(End::OnPurpose) => Err("closed on purpose"),
+        };
+        Ok(receive(first)? + receive(second)?)
     }
 
     #[test]

@@ -60,6 +60,22 @@ pub fn push_answer(out: &mut Vec<u8>, query: &[u8]) -> Result<(), &'static str> 
     Ok(())
 }
 
+/// Appends the answer of a server that knows no other opcode than QUERY: a header alone, NOTIMP.
+pub fn push_not_implemented(out: &mut Vec<u8>, query: &[u8]) {
+    let Some([high, low, flags, ..]) = query.first_chunk::<HEADER_LEN>() else { return };
+    out.extend_from_slice(&[0, HEADER_LEN as u8, *high, *low, flags | 0x80, 4]);
+    out.extend_from_slice(&[0; 8]);
+}
+
+/// Makes the message at the end of `out`, which begins with its length prefix at `start`, so many octets long: zeros
+/// follow its last record.
+pub fn lengthen(out: &mut Vec<u8>, start: usize, octets: u16) {
+    if let Some(prefix) = out.get_mut(start..start + 2) {
+        prefix.copy_from_slice(&octets.to_be_bytes());
+        out.resize(start + 2 + usize::from(octets), 0);
+    }
+}
+
 /// The ID of a message.
 #[must_use]
 pub fn id(message: &[u8]) -> Option<u16> {

@@ -5,6 +5,7 @@
 //! other code, so that an error of the one is not hidden by the same error in the other.
 
 pub mod answerer;
+pub mod attacker;
 pub mod certificate;
 pub mod histogram;
 pub mod message;

@@ -19,6 +19,8 @@ pub const LABEL_TLV: u8 = 0xE0;
 pub struct Header {
     /// The client's port; `None` for LOCAL.
     pub source_port: Option<u16>,
+    /// The client's IPv4 address.
+    pub source_ip: Option<Ipv4Addr>,
     /// Value of the first TLV of type [`LABEL_TLV`].
     pub label: Option<Vec<u8>>,
 }
@@ -56,23 +58,24 @@ pub fn parse(octets: &[u8]) -> Result<Option<(Header, usize)>, &'static str> {
         return Err("PROXY header longer than 512 octets");
     }
     let Some(body) = octets.get(PREAMBLE..length) else { return Ok(None) };
-    let (source_port, tlvs) = match (preamble[12], preamble[13]) {
+    let (source_ip, source_port, tlvs) = match (preamble[12], preamble[13]) {
         (VERSION_2_LOCAL, _) => return Ok(Some((Header::default(), length))),
         (VERSION_2_PROXY, TCP_OVER_IPV4) => {
             let addresses: &[u8; 12] = body.first_chunk().ok_or("IPv4 addresses cut off")?;
-            if !Ipv4Addr::new(addresses[0], addresses[1], addresses[2], addresses[3]).is_loopback() {
+            let source = Ipv4Addr::new(addresses[0], addresses[1], addresses[2], addresses[3]);
+            if !source.is_loopback() {
                 return Err("PROXY source address is not on loopback");
             }
-            (u16::from_be_bytes([addresses[8], addresses[9]]), &body[12..])
+            (Some(source), u16::from_be_bytes([addresses[8], addresses[9]]), &body[12..])
         }
         (VERSION_2_PROXY, TCP_OVER_IPV6) => {
             let addresses: &[u8; 36] = body.first_chunk().ok_or("IPv6 addresses cut off")?;
-            (u16::from_be_bytes([addresses[32], addresses[33]]), &body[36..])
+            (None, u16::from_be_bytes([addresses[32], addresses[33]]), &body[36..])
         }
         (VERSION_2_PROXY, _) => return Err("PROXY family is not TCP over IPv4 or IPv6"),
         _ => return Err("PROXY version or command unknown"),
     };
-    Ok(Some((Header { source_port: Some(source_port), label: label_of(tlvs)? }, length)))
+    Ok(Some((Header { source_port: Some(source_port), source_ip, label: label_of(tlvs)? }, length)))
 }
 
 /// Walks all TLVs and returns the value of the first with the label.
@@ -120,9 +123,10 @@ mod tests {
         for length in 0..octets.len() {
             assert_eq!(parse(&octets[..length]), Ok(None), "{length} octets");
         }
-        let expected = Header { source_port: Some(4321), label: Some(b"tenant".to_vec()) };
+        let source = Header { source_port: Some(4321), source_ip: Some(Ipv4Addr::LOCALHOST), label: None };
+        let expected = Header { label: Some(b"tenant".to_vec()), ..source.clone() };
         assert_eq!(parse(&octets), Ok(Some((expected, octets.len()))));
-        assert_eq!(parse(&header(None)).unwrap().unwrap().0, Header { source_port: Some(4321), label: None });
+        assert_eq!(parse(&header(None)).unwrap().unwrap().0, source);
     }
 
     #[test]

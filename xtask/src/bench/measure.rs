@@ -97,7 +97,7 @@ struct Load {
 }
 
 /// What the answerer says.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Counts {
     opened: u64,
     open: u64,
@@ -187,6 +187,13 @@ fn load_generator(plan: &Plan, address: SocketAddrV4, load: &[&str]) -> Command 
     }
     command.args(load);
     command
+}
+
+/// The latency of a load generator's queries, all of which must have been answered.
+pub(super) fn neighbours(generator: &mut Process) -> Result<Latency> {
+    let load: Load = generator.read()?;
+    check(&load, &Counts { answers: load.answers, ..Counts::default() })?;
+    Ok(load.latency_us)
 }
 
 /// CPU time per query, in microseconds, of the backend itself when the clients ask it directly: one thread that reads and

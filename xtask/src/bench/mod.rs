@@ -7,6 +7,7 @@ mod certificate;
 mod cost;
 mod curve;
 mod measure;
+mod neighbours;
 mod process;
 mod regression;
 mod report;
@@ -19,9 +20,9 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
 
 use crate::command::say;
-use cost::Cost;
 use curve::Point;
 use measure::{Outcome, Plan};
 use scenario::Scenario;
@@ -71,10 +72,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         for scenario in scenario::ALL {
             println!("{:<7} {}", scenario.name, scenario.about);
         }
+        println!("{:<7} {}", neighbours::NAME, neighbours::ABOUT);
         return Ok(());
     }
-    let only_own = (arguments.cost || arguments.curves) && arguments.scenarios.is_empty();
-    let scenarios = if only_own { Vec::new() } else { scenario::choose(&arguments.scenarios)? };
+    let (attacked, names): (Vec<String>, Vec<String>) =
+        arguments.scenarios.iter().cloned().partition(|name| name == neighbours::NAME);
+    let attacked = !attacked.is_empty() || names.iter().any(|name| name == scenario::EVERY);
+    let only_own = (arguments.cost || arguments.curves || attacked) && names.is_empty();
+    let scenarios = if only_own { Vec::new() } else { scenario::choose(&names)? };
     let mut subjects = match () {
         () if only_own => vec![Subject::Counterfoil],
         () if arguments.only.is_empty() => Subject::ALL.to_vec(),
@@ -99,13 +104,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(cost) = &cost {
         print!("{}", cost::table(cost, arguments));
     }
+    let neighbours = if attacked { neighbours::measure(&tools, arguments) } else { Vec::new() };
+    if attacked {
+        print!("{}", neighbours::table(&neighbours, arguments));
+    }
     let curves = if arguments.curves { curve::measure(&plan, arguments) } else { Vec::new() };
     if arguments.curves {
         print!("{}", curve::tables(&curves, arguments));
     }
-    let path = save(&tools, arguments, &outcomes, cost.as_ref(), &curves)?;
+    let others = json!({ "cost": cost, "curves": curves, "neighbours": neighbours });
+    let path = save(&tools, arguments, &outcomes, others)?;
     say(format_args!("all samples are in {}", path.display()));
     verdict(&outcomes, &curves)?;
+    neighbours::verdict(&neighbours)?;
     regression::verdict(&scenarios, &outcomes)
 }
 
@@ -138,15 +149,9 @@ fn run_scenario(plan: &Plan, scenario: &'static Scenario, subjects: &[Subject], 
     outcomes
 }
 
-fn save(
-    tools: &Tools,
-    arguments: &Arguments,
-    outcomes: &[Outcome],
-    cost: Option<&Cost>,
-    curves: &[Point],
-) -> Result<PathBuf> {
+fn save(tools: &Tools, arguments: &Arguments, outcomes: &[Outcome], others: serde_json::Value) -> Result<PathBuf> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, (cost, curves), now)?)?;
+    let contents = serde_json::to_vec_pretty(&report::json(tools, arguments, outcomes, others, now)?)?;
     let directory = tools.target().join("bench");
     std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let path = directory.join(format!("{now}.json"));

@@ -6,8 +6,6 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Arguments;
-use super::cost::Cost;
-use super::curve::Point;
 use super::measure::{Handshakes, Outcome, Sample};
 use super::regression;
 use super::scenario::{Figure, Scenario};
@@ -123,7 +121,7 @@ pub(super) fn json(
     tools: &Tools,
     arguments: &Arguments,
     outcomes: &[Outcome],
-    (cost, curves): (Option<&Cost>, &[Point]),
+    others: Value,
     time: u64,
 ) -> Result<Value> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -131,7 +129,7 @@ pub(super) fn json(
     let git = command::output(
         command::program("git").args(["describe", "--always", "--dirty"]).current_dir(workspace::root()),
     );
-    Ok(json!({
+    let mut report = json!({
         "unix_time": time,
         "commit": git.ok().map(|text| text.trim().to_owned()),
         "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
@@ -143,9 +141,11 @@ pub(super) fn json(
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "runs": outcomes.iter().map(run).collect::<Vec<_>>(),
-        "cost": cost,
-        "curves": curves,
-    }))
+    });
+    if let (Value::Object(report), Value::Object(others)) = (&mut report, others) {
+        report.extend(others);
+    }
+    Ok(report)
 }
 
 /// A run: its sample, or why there is none.

@@ -11,6 +11,7 @@ use super::certificate::SERVER_NAME;
 use super::measure::Plan;
 use super::process::{self, Process, TempDir};
 use super::scenario::{Header, Scenario};
+use super::tools::Tools;
 
 /// How often a peer may lose the port that was chosen for it to somebody else.
 const ATTEMPTS: u32 = 5;
@@ -117,18 +118,23 @@ impl Subject {
                 Process::start("dnsdist", &mut dnsdist, directory.path())
             })?,
             Self::Before | Self::Counterfoil => {
-                let file =
-                    directory.write("counterfoil.toml", &counterfoil(plan, scenario, backend, directory.path()))?;
-                let mut command = tools.counterfoil(self);
-                command.args(["run", "--log-format", "json", "--config"]).arg(file);
-                let mut process = Process::start(self.name(), &mut command, directory.path())?;
-                let log = process.wait_for("it was ready", ready_log)?;
-                let address = listening_address(&log).context("no `listening` line in its log")?;
-                (process, address)
+                let config = counterfoil(plan, scenario, backend, directory.path());
+                return start_counterfoil(tools, self, &config, directory);
             }
         };
         Ok(Running { process, address, subject: self })
     }
+}
+
+/// Starts the build of Counterfoil that `subject` names with this configuration, and waits until it is ready.
+pub(super) fn start_counterfoil(tools: &Tools, subject: Subject, config: &str, directory: &TempDir) -> Result<Running> {
+    let file = directory.write("counterfoil.toml", config)?;
+    let mut command = tools.counterfoil(subject);
+    command.args(["run", "--log-format", "json", "--config"]).arg(file);
+    let mut process = Process::start(subject.name(), &mut command, directory.path())?;
+    let log = process.wait_for("it was ready", ready_log)?;
+    let address = listening_address(&log).context("no `listening` line in its log")?;
+    Ok(Running { process, address, subject })
 }
 
 /// What our own programs say first.

@@ -14,7 +14,7 @@ use crate::tools::Root;
 use crate::{ebpf, workspace};
 
 /// Our own, of the package `counterfoil-tests`.
-const OWN: [&str; 4] = ["loadgen", "relay", "answerer", "certificate"];
+const OWN: [&str; 5] = ["loadgen", "relay", "answerer", "attacker", "certificate"];
 
 pub(super) struct Tools {
     target: PathBuf,
@@ -77,7 +77,7 @@ impl Tools {
         Command::new(before.unwrap_or(&self.counterfoil))
     }
 
-    /// `loadgen`, `relay`, `answerer` or `kernel_cost`.
+    /// `loadgen`, `relay`, `answerer`, `attacker` or `kernel_cost`.
     pub(super) fn own(&self, name: &str) -> Command {
         Command::new(self.target.join("release").join(name))
     }
