@@ -26,7 +26,8 @@ impl Metrics {
     /// # Errors
     /// What was wrong with the connection, the response or a line of it.
     pub fn fetch(address: SocketAddr) -> Result<Self, String> {
-        let (head, body) = get(address, "/metrics")?;
+        let (head, body) = get_accepting(address, "/metrics", "Accept: application/openmetrics-text\r\n")?;
+        let body = String::from_utf8(body).map_err(|e| e.to_string())?;
         let status = head.lines().next().unwrap_or_default();
         if !status.contains(" 200 ") {
             return Err(format!("{status:?} from {address}"));
@@ -123,14 +124,26 @@ fn parse_quoted(text: &str) -> Option<(String, &str)> {
 /// # Errors
 /// Of the connection, or a body of another length than announced.
 pub fn get(address: SocketAddr, path: &str) -> Result<(String, String), String> {
+    let (head, body) = get_accepting(address, path, "")?;
+    Ok((head, String::from_utf8(body).map_err(|e| format!("GET {path} at {address}: {e}"))?))
+}
+
+/// The same with more header fields (each with its line's end), for a body of any kind.
+///
+/// # Errors
+/// As for [`get`].
+pub fn get_accepting(address: SocketAddr, path: &str, fields: &str) -> Result<(String, Vec<u8>), String> {
     let fail = |e: std::io::Error| format!("GET {path} at {address}: {e}");
     let mut stream = TcpStream::connect(address).map_err(fail)?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
-    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n{fields}Connection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).map_err(fail)?;
-    let mut response = String::new();
-    stream.read_to_string(&mut response).map_err(fail)?;
-    let (head, body) = response.split_once("\r\n\r\n").ok_or("a response without an empty line")?;
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response).map_err(fail)?;
+    let end = response.windows(4).position(|octets| octets == b"\r\n\r\n").ok_or("a response without an empty line")?;
+    let body = response.split_off(end + 4);
+    response.truncate(end);
+    let head = String::from_utf8(response).map_err(|e| e.to_string())?;
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
@@ -138,7 +151,7 @@ pub fn get(address: SocketAddr, path: &str) -> Result<(String, String), String> 
     if length.is_some_and(|length| length != body.len()) {
         return Err(format!("{} octets of body, announced: {length:?}", body.len()));
     }
-    Ok((head.to_owned(), body.to_owned()))
+    Ok((head, body))
 }
 
 #[cfg(test)]

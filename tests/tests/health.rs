@@ -117,6 +117,40 @@ fn a_server_that_hangs_goes_down_and_comes_up_again() {
     counterfoil.assert_quiescent();
 }
 
+/// One dead pool takes nothing from the others, and is not hidden.
+#[test]
+fn a_dead_pool_beside_a_healthy_one_is_named_and_does_not_end_readiness() {
+    let mut unbound = Unbound::start(false);
+    let healthy = FakeBackend::answering(false);
+    let config = config(unbound.address).identity("address").listener_without_header("other", healthy.address);
+    let counterfoil = Counterfoil::start(&config);
+    let ask = |query: &str| {
+        let (head, body) = metrics::get(counterfoil.admin.unwrap(), &format!("/readyz{query}")).unwrap();
+        (head.split(' ').nth(1).unwrap().parse::<u16>().unwrap(), body)
+    };
+    let pool = "pool resolvers: no backend is known to be up\n";
+    let listener = "listener dns: cannot be served, its pool is resolvers\n";
+    let ready = || (200, "ready\n".to_owned());
+    wait_up(&counterfoil, "backend-0", true);
+    for query in ["", "?listener=dns", "?listener=other", "?pool=resolvers", "?pool=other"] {
+        assert_eq!(ask(query), ready(), "{query}");
+    }
+    unbound.process.signal(Signal::STOP);
+    wait_up(&counterfoil, "backend-0", false);
+    assert_eq!(ask(""), (200, format!("ready\n{listener}{pool}")));
+    assert_eq!(ask("?listener=dns"), (503, format!("not ready\n{listener}{pool}")));
+    assert_eq!(ask("?pool=resolvers"), (503, format!("not ready\n{pool}")));
+    assert_eq!((ask("?listener=other"), ask("?pool=other")), (ready(), ready()));
+    assert_eq!((ask("?listener=resolvers").0, ask("?pool=dns").0, ask("?pool=").0), (404, 404, 404));
+    assert_eq!((ask("?all").0, ask("?backend=backend-0").0), (400, 400));
+    let up = |pool: &str| counterfoil.metrics().value("pool_up", &[("pool", pool)]);
+    assert_eq!((up("resolvers"), up("other")), (0.0, 1.0));
+    unbound.process.signal(Signal::CONT);
+    wait_up(&counterfoil, "backend-0", true);
+    assert_eq!(ask(""), ready());
+    counterfoil.assert_quiescent();
+}
+
 /// Both demand a header, and take LOCAL.
 #[test]
 fn queries_go_to_the_other_server_while_one_is_down() {

@@ -6,12 +6,14 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
 use counterfoil_tests::counterfoil::{self, Counterfoil};
 use counterfoil_tests::driver::Load;
 use counterfoil_tests::fake_backend::FakeBackend;
+use counterfoil_tests::metrics;
 use counterfoil_tests::process;
 use counterfoil_tests::tempdir::TempDir;
 use serde_json::Value;
@@ -106,6 +108,52 @@ fn what_ctl_shows_can_be_read_by_get() {
     assert_eq!(status, 200);
     assert!(page.starts_with("<!DOCTYPE html>") && page.contains("backend-0"), "{page}");
     drop(client);
+}
+
+/// What a scraper accepts it gets; promtool reads the text format without a complaint.
+#[test]
+fn metrics_come_in_the_format_and_encoding_that_are_accepted() {
+    let backend = FakeBackend::answering(false);
+    let counterfoil = Counterfoil::start(&config(backend.address, None));
+    counterfoil.client().exchange(1, "a.example.test", 1);
+    let get = |fields: &str| {
+        let (head, body) = metrics::get_accepting(counterfoil.admin.unwrap(), "/metrics", fields).unwrap();
+        (head.to_ascii_lowercase(), body)
+    };
+    let (head, text) = get("");
+    assert!(head.contains("\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{head}");
+    assert!(head.contains("\r\nvary: accept, accept-encoding\r\n"), "{head}");
+    let text = String::from_utf8(text).unwrap();
+    for line in [
+        "# TYPE counterfoil_queries_total counter",
+        "counterfoil_queries_total{listener=\"dns\"} 1",
+        "# TYPE counterfoil_build_info gauge",
+        "# TYPE counterfoil_query_duration_seconds histogram",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}: {text}");
+    }
+    assert!(!text.contains("# EOF") && !text.contains("# UNIT"), "{text}");
+    let dir = TempDir::new("metrics");
+    let file = std::fs::File::open(dir.write("metrics.txt", &text)).unwrap();
+    let checked = Command::new("promtool").args(["check", "metrics"]).stdin(file).output().unwrap();
+    let said = [checked.stdout, checked.stderr].map(|said| String::from_utf8(said).unwrap());
+    assert!(checked.status.success(), "{said:?}");
+    assert_eq!(said, ["", ""]);
+
+    let (head, openmetrics) = get("Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n");
+    assert!(
+        head.contains("\r\ncontent-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"),
+        "{head}"
+    );
+    assert!(openmetrics.ends_with(b"# EOF\n"));
+
+    let (head, packed) = get("Accept-Encoding: gzip\r\n");
+    assert!(head.contains("\r\ncontent-encoding: gzip\r\n"), "{head}");
+    let mut unpacked = String::new();
+    flate2::read::GzDecoder::new(packed.as_slice()).read_to_string(&mut unpacked).unwrap();
+    assert!(unpacked.contains("counterfoil_queries_total{listener=\"dns\"} 1\n"), "{unpacked}");
+    assert!(packed.len() * 4 < unpacked.len(), "{} octets of {}", packed.len(), unpacked.len());
+    counterfoil.assert_quiescent();
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::clock;
 use crate::config::{Class, ReapMode, View};
 use crate::drill;
 use crate::kernel;
-use crate::metrics;
+use crate::metrics::{self, Format};
 use crate::watchdog::{self, Observed, Watchdog, fixture};
 
 /// Fields are dropped in this order.
@@ -80,20 +80,9 @@ fn http_says_how_it_is() {
     assert!(get(&running, "/readyz").starts_with("HTTP/1.1 200 "));
     let metrics = get(&running, "/metrics");
     let (head, body) = metrics.split_once("\r\n\r\n").unwrap();
-    assert!(head.contains(metrics::CONTENT_TYPE), "{head}");
-    assert!(body.ends_with("# EOF\n"));
+    assert!(head.contains(Format::Text.content_type()), "{head}");
+    assert!(!body.contains("# EOF"));
     assert!(get(&running, "/nothing").starts_with("HTTP/1.1 404 "));
-}
-
-#[test]
-fn silent_clients_do_not_lock_others_out() {
-    let running = start_with(ReapMode::Off, "silent");
-    let address = running.admin.http().unwrap();
-    let silent: Vec<TcpStream> = (0..guard::MAX_CONNECTIONS).map(|_| TcpStream::connect(address).unwrap()).collect();
-    // All places are taken, until the first of them has been silent for too long.
-    let answer = get(&running, "/metrics");
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    drop(silent);
 }
 
 #[test]
@@ -103,6 +92,19 @@ fn the_unix_socket_is_its_owners_and_goes_away() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let taken = socket::Bound::new(&path).unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+    let unknown = [
+        r#"{"cmd":"reload","x":1}"#,
+        r#"{"cmd":"drain","x":1}"#,
+        r#"{"x":null,"cmd":"drain"}"#,
+        r#"{"cmd":"show","what":"view","x":1}"#,
+        r#"{"cmd":"reap","cookie":1,"x":1}"#,
+        r#"{"cmd":"drill","class":"zombie","x":1}"#,
+    ];
+    for bad in unknown {
+        let events = ask(&running, bad);
+        let message = events[0]["message"].as_str().unwrap();
+        assert!(events.len() == 1 && message.contains("unknown field `x`"), "{bad}: {events:?}");
+    }
     for bad in ["", "no json", "{\"cmd\":\"drill\"}", "{\"cmd\":\"drill\",\"class\":\"leak\"}", "{\"cmd\":\"other\"}"] {
         let events = ask(&running, bad);
         assert_eq!(events.len(), 1, "{events:?}");

@@ -150,7 +150,7 @@ fn refuse(status: StatusCode, message: &str) -> Response {
 }
 
 fn busy() -> Response {
-    refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests are being carried out")
+    refuse(StatusCode::SERVICE_UNAVAILABLE, socket::TOO_MANY)
 }
 
 /// Until every [`Api`] is gone.

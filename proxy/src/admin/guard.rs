@@ -1,24 +1,34 @@
-//! Limits on HTTP clients: how many there are at once, how long one may be silent, and how long it may stay.
+//! HTTP for a limited number of clients: how many there are at once ([`super::places`]), how long one may be silent, and how
+//! long it may stay.
 
 use std::future::Future as _;
 use std::io;
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::serve::Listener;
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
-/// Connections at once; more wait in the kernel's queue.
-pub(super) const MAX_CONNECTIONS: usize = 32;
+use super::places::{Gone, Place, Places};
 
-/// Without a byte in either direction. Longer than Prometheus' default scrape interval would keep its connection, but
-/// it opens a new one without complaint.
+/// Connections at once: some are left however many orders are being carried out.
+pub(super) const MAX_CONNECTIONS: usize = super::socket::MAX_CONNECTIONS + 24;
+
+/// Without a byte in either direction, or until the header of a request is whole, from the first octet or the last answer
+/// on. Longer than Prometheus' default scrape interval would keep its connection, but it opens a new one without complaint.
 const SILENCE: Duration = Duration::from_secs(10);
 
 /// In all, so that a byte now and then does not hold a place for ever.
@@ -27,55 +37,104 @@ const LIFETIME: Duration = Duration::from_secs(120);
 /// Pause after `accept(2)` has failed, mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// A listener that gives out limited connections.
-#[derive(Debug)]
-pub(super) struct Guarded {
-    listener: TcpListener,
-    places: Arc<Semaphore>,
-}
-
-impl Guarded {
-    pub(super) fn new(listener: TcpListener) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(MAX_CONNECTIONS)) }
-    }
-}
-
-impl Listener for Guarded {
-    type Io = Limited;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            // The semaphore is never closed.
-            let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { continue };
-            match self.listener.accept().await {
-                Ok((stream, peer)) => return (Limited::new(stream, place), peer),
-                Err(error) => {
-                    tracing::warn!(%error, "admin: accept");
-                    sleep(ACCEPT_PAUSE).await;
-                }
+/// Serves a router's routes until its task is dropped.
+pub(crate) async fn serve(listener: TcpListener, router: Router) {
+    let places = Places::new(MAX_CONNECTIONS);
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let (place, gone) = places.enter(Some(canonical(peer.ip()))).await;
+                tokio::spawn(connection(stream, place, gone, router.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "admin: accept");
+                sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+}
 
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
+/// One peer has one address, whichever way it came.
+fn canonical(address: IpAddr) -> IpAddr {
+    address.to_canonical()
+}
+
+async fn connection(stream: TcpStream, place: Place, gone: Gone, router: Router) {
+    let state = Arc::new(State { place, complete: AtomicBool::new(false) });
+    let io = Limited::new(stream, Arc::clone(&state));
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |request: Request<Incoming>| {
+        state.place.begins();
+        let (answer, state) = (router.call(request), Arc::clone(&state));
+        async move { answer.await.map(|answer: Response<Body>| answer.map(|body| Watched { body, state })) }
+    });
+    let mut http = http1::Builder::new();
+    let http = http.timer(TokioTimer::new()).header_read_timeout(SILENCE).serve_connection(TokioIo::new(io), service);
+    tokio::select! {
+        ended = http => if let Err(error) = ended {
+            tracing::debug!(%error, "admin: http");
+        },
+        _ = gone => {}
+    }
+}
+
+/// What a connection's socket and its answers know of each other.
+#[derive(Debug)]
+struct State {
+    place: Place,
+    /// The last octet of the answer has been made, but perhaps not sent.
+    complete: AtomicBool,
+}
+
+/// The body of an answer, whose end is noticed.
+#[derive(Debug)]
+struct Watched {
+    body: Body,
+    state: Arc<State>,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.state.complete.store(true, Ordering::Relaxed);
     }
 }
 
 /// A connection that fails with `TimedOut` when it was silent, or stayed, for too long.
 #[derive(Debug)]
-pub(super) struct Limited {
+struct Limited {
     stream: TcpStream,
     silence: Pin<Box<Sleep>>,
     end: Instant,
-    _place: OwnedSemaphorePermit,
+    state: Arc<State>,
+    /// The last write had to wait.
+    stuck: bool,
 }
 
 impl Limited {
-    fn new(stream: TcpStream, place: OwnedSemaphorePermit) -> Self {
+    fn new(stream: TcpStream, state: Arc<State>) -> Self {
         let now = Instant::now();
-        Self { stream, silence: Box::pin(sleep_until(now + SILENCE)), end: now + LIFETIME, _place: place }
+        let silence = Box::pin(sleep_until(now + SILENCE));
+        Self { stream, silence, end: now + LIFETIME, state, stuck: false }
     }
 
     /// Bytes were moved.
@@ -87,6 +146,12 @@ impl Limited {
     /// What a pending operation comes to: pending, or too late.
     fn wait<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         self.silence.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    fn is_stuck(&mut self, stuck: bool) {
+        if std::mem::replace(&mut self.stuck, stuck) != stuck {
+            self.state.place.stuck(stuck);
+        }
     }
 }
 
@@ -104,7 +169,9 @@ impl AsyncRead for Limited {
 
 impl AsyncWrite for Limited {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        match Pin::new(&mut self.stream).poll_write(cx, data) {
+        let written = Pin::new(&mut self.stream).poll_write(cx, data);
+        self.is_stuck(written.is_pending());
+        match written {
             Poll::Pending => self.wait(cx),
             Poll::Ready(done) => {
                 self.moved();
@@ -113,7 +180,11 @@ impl AsyncWrite for Limited {
         }
     }
 
+    /// Called when all that hyper had to write is written.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.state.complete.swap(false, Ordering::Relaxed) {
+            self.state.place.ends();
+        }
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

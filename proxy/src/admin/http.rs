@@ -1,19 +1,15 @@
 //! `/metrics`, `/healthz` and `/readyz`, beside the status page and `/api/v1/`.
 
-use std::sync::atomic::Ordering;
-
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::Response;
 use axum::routing::get;
 use tokio::net::TcpListener;
 
 use super::api::Api;
-use super::guard::Guarded;
-use super::{Served, page};
-use crate::metrics;
+use super::scrape::scrape;
+use super::{Served, guard, page};
 
 /// Serves until its task is dropped.
 pub(super) async fn serve(listener: TcpListener, served: Served, api: Api) {
@@ -25,19 +21,11 @@ pub(super) async fn serve(listener: TcpListener, served: Served, api: Api) {
         .with_state(served)
         .merge(page)
         .merge(api.routes());
-    serve_router(listener, router).await;
+    guard::serve(listener, router).await;
 }
 
-/// Serves a router's routes, to a limited number of clients, until its task is dropped.
-pub(crate) async fn serve_router(listener: TcpListener, router: Router) {
-    // Never returns: errors of `accept(2)` are handled by the listener.
-    if let Err(error) = axum::serve(Guarded::new(listener), router).await {
-        tracing::error!(%error, "admin: http has ended");
-    }
-}
-
-async fn metrics(State(served): State<Served>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], served.metrics.render())
+async fn metrics(State(served): State<Served>, headers: HeaderMap) -> Response {
+    scrape(&headers, &served.metrics)
 }
 
 /// Alive: this thread answers, and at least one worker runs.
@@ -49,14 +37,7 @@ async fn health(State(served): State<Served>) -> (StatusCode, &'static str) {
     (StatusCode::OK, "ok\n")
 }
 
-/// Ready: clients are being served, and a backend is up.
-async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
-    let observed = served.live.now();
-    if !observed.serving.load(Ordering::Relaxed) {
-        return (StatusCode::SERVICE_UNAVAILABLE, "not serving\n");
-    }
-    if !observed.health.is_any_up() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "no backend is up\n");
-    }
-    (StatusCode::OK, "ready\n")
+/// Ready: clients are being served, and there is a backend for some of them.
+async fn ready(State(served): State<Served>, uri: Uri) -> (StatusCode, String) {
+    super::ready::ready(&served.live.now(), &uri)
 }

@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 
+use super::places::{Place, Places};
 use super::show::{self, What};
 use super::{Served, drain, order, reload};
 use crate::drill::{self, Drill};
@@ -26,6 +27,9 @@ use crate::kernel::Witness;
 
 /// Connections at once: some are left however many drills are running.
 pub(super) const MAX_CONNECTIONS: usize = drill::AT_ONCE + 8;
+
+/// What is answered when no more requests are carried out at once.
+pub(super) const TOO_MANY: &str = "too many requests are being carried out";
 
 /// Longest request, bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -120,19 +124,21 @@ pub(super) struct Listening {
     _file: SocketFile,
 }
 
-/// Serves until its task is dropped, as many at once as there are `places`.
-pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>, places: Arc<Semaphore>) {
+/// Serves until its task is dropped. As many requests are carried out at once as `requests` lets through.
+pub(super) async fn serve(listening: Listening, served: Served, drill: Rc<Drill>, requests: Arc<Semaphore>) {
+    let places = Places::new(MAX_CONNECTIONS);
     loop {
-        // The semaphore is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listening.listener.accept().await {
             Ok((stream, _)) => {
-                let (served, drill) = (served.clone(), Rc::clone(&drill));
+                let (place, gone) = places.enter(None).await;
+                let (served, drill, requests) = (served.clone(), Rc::clone(&drill), Arc::clone(&requests));
                 tokio::task::spawn_local(async move {
-                    if let Err(error) = session(stream, &served, drill).await {
-                        tracing::debug!(%error, "admin socket");
+                    tokio::select! {
+                        ended = session(stream, &served, drill, &requests, &place) => if let Err(error) = ended {
+                            tracing::debug!(%error, "admin socket");
+                        },
+                        _ = gone => {}
                     }
-                    drop(place);
                 });
             }
             Err(error) => {
@@ -157,10 +163,10 @@ pub(super) enum Request {
     },
     /// One reaping, on an operator's order.
     Reap { cookie: u64 },
-    /// Another configuration, from the same file.
-    Reload,
+    /// Another configuration, from the same file. (With braces: of a variant without them serde takes any field.)
+    Reload {},
     /// The end of the process, when everything is answered.
-    Drain,
+    Drain {},
     /// Blocks a worker's thread, as a bug would.
     #[cfg(feature = "test-hooks")]
     Hang { worker: usize, millis: u64 },
@@ -172,14 +178,23 @@ pub(super) enum Request {
     Lie { witness: Option<String> },
 }
 
-async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::Result<()> {
+async fn session(
+    stream: UnixStream,
+    served: &Served,
+    drill: Rc<Drill>,
+    requests: &Semaphore,
+    place: &Place,
+) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut reader = BufReader::new(read.take(MAX_REQUEST));
     let mut line = String::new();
     timeout(PATIENCE, reader.read_line(&mut line)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    place.begins();
+    let permit = requests.try_acquire();
     let (events, mut received) = unbounded_channel();
     let answer = async {
         match serde_json::from_str(&line) {
+            Ok(_) if permit.is_err() => done(&events, false, TOO_MANY),
             Ok(request) => carry_out(request, served, drill, &events).await,
             Err(error) => {
                 tracing::debug!(%error, "admin socket: bad request");
@@ -191,9 +206,12 @@ async fn session(stream: UnixStream, served: &Served, drill: Rc<Drill>) -> io::R
     };
     let send = async {
         while let Some(event) = received.recv().await {
+            // Others see it only while the client keeps this waiting.
+            place.stuck(true);
             timeout(PATIENCE, write.write_all(format!("{event}\n").as_bytes()))
                 .await
                 .map_err(|_| io::ErrorKind::TimedOut)??;
+            place.stuck(false);
         }
         io::Result::Ok(())
     };
@@ -219,8 +237,8 @@ pub(super) async fn carry_out(request: Request, served: &Served, drill: Rc<Drill
         Request::Drill(order) => drill.run(&order, events).await,
         Request::Show { what, after } => show::show(what, after, served, events).await,
         Request::Reap { cookie } => order::reap(cookie, served, events).await,
-        Request::Reload => reload::reload(served, events).await,
-        Request::Drain => drain::drain(served, events).await,
+        Request::Reload {} => reload::reload(served, events).await,
+        Request::Drain {} => drain::drain(served, events).await,
         #[cfg(feature = "test-hooks")]
         Request::Hang { worker, millis } => {
             let hang = crate::control::Control::Hang(Duration::from_millis(millis));

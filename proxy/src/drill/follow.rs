@@ -12,7 +12,7 @@ use super::leak::{Leak, Site};
 use super::{AT_ONCE, Order};
 use crate::clock::{self, Mono};
 use crate::config::{Class, ReapMode};
-use crate::metrics::Metrics;
+use crate::metrics::{Format, Metrics};
 use crate::watchdog::reaper::ReapRecord;
 use crate::watchdog::{Finding, Handle, HeldBack, Live, Look, Observed, Outcome, Rung};
 
@@ -201,7 +201,7 @@ impl Course<'_> {
         let label = policy.label(Some(policy.drill()));
         let class = self.class.name();
         let series = format!("counterfoil_discrepancy_sockets{{backend=\"{label}\",class=\"{class}\"}}");
-        let text = self.drill.metrics.render();
+        let text = self.drill.metrics.render(Format::OpenMetrics);
         let value = text.lines().find_map(|line| line.strip_prefix(series.as_str())?.trim().parse::<f64>().ok());
         // After the metrics: what is a finding still was one when they were read.
         let over = !self.drill.watchdog.report().findings.iter().any(|finding| finding.cookie == leak.cookie);

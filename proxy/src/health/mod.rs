@@ -153,9 +153,9 @@ impl Board {
         self.get(backend).is_some_and(|place| place.state() != State::Down)
     }
 
-    /// Whether one of all backends is known to be up.
-    pub fn is_any_up(&self) -> bool {
-        self.places.iter().any(|place| place.state() == State::Up)
+    /// Whether it is known to be up.
+    pub fn is_up(&self, backend: BackendIndex) -> bool {
+        self.get(backend).is_some_and(|place| place.state() == State::Up)
     }
 
     /// A query to it failed for a reason that is the backend's: no answer in time, no connection, a connection that died.

@@ -88,7 +88,7 @@ fn the_exposition_is_openmetrics_and_has_every_name_of_the_contract() {
         assert!(clock::now() < deadline);
         std::thread::yield_now();
     }
-    let samples = parse(&metrics.render());
+    let samples = parse(&metrics.render(Format::OpenMetrics));
     let value = |series: &str| samples.get(series).copied();
     assert_eq!(value("counterfoil_queries_total{listener=\"d\\\"n\\\\s\"}"), Some(7.0));
     let owned = "counterfoil_backend_connections{backend=\"unbound\",kind=\"owned\",state=\"connecting\"}";

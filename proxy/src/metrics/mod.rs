@@ -5,6 +5,7 @@
 
 mod beside;
 mod encode;
+mod format;
 mod kernel;
 mod limits;
 mod process;
@@ -23,13 +24,11 @@ use crate::watch::Watched;
 use crate::watchdog::{Handle, Live, Subject};
 use beside::Beside;
 use encode::Families;
+pub use format::Format;
 use kernel::Kernel;
 use limits::{Limits, Ports};
 use process::Process;
 use traffic::Traffic;
-
-/// The media type of what [`Metrics::render`] gives. As `text/plain`, Prometheus refuses metrics of type info.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// All metrics of the process.
 #[derive(Debug)]
@@ -59,14 +58,17 @@ pub fn beside(subject: &Subject, watched: Arc<Watched>, watchdog: Handle) -> Met
 }
 
 impl Metrics {
-    /// The exposition as of now, OpenMetrics 1.0, up to and including `# EOF`.
-    pub fn render(&self) -> String {
+    /// The exposition as of now.
+    pub fn render(&self, format: Format) -> String {
         let mut text = String::with_capacity(64 * 1024);
         if let Err(error) = encode(&mut text, &self.registry) {
             // Writing to a string cannot fail, so this is a bug; the truncated text makes the scrape fail visibly.
             tracing::error!(%error, "metrics cannot be encoded");
         }
-        text
+        match format {
+            Format::OpenMetrics => text,
+            Format::Text => format::to_text(&text),
+        }
     }
 }
 

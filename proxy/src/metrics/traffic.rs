@@ -306,6 +306,15 @@ impl Traffic<'_> {
                 .filter(|(_, place)| place.mode().is_some())
                 .map(|(name, place)| ([("backend", name)], f64::from(u8::from(place.state() == State::Up)))),
         )?;
+        families.gauges(
+            "pool_up",
+            "Whether a backend of the pool is known to be up: without one its listeners cannot be served",
+            self.observed
+                .config
+                .pools
+                .iter()
+                .map(|pool| ([("pool", pool.name.as_str())], f64::from(u8::from(self.observed.is_up(pool))))),
+        )?;
         families.counters(
             "backend_health_checks",
             "Health checks, by result",

@@ -5,15 +5,14 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
 use axum::routing::get;
 
 use super::watched::Watched;
-use crate::clock;
-use crate::metrics::{self, Metrics};
+use crate::metrics::Metrics;
 use crate::watchdog::Handle;
+use crate::{admin, clock};
 
 /// What is served.
 #[derive(Clone, Debug)]
@@ -33,8 +32,8 @@ pub(super) fn router(served: Served) -> Router {
         .with_state(served)
 }
 
-async fn metrics(State(served): State<Served>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], served.metrics.render())
+async fn metrics(State(served): State<Served>, headers: HeaderMap) -> Response {
+    admin::scrape(&headers, &served.metrics)
 }
 
 /// Alive: this thread answers, and the watchdog reads the kernel.

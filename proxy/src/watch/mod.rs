@@ -72,7 +72,7 @@ impl Plan {
             if let Some(listener) = listener {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
                 let served = Served { metrics, watched: Arc::clone(&watched), watchdog: watchdog.handle(), interval };
-                tokio::spawn(admin::http::serve_router(listener, http::router(served)));
+                tokio::spawn(admin::serve_router(listener, http::router(served)));
             }
             if let Some((page, selector)) = self.userspace {
                 tokio::spawn(userspace::follow(page, selector, interval, watched));

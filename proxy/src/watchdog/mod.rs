@@ -169,6 +169,12 @@ impl Observed {
         }
     }
 
+    /// Whether a pool of its configuration has a backend that is known to be up.
+    pub fn is_up(&self, pool: &Pool) -> bool {
+        let up = |name: &str| self.numbers.backend(name).is_some_and(|number| self.health.is_up(number));
+        pool.backends.iter().any(|backend| up(&backend.name))
+    }
+
     /// Says whether clients are being served, for `/readyz`.
     pub fn set_serving(&self, serving: bool) {
         self.serving.store(serving, Ordering::Relaxed);
