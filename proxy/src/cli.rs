@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::app::App;
+use crate::app::{App, Caught};
 use crate::config;
 use crate::ctl::CtlArgs;
 use crate::demo::Demo;
@@ -115,6 +115,14 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &RunArgs) -> ExitCode {
+    // Before anything else: from now on a signal asks for something, and ends nothing by itself.
+    let signals = match Caught::new() {
+        Ok(signals) => signals,
+        Err(error) => {
+            complain(&format_args!("error: signals cannot be caught: {error}\n"));
+            return ExitCode::FAILURE;
+        }
+    };
     let (config, demo) = match &args.config {
         Some(file) => match config::load(file) {
             Ok(config) => (config, None),
@@ -139,7 +147,7 @@ fn run(args: &RunArgs) -> ExitCode {
     for note in config::check::warnings(&config, config::check::Limits::read()) {
         tracing::warn!(%note, "configuration");
     }
-    ended(serve(config, args.config.clone(), demo))
+    ended(serve(config, args.config.clone(), demo, signals))
 }
 
 fn watch(args: &WatchArgs, log: &LogArgs) -> ExitCode {
@@ -167,7 +175,7 @@ fn ended(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>) -> anyhow::Result<()> {
+fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>, signals: Caught) -> anyhow::Result<()> {
     let others: Vec<_> = demo.iter().map(|demo| demo.responder.addr()).collect();
     let app = App::build(config, file, &others)?;
     let _responder = match demo {
@@ -180,7 +188,7 @@ fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>) -> a
         }
         None => None,
     };
-    app.run()
+    app.run(signals)
 }
 
 fn complain(message: &dyn std::fmt::Display) {

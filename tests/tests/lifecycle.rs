@@ -47,6 +47,170 @@ fn sigterm_drains_loses_nothing_and_exits_0() {
     assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
 }
 
+/// A load balancer has the time to take it out: not ready any more, it still serves and accepts for `drain_delay`. Whoever asks
+/// for the end again cuts that short.
+#[test]
+fn sigterm_is_announced_before_clients_are_refused() {
+    let backend = FakeBackend::answering(false);
+    let config = Config::new(backend.address).settles_soon().set("server", "drain_delay", "\"10m\"");
+    for by_order in [false, true] {
+        let mut counterfoil = Counterfoil::start(&config);
+        let mut early = counterfoil.client();
+        let _order = by_order.then(|| counterfoil.begin(&serde_json::json!({"cmd": "drain"})));
+        if !by_order {
+            counterfoil.process.signal(rustix::process::Signal::TERM);
+        }
+        let unready = || metrics::get(counterfoil.admin.unwrap(), "/readyz").unwrap();
+        wait::until("it is not ready any more", SOON, || unready().0.contains(" 503 "));
+        assert_eq!(unready().1, "not serving\n");
+        let (head, _) = metrics::get(counterfoil.admin.unwrap(), "/healthz").unwrap();
+        assert!(head.contains(" 200 "), "{head}");
+        for _ in 0..20 {
+            Load::default().run(&mut counterfoil.client()).assert_all_answered(1);
+        }
+        Load::default().run(&mut early).assert_all_answered(1);
+        let (ok, said) = counterfoil.ctl(&["reload"], SOON);
+        assert!(!ok && said.contains("the process drains"), "{said}");
+        if by_order {
+            // The service manager's, which follows `ctl drain`: it says nothing new.
+            counterfoil.process.signal(rustix::process::Signal::TERM);
+            let mut late = counterfoil.client();
+            Load::default().run(&mut late).assert_all_answered(1);
+        }
+        assert!(counterfoil.process.exited().is_none());
+        drop(early);
+        let status = counterfoil.terminate(SOON);
+        assert_eq!(status.code(), Some(0), "{}", counterfoil.process.tail());
+        let said =
+            |what: &str| counterfoil.process.lines().iter().any(|line| counterfoil::message(line, what).is_some());
+        assert!(said("drain_delay is cut short") && said("drained"), "{}", counterfoil.process.tail());
+    }
+}
+
+/// Two processes never share the clients of a listener, and one that cannot start never has one.
+#[test]
+fn a_port_that_another_process_has_is_an_error_that_names_it() {
+    let backend = FakeBackend::answering(false);
+    let config = Config::new(backend.address).settles_soon().set("server", "workers", 2);
+    let first = Counterfoil::start(&config);
+    let dir = TempDir::new("second");
+    let program = counterfoil::program().display().to_string();
+    let run = |text: &str| {
+        let file = dir.write("counterfoil.toml", text).display().to_string();
+        process::run(&program, &["run", "--config", &file], SOON)
+    };
+    let socket = dir.path().join("admin.sock").display().to_string();
+    let wildcard = SocketAddr::from(([0, 0, 0, 0], first.address.port()));
+    for address in [first.address, wildcard] {
+        let (ok, said) = run(&config.clone().listen(address).text(&socket));
+        let holder = format!("listener `dns` cannot listen on {address}: process {} (", first.pid());
+        assert!(!ok && said.contains(&holder) && said.contains("listens there already"), "{said}");
+    }
+    // It fails for another reason, behind a listener that is its own: who connects meanwhile is refused, never reset.
+    let taken = format!("\"{}\"", first.admin.unwrap());
+    let free = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+    let failing = config.clone().listen(free).set("admin", "http", taken).text(&socket);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                let refused = Client::try_connect(free, None).err().map(|error| error.kind());
+                assert_eq!(refused, Some(std::io::ErrorKind::ConnectionRefused), "it was let in");
+            }
+        });
+        for _ in 0..5 {
+            let (ok, said) = run(&failing);
+            assert!(!ok && said.contains("admin.http"), "{said}");
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        client.join().unwrap();
+    });
+    for _ in 0..20 {
+        Load::default().run(&mut first.client()).assert_all_answered(1);
+    }
+    first.assert_quiescent();
+}
+
+/// SIGHUP is caught before the configuration is read, and then fulfilled; SIGTERM is obeyed before a client is served.
+#[test]
+fn a_signal_in_the_first_moments_is_fulfilled() {
+    let backend = FakeBackend::answering(false);
+    let dir = TempDir::new("early");
+    let socket = dir.path().join("admin.sock").display().to_string();
+    // Long enough to be read for a while.
+    let text = Config::new(backend.address).text(&socket) + &"# nothing\n".repeat(90_000);
+    let file = dir.write("counterfoil.toml", &text).display().to_string();
+    let program = counterfoil::program().display().to_string();
+    let started = || Process::start("counterfoil", &program, &["run", "--config", &file, "--log-format", "json"]);
+    // When it has caught SIGHUP; and whether it had no socket then.
+    let caught = |process: &Process| {
+        let status = format!("/proc/{}/status", process.pid());
+        wait::until("SIGHUP is caught", SOON, || {
+            let status = std::fs::read_to_string(&status).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim().to_owned();
+            u64::from_str_radix(&caught, 16).unwrap() & 1 == 1
+        });
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap();
+        let links = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+        !links.into_iter().any(|link| link.to_string_lossy().starts_with("anon_inode:bpf"))
+            && !std::path::Path::new(&socket).exists()
+    };
+    // A machine that is busy may let it run on before this looks.
+    let early = (0..5).any(|_| {
+        let mut process = started();
+        let early = caught(&process);
+        process.signal(rustix::process::Signal::HUP);
+        for what in ["ready", "reloaded"] {
+            process.wait_for_line(SOON, what, |line| counterfoil::message(line, what));
+        }
+        process.signal(rustix::process::Signal::TERM);
+        assert_eq!(process.wait_exit(SOON).code(), Some(0), "{}", process.tail());
+        early
+    });
+    assert!(early, "signals are caught before anything is opened");
+    let mut process = started();
+    caught(&process);
+    process.signal(rustix::process::Signal::TERM);
+    assert_eq!(process.wait_exit(SOON).code(), Some(0), "{}", process.tail());
+}
+
+/// What Kubernetes and systemd wait for before they kill is no shorter than what the program may take.
+#[test]
+fn the_time_to_end_fits_what_is_deployed() {
+    const BEHIND: u64 = 6;
+    let seconds = |text: &str, key: &str| -> u64 {
+        let line = text.lines().map(str::trim).find_map(|line| line.strip_prefix(key));
+        let value = line.unwrap_or_else(|| panic!("{key} is missing")).trim().trim_matches('"');
+        value.trim_end_matches('s').parse().unwrap_or_else(|e| panic!("{key} {value:?}: {e}"))
+    };
+    let manifest = include_str!("../../deploy/kubernetes/counterfoil.yml");
+    let needed = seconds(manifest, "drain_delay =") + seconds(manifest, "drain_timeout =") + BEHIND;
+    assert!(seconds(manifest, "drain_delay =") >= 5, "time for the endpoint to be taken away");
+    assert!(seconds(manifest, "terminationGracePeriodSeconds:") >= needed, "{needed}");
+    let unit = include_str!("../../deploy/systemd/counterfoil.service");
+    let default = counterfoil_defaults();
+    let needed = default.0.as_secs() + default.1.as_secs() + BEHIND;
+    assert!(seconds(unit, "TimeoutStopSec=") >= needed, "{needed}");
+    let readme = include_str!("../../README.md");
+    assert!(readme.contains(&format!("`drain_delay` + `drain_timeout` + {BEHIND} s")), "the README names the sum");
+    // The manifest's configuration is one.
+    let dir = TempDir::new("manifest");
+    let (_, data) = manifest.split_once("counterfoil.toml: |\n").unwrap();
+    let lines = data.lines().take_while(|line| line.is_empty() || line.starts_with("    "));
+    let text: Vec<&str> = lines.map(|line| line.trim_start_matches("    ")).collect();
+    let file = dir.write("counterfoil.toml", &text.join("\n")).display().to_string();
+    let program = counterfoil::program().display().to_string();
+    let (ok, said) = process::run(&program, &["check-config", &file], SOON);
+    assert!(ok, "{said}");
+}
+
+/// `drain_delay` and `drain_timeout` where the configuration says nothing.
+fn counterfoil_defaults() -> (Duration, Duration) {
+    let server = ::counterfoil::config::from_str("f", &Config::new(SocketAddr::from(([127, 0, 0, 1], 53))).text("/s"));
+    let server = server.unwrap().server;
+    (server.drain_delay, server.drain_timeout)
+}
+
 /// Clients that keep asking while it drains: each query is answered or was never taken.
 #[test]
 fn sigterm_under_load_loses_nothing() {

@@ -1,8 +1,10 @@
 //! From "ready" to the end: signals, orders, and what the service manager is told.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
@@ -25,6 +27,26 @@ const SPREAD: f64 = 0.8;
 /// Between two lines to the service manager on how far draining is.
 const PROGRESS: Duration = Duration::from_secs(1);
 
+/// The main thread's event loop, with the signals that the process takes: made before anything else, so that none of them
+/// ends the process by itself or is lost.
+#[derive(Debug)]
+pub struct Caught {
+    pub(super) runtime: Runtime,
+    pub(super) signals: Signals,
+}
+
+impl Caught {
+    /// Catches them.
+    ///
+    /// # Errors
+    /// There is no descriptor or no memory left.
+    pub fn new() -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let signals = runtime.block_on(async { Signals::catch() })?;
+        Ok(Self { runtime, signals })
+    }
+}
+
 /// The signals that the process takes.
 #[derive(Debug)]
 pub(super) struct Signals {
@@ -34,13 +56,24 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// From now on none is lost, and none ends the process by itself.
-    pub(super) fn catch() -> std::io::Result<Self> {
+    fn catch() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
         })
+    }
+
+    /// The signal that has asked for the end already, if one has.
+    pub(super) async fn end_was_asked_for(&mut self) -> Option<&'static str> {
+        // What has come is known once the event loop has turned.
+        sleep(Duration::from_millis(1)).await;
+        tokio::select! {
+            biased;
+            _ = self.terminate.recv() => Some("SIGTERM"),
+            _ = self.interrupt.recv() => Some("SIGINT"),
+            () = std::future::ready(()) => None,
+        }
     }
 
     /// One that asks for the end, or for the configuration to be read again.
@@ -80,6 +113,8 @@ pub(super) struct Life {
     pub(super) reloader: Reloader,
     /// Who wants to connect waits for the next process, so this one should not take long to end.
     pub(super) all_inherited: bool,
+    /// The next signal for the end says nothing new.
+    pub(super) ignores_one: bool,
 }
 
 impl Life {
@@ -90,12 +125,13 @@ impl Life {
             ended = &mut workers => return ended.and(Err(anyhow!("the workers ended without having been asked to"))),
             by = self.serve() => by,
         };
-        self.begin_to_drain(by);
+        self.announce(by).await;
+        self.begin_to_drain();
         let timeout = self.live.now().config.server.drain_timeout;
         tokio::select! {
             ended = &mut workers => ended?,
-            // A second signal, or a worker that does not come to its end.
-            signal = self.draining(by) => return Err(anyhow!("stopped by {signal} before everything was drained")),
+            // Another signal, or a worker that does not come to its end.
+            signal = self.draining() => return Err(anyhow!("stopped by {signal} before everything was drained")),
             () = sleep(timeout + LAST_CALL) => return Err(anyhow!("a worker did not end within drain_timeout")),
         }
         // Whoever waits for it is told; if nobody does, that is no error.
@@ -142,15 +178,56 @@ impl Life {
         self.pulse.beat(&self.notifier, &self.live.now().ledger);
     }
 
-    fn begin_to_drain(&mut self, by: EndedBy) {
-        match by {
-            EndedBy::Signal(signal) => tracing::info!(signal, "draining"),
-            EndedBy::Order => tracing::info!("draining, by order"),
-        }
+    /// Says that the end has come, and goes on serving for `drain_delay`, so that whoever sends clients here has the time
+    /// to send them elsewhere. Whoever asks again cuts it short.
+    async fn announce(&mut self, by: EndedBy) {
         let observed = self.live.now();
+        let delay = observed.config.server.drain_delay;
+        let delay_seconds = delay.as_secs_f64();
+        match by {
+            EndedBy::Signal(signal) => tracing::info!(signal, delay_seconds, "draining"),
+            EndedBy::Order => tracing::info!(delay_seconds, "draining, by order"),
+        }
         observed.set_serving(false);
         let _ = self.inbox.phase.send(Phase::Draining);
         self.notifier.stopping("draining");
+        self.ignores_one = matches!(by, EndedBy::Order);
+        if delay.is_zero() {
+            return;
+        }
+        tokio::select! {
+            () = sleep(delay) => {}
+            () = self.asked_again() => tracing::info!("drain_delay is cut short"),
+        }
+    }
+
+    /// Until the end is asked for again while clients are still served.
+    async fn asked_again(&mut self) {
+        let mut log = interval(logging::LOOK);
+        loop {
+            tokio::select! {
+                _ = log.tick() => logging::tell_held_back(),
+                wish = self.signals.next() => if self.is_new(wish).is_some() { return },
+                Some(order) = self.inbox.orders.recv() => if refuse_while_draining(order) { return },
+                () = self.pulse.next() => self.beat(),
+            }
+        }
+    }
+
+    /// The signal that asks for the end again. After an order the first one says nothing new: it is how a service manager
+    /// stops what is draining already.
+    fn is_new(&mut self, wish: Wish) -> Option<&'static str> {
+        match wish {
+            Wish::End(signal) => (!std::mem::take(&mut self.ignores_one)).then_some(signal),
+            Wish::Reload => {
+                tracing::warn!("not reloaded: the process drains");
+                None
+            }
+        }
+    }
+
+    fn begin_to_drain(&mut self) {
+        let observed = self.live.now();
         let server = &observed.config.server;
         let spread = if self.all_inherited { Duration::ZERO } else { server.drain_timeout.mul_f64(SPREAD) };
         for worker in 0..server.workers {
@@ -158,28 +235,33 @@ impl Life {
         }
     }
 
-    /// Until a second signal asks for the end at once. After an order the first one says nothing new: it is how a service
-    /// manager stops what is draining already. Nor does another order.
-    async fn draining(&mut self, by: EndedBy) -> &'static str {
+    /// Until another signal asks for the end at once. Another order says nothing new.
+    async fn draining(&mut self) -> &'static str {
         let mut progress = interval(PROGRESS);
-        let mut signalled = matches!(by, EndedBy::Signal(_));
         loop {
             tokio::select! {
-                wish = self.signals.next() => match wish {
-                    Wish::End(signal) if std::mem::replace(&mut signalled, true) => return signal,
-                    Wish::End(_) => {}
-                    Wish::Reload => tracing::warn!("not reloaded: the process drains"),
-                },
-                Some(order) = self.inbox.orders.recv() => match order {
-                    Order::Drain => {}
-                    Order::Reload(answer) => drop(answer.send(Err(vec!["the process drains".to_owned()]))),
-                },
+                wish = self.signals.next() => if let Some(signal) = self.is_new(wish) { return signal },
+                Some(order) = self.inbox.orders.recv() => {
+                    refuse_while_draining(order);
+                }
                 _ = progress.tick() => {
                     logging::tell_held_back();
                     self.notifier.status(&format!("draining: {}", Tally::of(&self.live.now().stats)));
                 }
                 () = self.pulse.next() => self.beat(),
             }
+        }
+    }
+}
+
+/// Nothing is reloaded any more. Whether it was an order to drain.
+fn refuse_while_draining(order: Order) -> bool {
+    match order {
+        Order::Drain => true,
+        Order::Reload(answer) => {
+            // Who has asked may be gone.
+            let _ = answer.send(Err(vec!["the process drains".to_owned()]));
+            false
         }
     }
 }

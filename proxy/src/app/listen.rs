@@ -7,16 +7,24 @@
 //! each worker has its own; with more, some have two; with fewer, workers share one. Each of those who share it is woken
 //! for each connection, which costs something per connection and nothing per query. A further socket of our own on the
 //! same address would end that, but what is in its queue when the process ends would be reset.
+//!
+//! # Whose address it is
+//!
+//! SO_REUSEPORT alone would let a second process of the same user have the same address, and half of its clients. So the
+//! first socket of an address is without it until it listens: listen(2) then fails if anybody else listens there, of two
+//! processes that start at once for the later one (the kernel looks under a lock). After that it gets the option, too, so
+//! that the others can join. An address that a wildcard of our own covers joins that one. All are bound early, while there
+//! is the privilege, and listen late, when nothing else can fail any more: nobody connects to a process that ends at once.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::num::NonZero;
 
 use anyhow::{Context as _, Result, bail};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::config::Listener;
-use crate::kernel::sys;
+use crate::kernel::{self, sys};
 use crate::systemd::activation::Inherited;
 
 /// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
@@ -33,7 +41,7 @@ pub struct Accepting {
     pub inherited: bool,
 }
 
-/// All listeners, bound.
+/// All listeners, bound. Those of our own do not listen yet.
 #[derive(Debug)]
 pub(super) struct Listening {
     /// By worker.
@@ -42,6 +50,55 @@ pub(super) struct Listening {
     pub(super) addresses: Vec<SocketAddr>,
     /// Nobody is refused while the process is started again: every socket was passed.
     pub(super) all_inherited: bool,
+    /// Listeners with sockets of our own, a wildcard before those that it covers.
+    own: Vec<Own>,
+}
+
+/// A listener that was not passed.
+#[derive(Debug)]
+struct Own {
+    /// Its index.
+    listener: u16,
+    /// Its name.
+    name: String,
+    address: SocketAddr,
+    /// A wildcard of our own has the address.
+    covered: bool,
+}
+
+impl Listening {
+    /// Listens. From now on clients can connect.
+    ///
+    /// # Errors
+    /// Another process has come first at an address.
+    pub(super) fn listen(&self) -> Result<()> {
+        for Own { listener, name, address, covered } in &self.own {
+            let sockets = self.sockets.iter().flatten().filter(|socket| socket.listener == *listener);
+            for (at, Accepting { socket, .. }) in sockets.enumerate() {
+                let socket = SockRef::from(socket);
+                socket.listen(BACKLOG).map_err(|error| refused(name, *address, error))?;
+                if at == 0 && !covered {
+                    socket.set_reuse_port(true).with_context(|| format!("listener `{name}`"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with an address that cannot be listened on, and who has it.
+fn refused(name: &str, address: SocketAddr, error: io::Error) -> anyhow::Error {
+    if error.kind() != io::ErrorKind::AddrInUse {
+        return anyhow::Error::new(error).context(format!("listener `{name}` cannot listen on {address}"));
+    }
+    let who = match kernel::who_listens(address) {
+        Some((pid, program)) => format!("process {pid} ({program})"),
+        None => "another process".to_owned(),
+    };
+    anyhow::anyhow!(
+        "listener `{name}` cannot listen on {address}: {who} listens there already. End it, choose another address, or \
+         pass one socket on to both (socket activation)"
+    )
 }
 
 /// Takes the sockets that were passed, and binds what is left.
@@ -61,6 +118,7 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
     }
     let mut sockets: Vec<Vec<Accepting>> = (0..workers).map(|_| Vec::new()).collect();
     let mut all_inherited = true;
+    let mut own_listeners = Vec::new();
     for (index, passed) in passed.into_iter().enumerate() {
         let (name, inherited) = (&listeners[index].name, !passed.is_empty());
         all_inherited &= inherited;
@@ -68,9 +126,11 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
             share(passed, workers).with_context(|| format!("listener `{name}`"))?
         } else {
             let address = addresses[index];
-            let failed = || format!("listener `{name}` cannot listen on {address}");
-            let (address, bound) = bind(address, workers).with_context(failed)?;
+            let covered = listeners.iter().any(|other| covers(other.address, address));
+            let (address, bound) = bind(address, covered, workers).map_err(|error| refused(name, address, error))?;
             addresses[index] = address;
+            // Fewer than 65,536, as each has an address and a port.
+            own_listeners.push(Own { listener: index as u16, name: name.clone(), address, covered });
             bound.into_iter().enumerate().collect()
         };
         // Data are taken from SYNs (RFC 7413) if `net.ipv4.tcp_fastopen` has servers do so, else the kernel ignores it.
@@ -89,7 +149,18 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
             sockets[worker].push(Accepting { listener: index as u16, socket, inherited });
         }
     }
-    Ok(Listening { sockets, addresses, all_inherited })
+    own_listeners.sort_by_key(|own| own.covered);
+    Ok(Listening { sockets, addresses, all_inherited, own: own_listeners })
+}
+
+/// Whether whoever listens on `wide` has `address`, too.
+fn covers(wide: SocketAddr, address: SocketAddr) -> bool {
+    let ip = match wide.ip() {
+        IpAddr::V4(ip) => ip.is_unspecified() && address.is_ipv4(),
+        // Of both families, unless the system says otherwise (`net.ipv6.bindv6only`).
+        IpAddr::V6(ip) => ip.is_unspecified(),
+    };
+    ip && wide != address && wide.port() == address.port() && address.port() != 0
 }
 
 /// The listener with this address; where the configuration leaves the port open, the one with this name.
@@ -119,18 +190,18 @@ fn share(sockets: Vec<TcpListener>, workers: usize) -> io::Result<Vec<(usize, Tc
     Ok(sockets.into_iter().enumerate().map(|(at, socket)| (at % workers, socket)).chain(copies).collect())
 }
 
-/// One listening socket per worker on the same address.
+/// One socket per worker on the same address.
 #[expect(clippy::disallowed_methods, reason = "sockets that listen are no backend sockets")]
-fn bind(address: SocketAddr, workers: usize) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
+fn bind(address: SocketAddr, covered: bool, workers: usize) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
     let mut address = address;
     let mut sockets = Vec::with_capacity(workers);
-    for _ in 0..workers {
+    for worker in 0..workers {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+        // What is left of connections of a process before this one is in nobody's way.
         socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
+        socket.set_reuse_port(covered || worker > 0)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
         let listener = TcpListener::from(socket);
         address = listener.local_addr()?;
         sockets.push(listener);
@@ -182,6 +253,7 @@ mod tests {
     #[test]
     fn connections_inherit_tcp_nodelay() {
         let listening = open(&[listener("a", "127.0.0.1:0")], 1, Vec::new()).unwrap();
+        listening.listen().unwrap();
         let address = listening.addresses[0];
         let client = std::net::TcpStream::connect(address).unwrap();
         let socket = &listening.sockets[0][0].socket;
@@ -204,6 +276,53 @@ mod tests {
             let kinds: Vec<_> = worker.iter().map(|socket| (socket.listener, socket.inherited)).collect();
             assert_eq!(kinds, [(0, true), (1, false)]);
         }
+    }
+
+    /// A process that does not start, for whatever reason, has had no client.
+    #[test]
+    fn nobody_can_connect_before_it_listens() {
+        let listening = open(&[listener("a", "127.0.0.1:0")], 2, Vec::new()).unwrap();
+        let refused = std::net::TcpStream::connect(listening.addresses[0]).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        listening.listen().unwrap();
+        let clients: Vec<_> = (0..64).map(|_| std::net::TcpStream::connect(listening.addresses[0]).unwrap()).collect();
+        let accepted =
+            listening.sockets.iter().map(|worker| std::iter::from_fn(|| worker[0].socket.accept().ok()).count());
+        let accepted: Vec<usize> = accepted.collect();
+        assert!(accepted.iter().all(|count| *count > 0), "each worker gets some: {accepted:?}");
+        assert_eq!(accepted.iter().sum::<usize>(), clients.len());
+    }
+
+    #[test]
+    fn of_two_that_start_at_once_one_has_the_address() {
+        let first = open(&[listener("a", "127.0.0.1:0")], 2, Vec::new()).unwrap();
+        let address = first.addresses[0];
+        let second = open(&[listener("b", &address.to_string())], 2, Vec::new()).unwrap();
+        second.listen().unwrap();
+        let said = first.listen().unwrap_err().to_string();
+        let itself = format!("process {} (", std::process::id());
+        for part in ["listener `a` cannot listen on", &address.to_string(), &itself, "listens there already"] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        // Who comes later does not even get so far.
+        for address in [address, SocketAddr::from(([0, 0, 0, 0], address.port()))] {
+            let said = open(&[listener("c", &address.to_string())], 1, Vec::new()).unwrap_err().to_string();
+            assert!(said.contains("listener `c` cannot listen on") && said.contains(&itself), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_wildcard_and_an_address_below_it_can_both_be_had() {
+        // A port that nobody has, at any address.
+        let port = open(&[listener("a", "0.0.0.0:0")], 1, Vec::new()).unwrap().addresses[0].port();
+        let listeners = [listener("one", &format!("127.0.0.1:{port}")), listener("all", &format!("0.0.0.0:{port}"))];
+        let listening = open(&listeners, 2, Vec::new()).unwrap();
+        listening.listen().unwrap();
+        let _client = std::net::TcpStream::connect(listening.addresses[0]).unwrap();
+        let accepted = |at: usize| listening.sockets.iter().filter(|worker| worker[at].socket.accept().is_ok()).count();
+        assert_eq!((accepted(0), accepted(1)), (1, 0), "the more exact one has it");
+        let said = open(&listeners[..1], 1, Vec::new()).unwrap_err().to_string();
+        assert!(said.contains("listens there already"), "{said}");
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::thread::JoinHandle;
 
-use anyhow::{Context as _, Result, anyhow};
-use tokio::sync::mpsc;
+use anyhow::{Context as _, Result, anyhow, bail};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::client::limits::ClientLimits;
 use crate::config::{Config, Numbers, ReapMode, check};
@@ -27,8 +27,9 @@ use crate::watchdog::{Live, Observed, Watchdog};
 use crate::worker::Worker;
 use crate::worker::core::Shared;
 use crate::{admin, drill, health, kernel, metrics, privilege, watchdog};
-use life::{Life, Pulse, Signals};
-use listen::Listening;
+pub use life::Caught;
+use life::{Life, Pulse};
+use listen::{Accepting, Listening};
 use order::{Inbox, Orders};
 use reload::Reloader;
 
@@ -36,8 +37,7 @@ use reload::Reloader;
 pub struct App {
     observed: Observed,
     workers: Vec<Worker>,
-    addresses: Vec<SocketAddr>,
-    all_inherited: bool,
+    listening: Listening,
     watchdog: Watchdog,
     /// Requests to the owner of the health checks' connections.
     health: mpsc::UnboundedReceiver<Control>,
@@ -91,15 +91,14 @@ impl App {
 
         let inherited = activation::sockets(&environment)?;
         warn_of_fast_open(&config);
-        let Listening { sockets, addresses, all_inherited } = listen::open(&config.listeners, count, inherited)?;
+        let listening = listen::open(&config.listeners, count, inherited)?;
         let mut receivers = receivers.into_iter();
         let mut workers = Vec::with_capacity(count);
-        for (index, (listeners, requests)) in sockets.into_iter().zip(receivers.by_ref()).enumerate() {
+        for (index, requests) in receivers.by_ref().take(count).enumerate() {
             workers.push(Worker {
                 index,
                 workers: count,
                 config: Arc::clone(&config),
-                listeners,
                 shared: Arc::clone(&shared),
                 limits: Arc::clone(&limits),
                 tls: Arc::clone(&tls),
@@ -113,8 +112,8 @@ impl App {
         let drill = drill::Setup::bind(requests).context("the drill's peer can't listen on 127.0.0.1")?;
         let doors = admin::Doors::bind(&config.admin)?;
         // Sockets that these addresses accepted are clients', not connections to backends.
-        let listening = [addresses.as_slice(), others, &[drill.address()?]].concat();
-        let (mut view, source, reason) = kernel::open(config.kernel.view, &listening, config.kernel.max_sockets)
+        let accept = [listening.addresses.as_slice(), others, &[drill.address()?]].concat();
+        let (mut view, source, reason) = kernel::open(config.kernel.view, &accept, config.kernel.max_sockets)
             .with_context(|| format!("key `kernel.view`: {:?}", config.kernel.view))?;
         tracing::info!(source = source.as_str(), reason, "kernel view");
         privilege::keep_for_watchdog(&mut *view, config.watchdog.reap)?;
@@ -125,47 +124,20 @@ impl App {
             .with_clients(limits);
         let watchdog = watchdog::start(observed.subject(), view)?;
         privilege::drop_all()?;
-        Ok(Self {
-            observed,
-            workers,
-            addresses,
-            all_inherited,
-            watchdog,
-            health,
-            file,
-            tls,
-            doors,
-            drill,
-            environment,
-            notifier,
-        })
+        Ok(Self { observed, workers, listening, watchdog, health, file, tls, doors, drill, environment, notifier })
     }
 
     /// Serves until SIGTERM, SIGINT or an order to drain, then drains.
     ///
     /// # Errors
     ///
-    /// A thread can't be started, or a worker failed.
-    pub fn run(self) -> Result<()> {
-        let Self {
-            observed,
-            workers,
-            addresses,
-            all_inherited,
-            watchdog,
-            health,
-            file,
-            tls,
-            doors,
-            drill,
-            environment,
-            notifier,
-        } = self;
+    /// A thread can't be started, another process has an address, or a worker failed.
+    pub fn run(self, signals: Caught) -> Result<()> {
+        let Self { observed, workers, listening, watchdog, health, file, tls, doors, drill, environment, notifier } =
+            self;
         let config = Arc::clone(&observed.config);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let Caught { runtime, mut signals } = signals;
         runtime.block_on(async move {
-            // Before the workers: a signal that comes early must not be lost.
-            let signals = Signals::catch()?;
             let live = Live::new(observed.clone());
             let metrics = Arc::new(metrics::registry(live.clone(), watchdog.handle()));
             let (orders, inbox): (Orders, Inbox) = order::channel();
@@ -174,11 +146,16 @@ impl App {
             let http = admin.http().map_or_else(|| "off".to_owned(), |address| address.to_string());
             let socket = admin.socket().map_or_else(|| "off".to_owned(), |path| path.display().to_string());
             tracing::info!(http, socket, "admin");
-            let mut threads = Vec::new();
-            for worker in workers {
-                threads.push(start(worker, &observed.ledger)?);
-            }
+            let workers = Workers::start(workers, &observed.ledger).await?;
             let health = start_health(&observed, health)?;
+            if let Some(signal) = signals.end_was_asked_for().await {
+                tracing::info!(signal, "ended before a client was served");
+                return Ok(());
+            }
+            // The last thing that can fail, as another process may have come first.
+            listening.listen()?;
+            let Listening { sockets, addresses, all_inherited, .. } = listening;
+            let threads = workers.accept_on(sockets);
             for (listener, address) in config.listeners.iter().zip(&addresses) {
                 tracing::info!(listener = listener.name, %address, "listening");
             }
@@ -195,7 +172,8 @@ impl App {
             let reloader =
                 Reloader { file, live: live.clone(), watchdog: watchdog.handle(), tls, may_sever, stricter: None };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
-            Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited }
+            let ignores_one = false;
+            Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited, ignores_one }
                 .run(life::watch(threads))
                 .await?;
             drop((health, admin, watchdog));
@@ -205,12 +183,49 @@ impl App {
     }
 }
 
-fn start(worker: Worker, ledger: &Ledger) -> Result<JoinHandle<Result<()>>> {
-    // Each shard is taken once, here.
-    let shard = worker.index;
-    let claim = ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
-    let thread = std::thread::Builder::new().name(format!("worker-{shard}"));
-    Ok(thread.spawn(move || worker.run(claim.writer()).with_context(|| format!("worker {shard}")))?)
+/// The workers' threads, which run but accept nobody yet.
+struct Workers {
+    threads: Vec<JoinHandle<Result<()>>>,
+    listeners: Vec<oneshot::Sender<Vec<Accepting>>>,
+}
+
+impl Workers {
+    /// Starts all; when this is over, nothing of theirs can fail any more.
+    async fn start(workers: Vec<Worker>, ledger: &Ledger) -> Result<Self> {
+        let (started, mut all_started) = mpsc::unbounded_channel();
+        let (count, mut threads, mut senders) = (workers.len(), Vec::new(), Vec::new());
+        for worker in workers {
+            // Each shard is taken once, here.
+            let shard = worker.index;
+            let claim = ledger.claim(shard).ok_or_else(|| anyhow!("shard {shard} of the ledger is taken"))?;
+            let (sender, listeners) = oneshot::channel();
+            let (thread, started) = (std::thread::Builder::new().name(format!("worker-{shard}")), started.clone());
+            let run = move || worker.run(claim.writer(), started, listeners);
+            threads.push(thread.spawn(move || run().with_context(|| format!("worker {shard}")))?);
+            senders.push(sender);
+        }
+        drop(started);
+        let mut running = 0;
+        while all_started.recv().await.is_some() {
+            running += 1;
+        }
+        if running < count {
+            // The others end, as they get no listeners.
+            drop(senders);
+            life::watch(threads).await?;
+            bail!("a worker ended before it had begun");
+        }
+        Ok(Self { threads, listeners: senders })
+    }
+
+    /// Each begins to accept.
+    fn accept_on(self, sockets: Vec<Vec<Accepting>>) -> Vec<JoinHandle<Result<()>>> {
+        for (worker, sockets) in self.listeners.into_iter().zip(sockets) {
+            // A worker that is gone is noticed by who waits for its thread.
+            let _ = worker.send(sockets);
+        }
+        self.threads
+    }
 }
 
 /// Starts the health checks, which have the shard after the workers'.

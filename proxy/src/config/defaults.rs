@@ -40,6 +40,7 @@ impl Default for Server {
     fn default() -> Self {
         Self {
             workers: workers(),
+            drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             max_connections: 10_000,
             log: "info".to_owned(),

@@ -93,6 +93,8 @@ pub struct Server {
     pub workers: usize,
     /// How long SIGTERM waits for what is in flight.
     pub drain_timeout: Duration,
+    /// Before draining, not ready but serving, so that a load balancer has the time to notice.
+    pub drain_delay: Duration,
     /// Client connections in total.
     pub max_connections: usize,
     /// Log filter, such as `info,counterfoil::watchdog=debug`.

@@ -104,6 +104,7 @@ fn read_server(section: &Section<'_, '_>) -> Server {
     };
     Server {
         workers,
+        drain_delay: section.duration("drain_delay", default.drain_delay, Duration::ZERO),
         drain_timeout: section.duration("drain_timeout", default.drain_timeout, Duration::ZERO),
         max_connections: section.integer("max_connections", default.max_connections, 1..=MAX_COUNT),
         log: section.value("log").and_then(|value| log_filter(&value)).unwrap_or(default.log),

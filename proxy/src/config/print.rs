@@ -66,6 +66,7 @@ fn quoted(value: impl Display) -> String {
 fn server(out: &mut Writer, server: &Server) {
     out.heading("[server]");
     out.bare("workers", server.workers);
+    out.duration("drain_delay", server.drain_delay);
     out.duration("drain_timeout", server.drain_timeout);
     out.bare("max_connections", server.max_connections);
     out.text("log", &server.log);

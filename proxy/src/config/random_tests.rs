@@ -289,7 +289,13 @@ prop_compose! {
         }
         let (workers, drain_timeout, max_connections) = server;
         Config {
-            server: Server { workers, drain_timeout, max_connections, log: "warn,counterfoil::watchdog=debug".to_owned() },
+            server: Server {
+                workers,
+                drain_delay: drain_timeout / 2,
+                drain_timeout,
+                max_connections,
+                log: "warn,counterfoil::watchdog=debug".to_owned(),
+            },
             overload: Overload {
                 threshold: overload.0,
                 idle_timeout: overload.1,

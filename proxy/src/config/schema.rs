@@ -51,7 +51,8 @@ pub const FORMAT: &[Key] = &[
     table("admin", ADMIN),
 ];
 
-const SERVER: &[Key] = &[value("workers"), value("drain_timeout"), value("max_connections"), value("log")];
+const SERVER: &[Key] =
+    &[value("workers"), value("drain_delay"), value("drain_timeout"), value("max_connections"), value("log")];
 
 const OVERLOAD: &[Key] = &[value("threshold"), value("idle_timeout"), value("max_connection_duration")];
 

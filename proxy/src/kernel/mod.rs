@@ -24,6 +24,7 @@ mod destroy;
 mod diag;
 mod error;
 mod evidence;
+mod holder;
 #[cfg(feature = "test-hooks")]
 pub(crate) mod lies;
 mod listeners;
@@ -45,6 +46,7 @@ pub use beside::{Process, Who};
 pub use btf::BtfError;
 pub use destroy::{Destroyed, destroy};
 pub use error::ViewError;
+pub use holder::who_listens;
 pub use open::{Opened, open, open_beside};
 pub use ports::ports_in_use;
 pub use state::TcpState;

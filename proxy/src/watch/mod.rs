@@ -13,13 +13,14 @@ mod samples;
 mod userspace;
 mod watched;
 
-use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::{fs, io};
 
 use anyhow::{Context as _, Result};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub use args::{Plan, WatchArgs};
 pub use watched::{Descriptors, Processes, Userspace, Watched};
@@ -42,6 +43,10 @@ impl Plan {
     /// The address for metrics cannot be listened on, there is no such process, or it may not be looked at; what is
     /// missing is said.
     pub fn run(self) -> Result<()> {
+        // Before anything else: from now on none of them ends the process by itself.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let signals = runtime
+            .block_on(async { io::Result::Ok([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]) })?;
         privilege::forbid_new()?;
         let listener = self.http.map(bind).transpose()?;
         let (mut view, source, reason) = kernel::open_beside(self.view, &self.who, &self.backends, MAX_SOCKETS)?;
@@ -53,21 +58,20 @@ impl Plan {
         let watchdog = watchdog::start(self.subject.clone(), Box::new(followed))?;
         privilege::drop_all()?;
         let metrics = Arc::new(metrics::beside(&self.subject, Arc::clone(&watched), watchdog.handle()));
-        self.serve(listener, watched, watchdog, metrics)
+        self.serve(runtime, signals, listener, watched, watchdog, metrics)
     }
 
     fn serve(
         self,
+        runtime: Runtime,
+        [mut terminate, mut interrupt]: [Signal; 2],
         listener: Option<TcpListener>,
         watched: Arc<Watched>,
         watchdog: Watchdog,
         metrics: Arc<Metrics>,
     ) -> Result<()> {
         let interval = self.subject.settings.interval;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let stopped: Result<()> = runtime.block_on(async {
-            let mut terminate = signal(SignalKind::terminate())?;
-            let mut interrupt = signal(SignalKind::interrupt())?;
             let http = listener.as_ref().map(TcpListener::local_addr).transpose()?;
             if let Some(listener) = listener {
                 let listener = tokio::net::TcpListener::from_std(listener)?;

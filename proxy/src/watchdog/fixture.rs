@@ -22,6 +22,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
     Config {
         server: Server {
             workers: 1,
+            drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(1),
             max_connections: 10,
             log: "info".to_owned(),

@@ -35,7 +35,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use self::core::{Core, Shared};
 use self::plan::Plan;
@@ -62,8 +62,6 @@ pub struct Worker {
     pub workers: usize,
     /// The configuration.
     pub config: Arc<Config>,
-    /// Where it accepts.
-    pub listeners: Vec<Accepting>,
     /// What all workers share.
     pub shared: Arc<Shared>,
     /// The limits on clients.
@@ -79,26 +77,41 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Runs until it has drained.
+    /// Runs until it has drained. Says through `started` that nothing of its own can fail any more, and accepts on what it
+    /// then gets; if that is never given, it ends.
     ///
     /// # Errors
     ///
     /// If the runtime can't be made or a listener can't be registered.
-    pub fn run(self, ledger: ShardWriter) -> std::io::Result<()> {
+    pub fn run(
+        self,
+        ledger: ShardWriter,
+        started: mpsc::UnboundedSender<()>,
+        listeners: oneshot::Receiver<Vec<Accepting>>,
+    ) -> std::io::Result<()> {
         // A local runtime, not a `LocalSet` on another: waking a task from the event loop of a `LocalSet` costs a system
         // call (a write to the runtime's eventfd).
         let options = tokio::runtime::LocalOptions::default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build_local(options)?;
-        runtime.block_on(self.serve(ledger))
+        runtime.block_on(self.serve(ledger, started, listeners))
     }
 
-    async fn serve(self, ledger: ShardWriter) -> std::io::Result<()> {
+    async fn serve(
+        self,
+        ledger: ShardWriter,
+        started: mpsc::UnboundedSender<()>,
+        listeners: oneshot::Receiver<Vec<Accepting>>,
+    ) -> std::io::Result<()> {
         let plan = Rc::new(Plan::new(&self.config, crate::backend::connect::own_side));
         let seed = fastrand::u64(..);
         let core = Core::new(plan, Arc::clone(&self.stats), Arc::clone(&self.shared), seed, clock::now());
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
-        for Accepting { listener, socket, inherited } in self.listeners {
+        // Who starts the workers has gone if it hears nothing.
+        let _ = started.send(());
+        drop(started);
+        let Ok(listeners) = listeners.await else { return Ok(()) };
+        for Accepting { listener, socket, inherited } in listeners {
             let (limits, tls) = (Arc::clone(&self.limits), Arc::clone(&self.tls));
             // A socket that was passed may be a transparent one, which takes what is for any address.
             let local = socket.local_addr().ok().filter(|local| !inherited && !local.ip().is_unspecified());

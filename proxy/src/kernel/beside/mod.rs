@@ -21,3 +21,4 @@ pub use who::Who;
 
 pub(super) use diag::DiagBeside;
 pub(super) use ebpf::EbpfBeside;
+pub(super) use who::holder_of;

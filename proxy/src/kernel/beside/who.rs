@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use super::super::ViewError;
-use super::process::{Process, Stat, is_gone};
+use super::process::{self, Process, Stat, is_gone};
 
 /// Longest name that the kernel keeps of a program, bytes (TASK_COMM_LEN without its end).
 const LONGEST_NAME: usize = 15;
@@ -91,6 +91,18 @@ fn all_pids() -> Result<Vec<u32>, ViewError> {
         pids.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
     }
     Ok(pids)
+}
+
+/// A process that has a descriptor of one of these sockets, and its name; of several the one with the smallest id.
+pub(in crate::kernel) fn holder_of(inodes: &[u64]) -> Option<(u32, String)> {
+    let mut pids = if inodes.is_empty() { Vec::new() } else { all_pids().ok()? };
+    pids.sort_unstable();
+    pids.into_iter().find_map(|pid| {
+        let stat = Stat::read(pid).ok()??;
+        let held = process::sockets(stat.process).ok()??;
+        let name = || String::from_utf8_lossy(&stat.name).into_owned();
+        inodes.iter().any(|inode| held.contains(inode)).then(|| (pid, name()))
+    })
 }
 
 /// The processes of a cgroup and of all below it. One that is removed meanwhile, or not there yet, has none.
