@@ -43,6 +43,11 @@ impl Distinct {
         }
     }
 
+    /// As if nothing had been seen.
+    pub fn reset(&self) {
+        self.banks.iter().flatten().for_each(|register| register.store(0, Ordering::Relaxed));
+    }
+
     /// Time has passed; only the owner may call this, once a minute or more often.
     pub fn turn(&self, now: Mono) {
         let minute = now.0 / MINUTE;

@@ -29,6 +29,11 @@ impl Counter {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(n), Ordering::Relaxed);
     }
 
+    /// Sets; only the owning worker may, or somebody else while that does not use it.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
     /// Reads; anybody may.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -291,6 +296,18 @@ pub struct PoolStats {
     pub retries: Counter,
     /// The PROXY headers that queries needed.
     pub headers: Distinct,
+    /// Queries under way, as of the last reload or, while there are any, the last clean-up.
+    pub under_way: Counter,
+}
+
+impl PoolStats {
+    /// From zero, for another pool; only while no worker knows this one.
+    pub fn reset(&self) {
+        self.latency.buckets.iter().chain(&self.acquired).for_each(|counter| counter.set(0));
+        self.latency.sum.set(0);
+        self.retries.set(0);
+        self.headers.reset();
+    }
 }
 
 /// Counters of one backend.
@@ -304,6 +321,14 @@ pub struct BackendStats {
     pub connect_failures: Counter,
     /// TLS handshakes that were completed, full ones and resumed ones.
     pub handshakes: [Counter; 2],
+}
+
+impl BackendStats {
+    /// From zero, for another backend; only while no worker has a connection to this one.
+    pub fn reset(&self) {
+        let Self { queries, reused, connect_failures, handshakes } = self;
+        [queries, reused, connect_failures].into_iter().chain(handshakes).for_each(|counter| counter.set(0));
+    }
 }
 
 /// The counters of one worker.

@@ -378,3 +378,59 @@ fn a_reaper_that_is_switched_on_again_can_sever_what_it_could_before() {
     assert!(switch(&counterfoil, "on"));
     counterfoil.assert_quiescent();
 }
+
+/// However many names come and go, what is shown and what they are numbered by stays bounded; a name that comes back in time
+/// counts on, and one that was forgotten begins anew.
+#[test]
+fn names_that_went_are_forgotten() {
+    /// As docs/ctl.md says.
+    const KEPT: usize = 100;
+    let backend = FakeBackend::answering(false);
+    let config = Config::new(backend.address).settles_soon();
+    let counterfoil = Counterfoil::start(&config);
+    let name = |round: usize| format!("round-{round}");
+    let take = |round: usize| {
+        let text = config.text(&counterfoil.socket().display().to_string());
+        let names = |text: String, of: &str| text.replace(&format!("\"{of}\""), &format!("\"{}\"", name(round)));
+        counterfoil.rewrite(&names(names(text, "backend-0"), "resolvers"));
+        let events = counterfoil.admin(&serde_json::json!({"cmd": "reload"}), Duration::from_secs(30));
+        assert_eq!(events.last().unwrap()["ok"], true, "{events:?}");
+    };
+    let ask = |count| Load { count, ..Load::default() }.run(&mut counterfoil.client()).assert_all_answered(count);
+    let shown = |metrics: &Metrics, of: &str, label: &str| -> Vec<String> {
+        metrics.samples(of, &[]).map(|sample| sample.labels[label].clone()).collect()
+    };
+    // Neither the first names nor those that take their numbers later are idle.
+    for round in 0..KEPT + 30 {
+        take(round);
+        if round < 3 || round > KEPT {
+            ask(3);
+        }
+    }
+    let last = KEPT + 29;
+    let bounded = |metrics: &Metrics| {
+        // Those that went, the one in force and, of backends, the drill's peer.
+        shown(metrics, "backend_queries_total", "backend").len() <= KEPT + 2
+            && shown(metrics, "pool_retries_total", "pool").len() <= KEPT + 1
+    };
+    let metrics = counterfoil.wait_metrics("the oldest names are forgotten", SOON, bounded);
+    let queries = |metrics: &Metrics, round: usize| metrics.sum("backend_queries_total", &[("backend", &name(round))]);
+    for gone in ["backend-0", "round-0", "round-2"] {
+        assert!(!shown(&metrics, "backend_connections_opened_total", "backend").contains(&gone.to_owned()), "{gone}");
+    }
+    assert_eq!((queries(&metrics, last), queries(&metrics, last - 1)), (3.0, 3.0), "the last ones are kept");
+    let (ok, listed) = counterfoil.ctl(&["show", "backends"], SOON);
+    assert!(ok && listed.contains(&name(last)) && !listed.contains("round-0 "), "{listed}");
+    // One is forgotten and comes back, one was kept.
+    take(0);
+    ask(1);
+    assert_eq!(queries(&counterfoil.metrics(), 0), 1.0, "anew");
+    take(last - 1);
+    ask(1);
+    let metrics = counterfoil.metrics();
+    assert_eq!(queries(&metrics, last - 1), 4.0, "it counts on");
+    let pool = [("pool", &*name(last - 1))];
+    assert_eq!(metrics.value("query_duration_seconds_count", &pool), 4.0);
+    counterfoil.wait_metrics("no more than before", SOON, bounded);
+    counterfoil.assert_quiescent();
+}

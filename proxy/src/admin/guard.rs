@@ -66,7 +66,11 @@ async fn connection(stream: TcpStream, place: Place, gone: Gone, router: Router)
     let service = service_fn(move |request: Request<Incoming>| {
         state.place.begins();
         let (answer, state) = (router.call(request), Arc::clone(&state));
-        async move { answer.await.map(|answer: Response<Body>| answer.map(|body| Watched { body, state })) }
+        async move {
+            // Who has sent several requests at once gets one answer in a turn.
+            tokio::task::yield_now().await;
+            answer.await.map(|answer: Response<Body>| answer.map(|body| Watched { body, state }))
+        }
     });
     let mut http = http1::Builder::new();
     let http = http.timer(TokioTimer::new()).header_read_timeout(SILENCE).serve_connection(TokioIo::new(io), service);

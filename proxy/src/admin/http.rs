@@ -25,7 +25,7 @@ pub(super) async fn serve(listener: TcpListener, served: Served, api: Api) {
 }
 
 async fn metrics(State(served): State<Served>, headers: HeaderMap) -> Response {
-    scrape(&headers, &served.metrics)
+    scrape(&headers, &served.metrics).await
 }
 
 /// Alive: this thread answers, and at least one worker runs.

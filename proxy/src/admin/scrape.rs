@@ -11,8 +11,11 @@ use flate2::write::GzEncoder;
 
 use crate::metrics::{Format, Metrics};
 
-/// The answer to a request with these header fields.
-pub(crate) fn scrape(headers: &HeaderMap, metrics: &Metrics) -> Response {
+/// The answer to a request with these header fields. It takes milliseconds of the thread, so there is one at a time, in turn,
+/// and whoever else is served by the thread comes between two of them.
+pub(crate) async fn scrape(headers: &HeaderMap, metrics: &Metrics) -> Response {
+    let _turn = metrics.turn().await;
+    tokio::task::yield_now().await;
     let format = format(&joined(headers, ACCEPT));
     let text = metrics.render(format);
     let mut answer = if takes_gzip(&joined(headers, ACCEPT_ENCODING)) {

@@ -144,7 +144,10 @@ impl Life {
         let mut log = interval(logging::LOOK);
         loop {
             tokio::select! {
-                _ = log.tick() => logging::tell_held_back(),
+                _ = log.tick() => {
+                    logging::tell_held_back();
+                    self.reloader.forget();
+                }
                 wish = self.signals.next() => match wish {
                     Wish::End(signal) => return EndedBy::Signal(signal),
                     // The log tells how it went.

@@ -169,8 +169,15 @@ impl App {
             );
             notifier.ready(&status);
             let may_sever = config.watchdog.reap == ReapMode::On;
-            let reloader =
-                Reloader { file, live: live.clone(), watchdog: watchdog.handle(), tls, may_sever, stricter: None };
+            let reloader = Reloader {
+                file,
+                live: live.clone(),
+                watchdog: watchdog.handle(),
+                tls,
+                may_sever,
+                stricter: None,
+                taken: None,
+            };
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
             let ignores_one = false;
             Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited, ignores_one }

@@ -1,5 +1,6 @@
 //! Reading the configuration again: all of it is checked before any of it counts, and then all of it counts, or nothing.
 
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,11 +15,13 @@ use crate::clock;
 use crate::config::check::{self, warnings};
 use crate::config::choices::Choice as _;
 use crate::config::error::Problem;
-use crate::config::{Config, ConfigErrors, Numbers, Place, ReapMode, Text};
+use crate::config::{Config, ConfigErrors, Numbered, Numbers, Place, ReapMode, Text};
 use crate::control::Control;
 use crate::drill;
 use crate::kernel::Source;
+use crate::ledger::BackendIndex;
 use crate::logging;
+use crate::stats::{BackendStats, PoolStats, WorkerStats};
 use crate::tls::server::ServerTls;
 use crate::watchdog::{Handle, Live, Observed, Policy};
 
@@ -37,6 +40,8 @@ pub(super) struct Reloader {
     pub(super) may_sever: bool,
     /// The watchdog's thresholds, and from when on they count: connections of before are measured by the old ones, too.
     pub(super) stricter: Option<(Instant, Arc<Policy>)>,
+    /// Who has yet to take the configuration: each sends once, or drops its end.
+    pub(super) taken: Option<mpsc::UnboundedReceiver<()>>,
 }
 
 impl Reloader {
@@ -80,7 +85,8 @@ impl Reloader {
         // Listeners are numbered as at the start; they are the same ones.
         let place = |name: &str| before.config.listeners.iter().position(|listener| listener.name == name);
         config.listeners.sort_by_key(|listener| place(&listener.name));
-        let numbers = before.numbers.with(&config).map_err(|error| vec![format!("{}: {error}", file.display())])?;
+        let numbers = before.numbers.with(&config, clock::now());
+        let numbers = numbers.map_err(|error| vec![format!("{}: {error}", file.display())])?;
         Ok((config, numbers))
     }
 
@@ -99,9 +105,10 @@ impl Reloader {
         let slots = config.connections.max_total + drill::AT_ONCE;
         before.ledger.grow(slots, numbers.backends());
         for stats in before.stats.iter() {
-            stats.pools.grow(numbers.pools().len());
+            stats.pools.grow(numbers.pool_count());
             stats.backends.grow(numbers.backends());
         }
+        numbers.taken_since(&before.numbers).into_iter().for_each(|number| begin_anew(&before, number));
         let caps = before.ledger.caps();
         for backend in config.pools.iter().flat_map(|pool| &pool.backends) {
             if let Some(number) = numbers.backend(&backend.name) {
@@ -141,10 +148,38 @@ impl Reloader {
         while let Ok(Some(())) = timeout_at(deadline, taken.recv()).await {
             missing -= 1;
         }
+        self.taken = Some(taken);
         if missing > 0 {
             notes.push(format!("{missing} threads hang: they take the configuration when they go on"));
         }
         notes
+    }
+
+    /// Everybody goes by the configuration in force, those too that hung when it came.
+    fn all_have_taken(&mut self) -> bool {
+        let Some(taken) = &mut self.taken else { return true };
+        while taken.try_recv().is_ok() {}
+        taken.is_closed() && taken.is_empty()
+    }
+
+    /// Forgets the names that have had their time and where nothing is under way any more. Called once a second or so.
+    pub(super) fn forget(&mut self) {
+        let before = self.live.now();
+        let mut due = before.numbers.due(clock::now());
+        if due.is_empty() || !self.all_have_taken() {
+            return;
+        }
+        let used = Used::now(&before);
+        due.retain(|number| !used.has(*number));
+        if due.is_empty() {
+            return;
+        }
+        let numbers = Arc::new(before.numbers.without(due));
+        let policy = Arc::new(Policy::clone(&before.policy).without_vacant(&numbers));
+        if let Some((_, stricter)) = &mut self.stricter {
+            *stricter = Arc::new(Policy::clone(stricter).without_vacant(&numbers));
+        }
+        self.publish(Observed { numbers, policy, ..before });
     }
 
     fn publish(&self, observed: Observed) {
@@ -164,6 +199,50 @@ impl Reloader {
     pub(super) fn settle(&mut self) {
         if let Some((_, policy)) = self.stricter.take() {
             self.publish(Observed { policy, ..self.live.now() });
+        }
+    }
+}
+
+/// What is under way, by number.
+struct Used<'a> {
+    observed: &'a Observed,
+    backends: HashSet<BackendIndex>,
+}
+
+impl<'a> Used<'a> {
+    fn now(observed: &'a Observed) -> Self {
+        let ledger = observed.ledger.snapshot(clock::now());
+        let rows = ledger.rows.iter().map(|row| row.backend);
+        // The kernel may have the socket of a connection that is closed.
+        let backends = rows.chain(ledger.tombstones.iter().map(|grave| grave.backend)).collect();
+        Self { observed, backends }
+    }
+
+    fn has(&self, number: Numbered) -> bool {
+        match number {
+            Numbered::Pool(pool) => {
+                let under_way =
+                    |stats: &Arc<WorkerStats>| stats.pools.get(usize::from(pool)).map(|it| it.under_way.get());
+                self.observed.stats.iter().filter_map(under_way).any(|count| count > 0)
+            }
+            Numbered::Backend(backend) => {
+                let places = self.observed.ledger.caps().backend(backend).map_or(0, |(_, used)| used);
+                places > 0 || self.backends.contains(&backend)
+            }
+        }
+    }
+}
+
+/// A vacant number goes to another name: nothing that was counted under it is that one's.
+fn begin_anew(observed: &Observed, number: Numbered) {
+    match number {
+        Numbered::Pool(pool) => {
+            observed.stats.iter().filter_map(|it| it.pools.get(usize::from(pool))).for_each(PoolStats::reset);
+        }
+        Numbered::Backend(backend) => {
+            observed.stats.iter().filter_map(|it| it.backends.get(usize::from(backend))).for_each(BackendStats::reset);
+            observed.ledger.reset_totals(backend);
+            observed.health.reset(backend);
         }
     }
 }

@@ -161,10 +161,12 @@ fn a_file_is_read() {
     let errors = load(path).unwrap_err();
     let first = errors.iter().next().unwrap().to_string();
     let certificate = path.with_file_name("cert.pem");
+    let text = std::fs::read_to_string(path).unwrap();
+    let line = 1 + text.lines().position(|line| line.starts_with("certificate = ")).unwrap();
     assert_eq!(
         first,
         format!(
-            "{}:42:15: key `listener.tls.certificate`: {} cannot be read: No such file or directory (os error 2)",
+            "{}:{line}:15: key `listener.tls.certificate`: {} cannot be read: No such file or directory (os error 2)",
             path.display(),
             certificate.display()
         )

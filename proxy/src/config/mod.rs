@@ -47,7 +47,7 @@ use crate::tls::server;
 
 pub use error::{ConfigError, ConfigErrors};
 pub use network::Network;
-pub use numbers::Numbers;
+pub use numbers::{Numbered, Numbers};
 pub use parse::{from_str, load};
 pub use text::{Place, Text};
 

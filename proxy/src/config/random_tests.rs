@@ -291,7 +291,7 @@ prop_compose! {
         Config {
             server: Server {
                 workers,
-                drain_delay: drain_timeout / 2,
+                drain_delay: overload.1,
                 drain_timeout,
                 max_connections,
                 log: "warn,counterfoil::watchdog=debug".to_owned(),

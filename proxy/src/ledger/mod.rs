@@ -116,6 +116,11 @@ impl Ledger {
         Some(action(&socket))
     }
 
+    /// Counts from zero, for another backend; only while nobody has a connection to this one.
+    pub fn reset_totals(&self, backend: BackendIndex) {
+        self.shards.iter().for_each(|shard| shard.reset_totals(backend));
+    }
+
     /// Connections opened and closed per backend, summed over all shards.
     pub fn totals(&self) -> Vec<BackendTotals> {
         let mut totals: Vec<BackendTotals> = Vec::new();

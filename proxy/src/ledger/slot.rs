@@ -362,6 +362,12 @@ impl Shard {
         }
     }
 
+    pub(super) fn reset_totals(&self, backend: BackendIndex) {
+        if let Some(Counters { opened, closed }) = self.counters.get(usize::from(backend)) {
+            opened.iter().chain(closed).for_each(|counter| counter.store(0, Ordering::Relaxed));
+        }
+    }
+
     pub(super) fn add_totals(&self, totals: &mut Vec<BackendTotals>) {
         for (index, counters) in self.counters.iter().enumerate() {
             if totals.len() <= index {

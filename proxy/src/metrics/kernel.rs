@@ -43,7 +43,7 @@ impl Kernel<'_> {
 
     /// All backends, the drill's peer, and the sockets whose peer is none of them.
     fn backends(&self) -> impl Iterator<Item = (Option<BackendIndex>, &str)> {
-        let known = (0..self.policy.backends.len()).map(|index| u16::try_from(index).ok());
+        let known = self.policy.names().map(|(index, _)| u16::try_from(index).ok());
         known.chain([None]).map(|index| (index, self.policy.label(index)))
     }
 

@@ -19,6 +19,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::watch::Watched;
 use crate::watchdog::{Handle, Live, Subject};
@@ -34,6 +35,13 @@ use traffic::Traffic;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    turns: Semaphore,
+}
+
+impl From<Registry> for Metrics {
+    fn from(registry: Registry) -> Self {
+        Self { registry, turns: Semaphore::new(1) }
+    }
 }
 
 /// The metrics of what is observed.
@@ -43,7 +51,7 @@ pub fn registry(live: Live, watchdog: Handle) -> Metrics {
     own.register_collector(Box::new(Build));
     own.register_collector(Box::new(Own { live, watchdog, ports: Ports::default() }));
     registry.register_collector(Box::new(Process));
-    Metrics { registry }
+    registry.into()
 }
 
 /// The metrics of a watch beside other processes.
@@ -54,10 +62,16 @@ pub fn beside(subject: &Subject, watched: Arc<Watched>, watchdog: Handle) -> Met
     own.register_collector(Box::new(Build));
     own.register_collector(Box::new(Beside { policy, interval, watched, watchdog }));
     registry.register_collector(Box::new(Process));
-    Metrics { registry }
+    registry.into()
 }
 
 impl Metrics {
+    /// The turn to render, first come, first served. Nobody has to wait for one; who may be one of many does.
+    pub async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.turns.acquire().await.ok()
+    }
+
     /// The exposition as of now.
     pub fn render(&self, format: Format) -> String {
         let mut text = String::with_capacity(64 * 1024);

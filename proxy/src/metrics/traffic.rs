@@ -16,8 +16,8 @@ use crate::stats::{
 };
 use crate::watchdog::Observed;
 
-/// Reads everything when it is scraped. What the configuration had before a reload goes on being shown, so that no
-/// counter ever goes back.
+/// Reads everything when it is scraped. What the configuration had before a reload goes on being shown for a while
+/// ([`crate::config::Numbers`]), so that no counter ever goes back, and none is shown for ever.
 #[derive(Debug)]
 pub(super) struct Traffic<'a> {
     pub(super) observed: &'a Observed,
@@ -53,7 +53,7 @@ impl Traffic<'_> {
     }
 
     fn backend_names(&self) -> impl Iterator<Item = (usize, &str)> {
-        self.observed.policy.backends.iter().map(|backend| backend.name.as_str()).enumerate()
+        self.observed.policy.names()
     }
 
     fn clients(&self, families: &mut Families<'_>) -> fmt::Result {
@@ -247,18 +247,20 @@ impl Traffic<'_> {
         families.counters(
             "backend_connections_opened",
             "Backend connections opened",
-            self.backend_names().zip(&totals).flat_map(|((_, name), totals)| {
-                ConnKind::ALL
-                    .into_iter()
-                    .map(move |kind| ([("backend", name), ("kind", kind.label())], totals.opened[kind as usize]))
+            self.backend_names().flat_map(|(i, name)| {
+                let opened = totals.get(i).map(|totals| totals.opened).unwrap_or_default();
+                let of = move |kind: ConnKind| ([("backend", name), ("kind", kind.label())], opened[kind as usize]);
+                ConnKind::ALL.into_iter().map(of)
             }),
         )?;
         families.counters(
             "backend_connections_closed",
             "Backend connections closed, by reason",
-            self.backend_names().zip(&totals).flat_map(|((_, name), totals)| {
+            self.backend_names().flat_map(|(i, name)| {
+                let totals = totals.get(i);
                 CloseReason::ALL.iter().map(move |reason| {
-                    ([("backend", name), ("reason", reason.label())], totals.closed[*reason as usize])
+                    let closed = totals.map_or(0, |totals| totals.closed[*reason as usize]);
+                    ([("backend", name), ("reason", reason.label())], closed)
                 })
             }),
         )
@@ -295,9 +297,8 @@ impl Traffic<'_> {
     fn health(&self, families: &mut Families<'_>) -> fmt::Result {
         let drill = self.observed.policy.drill();
         let places = || {
-            let names = self.observed.policy.backends.iter().map(|backend| backend.name.as_str());
-            let places = names.zip(self.observed.health.places()).enumerate();
-            places.filter(move |(at, _)| *at != usize::from(drill)).map(|(_, place)| place)
+            let names = self.backend_names().filter(move |(i, _)| *i != usize::from(drill));
+            names.filter_map(|(i, name)| Some((name, self.observed.health.get(u16::try_from(i).ok()?)?)))
         };
         families.gauges(
             "backend_up",
@@ -336,7 +337,7 @@ impl Traffic<'_> {
     }
 
     fn pools(&self, families: &mut Families<'_>) -> fmt::Result {
-        let names = || self.observed.numbers.pools().iter().map(String::as_str).enumerate();
+        let names = || self.observed.numbers.pools();
         families.counters(
             "pool_retries",
             "Queries sent again on a fresh connection",

@@ -33,7 +33,7 @@ pub(super) fn router(served: Served) -> Router {
 }
 
 async fn metrics(State(served): State<Served>, headers: HeaderMap) -> Response {
-    admin::scrape(&headers, &served.metrics)
+    admin::scrape(&headers, &served.metrics).await
 }
 
 /// Alive: this thread answers, and the watchdog reads the kernel.

@@ -43,7 +43,7 @@ pub struct Policy {
 /// What is expected of the connections to one backend.
 #[derive(Clone, Debug)]
 pub struct BackendPolicy {
-    /// The label in metrics and logs.
+    /// The label in metrics and logs; empty: the number is vacant.
     pub name: String,
     /// Where it listens.
     pub address: SocketAddr,
@@ -106,7 +106,24 @@ impl Policy {
         }
         policy.backends.resize(numbers.backends(), drill);
         policy.set_backends(config, numbers);
-        policy
+        policy.without_vacant(numbers)
+    }
+
+    /// Without the names that are forgotten: what has their numbers is nobody.
+    #[must_use]
+    pub fn without_vacant(mut self, numbers: &Numbers) -> Self {
+        for (_, backend) in self.backends.iter_mut().enumerate().filter(|(index, _)| numbers.is_vacant(*index)) {
+            backend.name.clear();
+            backend.former.clear();
+            backend.configured = false;
+        }
+        self
+    }
+
+    /// The names of the backends with their numbers, the drill's peer and those that went lately included.
+    pub fn names(&self) -> impl Iterator<Item = (usize, &str)> {
+        let names = self.backends.iter().map(|backend| backend.name.as_str()).enumerate();
+        names.filter(|(_, name)| !name.is_empty())
     }
 
     fn set_backends(&mut self, config: &Config, numbers: &Numbers) {
@@ -193,14 +210,17 @@ impl Policy {
 
     fn backend_at(&self, address: SocketAddr) -> Option<BackendIndex> {
         let is = |backend: &BackendPolicy| backend.configured && backend.address == address;
-        let was = |backend: &BackendPolicy| backend.address == address || backend.former.contains(&address);
+        let was = |backend: &BackendPolicy| {
+            !backend.name.is_empty() && (backend.address == address || backend.former.contains(&address))
+        };
         let index = self.backends.iter().position(is).or_else(|| self.backends.iter().position(was))?;
         BackendIndex::try_from(index).ok()
     }
 
     /// The label of a backend, `unknown` without one.
     pub fn label(&self, backend: Option<BackendIndex>) -> &str {
-        backend.and_then(|index| self.backend(index)).map_or("unknown", |backend| backend.name.as_str())
+        let name = backend.and_then(|index| self.backend(index)).map(|backend| backend.name.as_str());
+        name.filter(|name| !name.is_empty()).unwrap_or("unknown")
     }
 }
 
@@ -282,7 +302,7 @@ mod tests {
         let mut another = new.pools[0].backends[0].clone();
         (another.name, another.address) = ("another".to_owned(), a);
         new.pools[0].backends.push(another);
-        let numbers = numbers.with(&new).unwrap();
+        let numbers = numbers.with(&new, crate::clock::Mono::ZERO).unwrap();
         let next = policy.next(&new, &numbers);
         assert_eq!((next.drill(), next.label(Some(drill)), next.backends.len()), (drill, DRILL, 3));
         assert_eq!(next.backend_at(at("127.0.0.1:10")), Some(0));

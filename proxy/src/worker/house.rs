@@ -192,6 +192,7 @@ impl Core {
     /// query without an answer was given up.
     fn clean_up(&mut self, now: Mono) {
         self.stats.pools.iter().for_each(|pool| pool.headers.turn(now));
+        self.recount_under_way();
         let connections = &self.plan.connections;
         let idle_timeout = |kind: ConnKind| match kind {
             ConnKind::Spare => connections.spare_idle_timeout,

@@ -160,8 +160,12 @@ impl Plan {
         own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr,
     ) -> Self {
         let mut pools: Vec<PoolPlan> = old_pools.iter().map(PoolPlan::without_backends).collect();
-        pools.resize_with(numbers.pools().len(), PoolPlan::default);
-        let mut backends: Vec<BackendPlan> = old_backends.iter().map(BackendPlan::unused).collect();
+        pools.resize_with(numbers.pool_count(), PoolPlan::default);
+        let kept = |(at, old): (usize, &BackendPlan)| {
+            // Nothing is under way where nobody is.
+            if numbers.is_vacant(at) { BackendPlan::default() } else { old.unused() }
+        };
+        let mut backends: Vec<BackendPlan> = old_backends.iter().enumerate().map(kept).collect();
         backends.resize_with(numbers.backends(), BackendPlan::default);
         for pool in &config.pools {
             let mut of_pool = Vec::new();

@@ -193,6 +193,17 @@ impl Queries {
         self.slots.iter_mut().for_each(|query| query.tried = Tried::default());
     }
 
+    /// How many there are of each pool, of so many.
+    pub(crate) fn by_pool(&self, pools: usize) -> Vec<u64> {
+        let mut counts = vec![0; pools];
+        for query in self.slots.iter().filter(|query| query.live) {
+            if let Some(count) = counts.get_mut(usize::from(query.pool)) {
+                *count += 1;
+            }
+        }
+        counts
+    }
+
     pub(crate) fn get(&self, key: QueryKey) -> Option<&Query> {
         self.slots.get(key.index as usize).filter(|query| query.live && query.generation == key.generation)
     }

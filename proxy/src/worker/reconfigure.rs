@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use super::core::Core;
 use super::house::Backoff;
-use super::plan::Plan;
+use super::plan::{Plan, PoolPlan};
 use crate::backend::choose::Chooser;
 use crate::backend::pool::ConnKey;
 use crate::backend::wait::WaitQueue;
@@ -39,8 +39,26 @@ impl Core {
         for backend in 0..backends {
             self.requeue(backend, now);
         }
+        self.count_under_way();
         // What is idle for too long by the new limits goes now.
         self.next_cleanup = now;
+    }
+
+    /// A pool's number goes to no other while there are queries of it.
+    fn count_under_way(&self) {
+        for (pool, count) in self.queries.by_pool(self.plan.pools.len()).into_iter().enumerate() {
+            self.stats.pools[pool].under_way.set(count);
+        }
+    }
+
+    /// Counts again where there were some, in pools that get no more.
+    pub(super) fn recount_under_way(&self) {
+        let ends = |(pool, plan): (usize, &PoolPlan)| {
+            plan.backends.is_empty() && self.stats.pools.get(pool).is_some_and(|stats| stats.under_way.get() > 0)
+        };
+        if self.plan.pools.iter().enumerate().any(ends) {
+            self.count_under_way();
+        }
     }
 
     fn change_conns(&mut self, old: &Plan, now: Mono) {

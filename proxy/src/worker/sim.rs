@@ -123,7 +123,7 @@ impl Sim {
     /// Another configuration is in force. What was allowed before may still be there.
     pub(crate) fn reconfigure(&mut self, configuration: &str) {
         let config = config::from_str("test", configuration).expect("a good configuration");
-        self.numbers = self.numbers.with(&config).expect("few names");
+        self.numbers = self.numbers.with(&config, Mono::ZERO).expect("few names");
         self.max_owned = self.max_owned.max(config.connections.max_owned_per_client);
         let before = self.config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.max_in_flight);
         self.max_in_flight = before.fold(self.max_in_flight, usize::max);

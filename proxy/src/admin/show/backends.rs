@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Context, Page};
 use crate::config::choices::Choice as _;
-use crate::ledger::BackendIndex;
+use crate::ledger::{BackendIndex, BackendTotals};
 
 /// Counts by name; what is zero is left out.
 type Counts = BTreeMap<&'static str, u64>;
@@ -37,8 +37,8 @@ struct Backend {
 
 /// The backends of the configuration, the drill's peer, what is none of them if there is any, and the total.
 pub(super) fn page(context: &Context<'_>) -> Page {
-    let known = context.observed.policy.backends.len();
-    let mut backends: Vec<Backend> = (0..known).map(|index| describe(index, context)).collect();
+    let (known, totals) = (context.observed.policy.backends.len(), context.observed.ledger.totals());
+    let mut backends: Vec<Backend> = (0..known).map(|index| describe(index, totals.get(index), context)).collect();
     let mut unknown = Backend { backend: context.label(None), ..Backend::default() };
     for row in &context.look.ledger.rows {
         let backend = backends.get_mut(usize::from(row.backend)).unwrap_or(&mut unknown);
@@ -65,7 +65,8 @@ pub(super) fn page(context: &Context<'_>) -> Page {
     }
     let mut page = Page::default();
     let total = total(&backends, context);
-    for backend in backends {
+    // Vacant numbers have no name.
+    for backend in backends.into_iter().filter(|backend| !backend.backend.is_empty()) {
         page.push(Backend { event: "backend", ..backend });
     }
     if unknown.connections + unknown.sockets > 0 || !unknown.unheld.is_empty() || !unknown.findings.is_empty() {
@@ -76,11 +77,9 @@ pub(super) fn page(context: &Context<'_>) -> Page {
 }
 
 /// What the configuration and the counters say.
-fn describe(index: usize, context: &Context<'_>) -> Backend {
+fn describe(index: usize, totals: Option<&BackendTotals>, context: &Context<'_>) -> Backend {
     let observed = context.observed;
     let caps = BackendIndex::try_from(index).ok().and_then(|index| observed.ledger.caps().backend(index));
-    let totals = observed.ledger.totals();
-    let totals = totals.get(index);
     // The drill's peer, and what a reload has taken out, have no state.
     let place = BackendIndex::try_from(index).ok().and_then(|index| observed.health.get(index));
     let place = place.filter(|place| place.mode().is_some());
