@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use counterfoil_tests::config::Config;
@@ -108,13 +108,15 @@ fn a_port_that_another_process_has_is_an_error_that_names_it() {
     }
     // It fails for another reason, behind a listener that is its own: who connects meanwhile is refused, never reset.
     let taken = format!("\"{}\"", first.admin.unwrap());
-    let free = SocketAddr::from(([127, 0, 0, 1], process::free_port()));
+    // Nobody else's, and no address from which somebody could meet himself.
+    let free = SocketAddr::from(([127, 77, 0, 1], process::free_port()));
     let failing = config.clone().listen(free).set("admin", "http", taken).text(&socket);
     let over = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         let client = scope.spawn(|| {
             while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                let refused = Client::try_connect(free, None).err().map(|error| error.kind());
+                let refused =
+                    Client::try_connect(free, Some(IpAddr::from([127, 77, 0, 2]))).err().map(|error| error.kind());
                 assert_eq!(refused, Some(std::io::ErrorKind::ConnectionRefused), "it was let in");
             }
         });
