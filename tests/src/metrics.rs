@@ -135,7 +135,7 @@ pub fn get(address: SocketAddr, path: &str) -> Result<(String, String), String> 
 pub fn get_accepting(address: SocketAddr, path: &str, fields: &str) -> Result<(String, Vec<u8>), String> {
     let fail = |e: std::io::Error| format!("GET {path} at {address}: {e}");
     let mut stream = TcpStream::connect(address).map_err(fail)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(fail)?;
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n{fields}Connection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).map_err(fail)?;
     let mut response = Vec::new();

@@ -1,14 +1,17 @@
 //! Child processes: output captured from the first byte, stopped by their own process id.
 
-use std::io::{BufRead, BufReader, Read};
+use std::fs::File;
+use std::io::Read;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::sockets;
@@ -30,26 +33,75 @@ struct Log {
     grown: Condvar,
 }
 
+/// One of a child's streams, and how many octets of it are in the log.
+#[derive(Debug)]
+struct Stream {
+    pipe: File,
+    logged: AtomicUsize,
+    ended: AtomicBool,
+}
+
+impl Stream {
+    fn new(pipe: impl Into<OwnedFd>) -> Arc<Self> {
+        let pipe = File::from(pipe.into());
+        Arc::new(Self { pipe, logged: AtomicUsize::new(0), ended: AtomicBool::new(false) })
+    }
+
+    /// How many octets the child has written by now, to a reader whom nobody disturbs.
+    fn written(&self) -> usize {
+        let waiting = rustix::io::ioctl_fionread(&self.pipe).unwrap_or(0);
+        self.logged.load(Ordering::SeqCst) + usize::try_from(waiting).expect("less than a pipe holds")
+    }
+}
+
 impl Log {
-    fn read_from(self: &Arc<Self>, stream: impl Read + Send + 'static) -> JoinHandle<()> {
-        let log = Arc::clone(self);
+    fn read_from(self: &Arc<Self>, stream: &Arc<Stream>) -> JoinHandle<()> {
+        let (log, stream) = (Arc::clone(self), Arc::clone(stream));
         std::thread::spawn(move || {
-            let mut reader = BufReader::new(stream);
-            let mut line = Vec::new();
-            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                log.lines.lock().unwrap().push(text);
+            let (mut pending, mut buffer) = (Vec::new(), vec![0; 65536]);
+            loop {
+                // An error shows when it is read.
+                let _ = rustix::event::poll(&mut [PollFd::new(&stream.pipe, PollFlags::IN)], None);
+                // Under the lock nothing is on its way: it is in the pipe or in the log.
+                let mut lines = log.lines.lock().unwrap();
+                let Ok(read @ 1..) = (&stream.pipe).read(&mut buffer) else { break };
+                pending.extend_from_slice(&buffer[..read]);
+                while let Some(end) = pending.iter().position(|octet| *octet == b'\n') {
+                    lines.push(text(&pending.drain(..=end).collect::<Vec<_>>()));
+                }
+                stream.logged.fetch_add(read, Ordering::SeqCst);
                 log.grown.notify_all();
-                line.clear();
             }
+            if !pending.is_empty() {
+                log.lines.lock().unwrap().push(text(&pending));
+            }
+            stream.ended.store(true, Ordering::SeqCst);
             log.grown.notify_all();
         })
+    }
+
+    /// The lines, once all is among them that was written before this call: what a child has said is there as soon as
+    /// anything else shows that it has said it.
+    fn caught_up(&self, streams: &[Arc<Stream>]) -> MutexGuard<'_, Vec<String>> {
+        let mut lines = self.lines.lock().unwrap();
+        let written: Vec<usize> = streams.iter().map(|stream| stream.written()).collect();
+        let is_there = |(stream, written): (&Arc<Stream>, &usize)| {
+            stream.logged.load(Ordering::SeqCst) >= *written || stream.ended.load(Ordering::SeqCst)
+        };
+        while !streams.iter().zip(&written).all(is_there) {
+            lines = self.grown.wait_timeout(lines, Duration::from_millis(50)).unwrap().0;
+        }
+        lines
     }
 
     fn tail(&self) -> String {
         let lines = self.lines.lock().unwrap();
         lines[lines.len().saturating_sub(TAIL)..].join("\n")
     }
+}
+
+fn text(line: &[u8]) -> String {
+    String::from_utf8_lossy(line).trim_end().to_owned()
 }
 
 /// A running child.
@@ -59,6 +111,7 @@ pub struct Process {
     child: Child,
     status: Option<ExitStatus>,
     log: Arc<Log>,
+    streams: [Arc<Stream>; 2],
     readers: Vec<JoinHandle<()>>,
 }
 
@@ -92,11 +145,12 @@ impl Process {
         command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
         let log = Arc::new(Log::default());
-        let readers = vec![
-            log.read_from(child.stdout.take().expect("stdout is piped")),
-            log.read_from(child.stderr.take().expect("stderr is piped")),
+        let streams = [
+            Stream::new(child.stdout.take().expect("stdout is piped")),
+            Stream::new(child.stderr.take().expect("stderr is piped")),
         ];
-        Self { name: name.to_owned(), child, status: None, log, readers }
+        let readers = streams.iter().map(|stream| log.read_from(stream)).collect();
+        Self { name: name.to_owned(), child, status: None, log, streams, readers }
     }
 
     /// The process id.
@@ -155,7 +209,7 @@ impl Process {
     pub fn find_line<T>(&mut self, deadline: Duration, wanted: impl Fn(&str) -> Option<T>) -> Option<T> {
         let end = Instant::now() + deadline;
         let log = Arc::clone(&self.log);
-        let mut lines = log.lines.lock().unwrap();
+        let mut lines = log.caught_up(&self.streams);
         let mut seen = 0;
         loop {
             if let Some(found) = lines[seen..].iter().find_map(|line| wanted(line)) {
@@ -206,12 +260,12 @@ impl Process {
         pages * rustix::param::page_size()
     }
 
-    /// Everything logged so far.
+    /// Everything logged so far: all that it wrote before this call.
     ///
     /// # Panics
     /// Never in practice: only if a reader thread panicked.
     pub fn lines(&self) -> Vec<String> {
-        self.log.lines.lock().unwrap().clone()
+        self.log.caught_up(&self.streams).clone()
     }
 
     /// The end of the log, for messages.
@@ -306,4 +360,24 @@ pub fn start_on_free_port<T>(name: &str, mut start: impl FnMut(u16) -> (Process,
         logs.push_str(&process.tail());
     }
     panic!("{name} does not start:\n{logs}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A child says something and then does something: who sees what it did has what it said.
+    #[test]
+    fn what_was_said_is_there_once_its_effect_is_seen() {
+        let dir = crate::tempdir::TempDir::new("said");
+        for round in 0..200 {
+            let done = dir.path().join(round.to_string());
+            let script = format!("echo before; echo >{}; exec sleep 60", done.display());
+            let process = Process::start("sh", "sh", &["-c", &script]);
+            while !done.exists() {
+                std::hint::spin_loop();
+            }
+            assert_eq!(process.lines(), ["before"], "{round}");
+        }
+    }
 }

@@ -61,7 +61,7 @@ fn quantiles(mut times: Vec<Duration>) -> String {
 
 #[test]
 #[ignore = "soak"]
-fn soak_a_thousand_drills() {
+fn soak_drills_a_thousand() {
     let with_header = Tool::start(ANSWERER, &["--proxy", "--check-port", "--check-label"]);
     let without_header = Tool::start(ANSWERER, &[]);
     let address = |tool: &Tool| tool.address.parse().expect("an address");

@@ -17,13 +17,17 @@ use counterfoil_tests::metrics::Metrics;
 use counterfoil_tests::sockets::State;
 use counterfoil_tests::wait;
 
-/// What must hold between the moment that a class's condition holds and its finding.
-const DETECTED_WITHIN: Duration = Duration::from_secs(5);
+/// So many sweeps in a row, a second apart, see a leak until it is told of: four, as three and three seconds are asked for,
+/// and two on which somebody was late.
+const DETECTED_WITHIN: u64 = 6;
 
-/// How much longer it may take where `cargo xtask kernels` runs this, on a processor that is emulated.
-fn slack() -> Duration {
+/// For one step, on a busy machine or where `cargo xtask kernels` runs this, on a processor that is emulated.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Whether it is emulated: too slow to scrape an alarm before what it is about is reaped.
+fn is_emulated() -> bool {
     let processor = std::fs::read_to_string("/proc/cpuinfo").expect("every Linux has it");
-    if processor.contains("QEMU TCG CPU") { DETECTED_WITHIN } else { Duration::ZERO }
+    processor.contains("QEMU TCG CPU")
 }
 
 /// Asks over `client` until told to stop: a healthy connection in use. How many were answered.
@@ -49,17 +53,20 @@ fn drill(expected: &[(&'static str, bool, &str, &str)]) {
             let mut client = counterfoil.client();
             keep_asking(&mut client, &stop)
         });
-        wait::until("the healthy connection is open", DETECTED_WITHIN, || backend.open() == 1);
+        wait::until("the healthy connection is open", SOON, || backend.open() == 1);
         let drills: Vec<_> = expected.iter().map(|(class, deaf, ..)| (*class, *deaf)).collect();
         let drilled = Drilled::all(&counterfoil, &drills);
         stop.store(true, Ordering::Relaxed);
         for (drilled, (class, _, rung, outcome)) in drilled.iter().zip(expected) {
-            let (detection, reaping) = (drilled.detection(), drilled.reaping());
-            println!("{class}: found after {detection:?}, {outcome} by {rung} after another {reaping:?}");
             assert!(drilled.succeeded(), "{drilled:#?}");
+            let (detection, reaping) = (drilled.detection(), drilled.reaping());
+            let sweeps = drilled.step("finding")["sweeps"].as_u64().expect("a number");
+            println!(
+                "{class}: found after {detection:?}, in {sweeps} sweeps, {outcome} by {rung} after another {reaping:?}"
+            );
             let alarm = drilled.step("alarm")["value"].as_f64();
-            assert!(alarm >= Some(1.0) || slack() > Duration::ZERO, "{drilled:#?}");
-            assert!(detection <= DETECTED_WITHIN + slack(), "{class} was found after {detection:?}");
+            assert!(alarm >= Some(1.0) || is_emulated(), "{drilled:#?}");
+            assert!(sweeps <= DETECTED_WITHIN, "{class} was found in {sweeps} sweeps");
             assert_eq!((drilled.text("reaping", "rung"), drilled.text("outcome", "outcome")), (*rung, *outcome));
             // What is severed is still held: an orphan as before, the others as a connection that is closed.
             let remains = drilled.events.iter().find(|event| event["event"] == "remains");
@@ -71,9 +78,8 @@ fn drill(expected: &[(&'static str, bool, &str, &str)]) {
             assert_eq!(remains.and_then(|remains| remains["class"].as_str()), wanted, "{drilled:#?}");
             assert_recorded(&counterfoil, drilled);
         }
-        let metrics = counterfoil.wait_metrics("the findings are gone", DETECTED_WITHIN, |metrics| {
-            metrics.sum("discrepancy_sockets", &[]) == 0.0
-        });
+        let metrics = counterfoil
+            .wait_metrics("the findings are gone", SOON, |metrics| metrics.sum("discrepancy_sockets", &[]) == 0.0);
         for (class, _, _, outcome) in expected {
             assert_eq!(metrics.sum("reaped_total", &[("class", class), ("outcome", outcome)]), 1.0, "{class}");
         }
@@ -90,7 +96,7 @@ fn assert_recorded(counterfoil: &Counterfoil, drilled: &Drilled) {
     let lines = counterfoil.process.lines();
     let line = lines.iter().filter_map(|line| message(line, "reaped")).find(|line| line["cookie"] == drilled.cookie());
     let line = line.unwrap_or_else(|| panic!("{drilled:#?}: {}", counterfoil.process.tail()));
-    let (ok, shown) = counterfoil.ctl(&["show", "leaks", "-o", "json"], DETECTED_WITHIN * 4);
+    let (ok, shown) = counterfoil.ctl(&["show", "leaks", "-o", "json"], SOON);
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap_or_else(|e| panic!("{ok} {e}: {shown}"));
     let reaps = shown["reaps"].as_array().expect("a list");
     let record = reaps.iter().find(|reap| reap["cookie"] == drilled.cookie()).expect("it is remembered");
@@ -155,12 +161,11 @@ fn a_neglected_connection_is_reaped_by_its_worker() {
         .settles_soon()
         .set("watchdog", "reap", "\"on\"");
     let mut counterfoil = Counterfoil::start(&config);
-    let neglect = counterfoil.admin(&json!({"cmd": "neglect", "worker": 0}), DETECTED_WITHIN);
+    let neglect = counterfoil.admin(&json!({"cmd": "neglect", "worker": 0}), SOON);
     assert!(neglect.last().is_some_and(|event| event["ok"] == true), "{neglect:?}");
     let mut client = counterfoil.client();
     client.exchange(1, "first.example.test", qtype::A);
-    let within = DETECTED_WITHIN * 2 + slack() * 2;
-    let line = counterfoil.process.wait_for_line(within, "the reaping", |line| message(line, "reaped"));
+    let line = counterfoil.process.wait_for_line(SOON, "the reaping", |line| message(line, "reaped"));
     println!("{line}");
     let text = |name: &str| field(&line, name).unwrap_or_default();
     assert_eq!((text("class"), text("backend")), ("hoard".to_owned(), "backend-0".to_owned()));
@@ -184,11 +189,9 @@ fn in_dry_run_nothing_is_touched() {
     let config = Config::new(backend.address).identity("connection").set("watchdog", "reap", "\"dry-run\"");
     let counterfoil = Counterfoil::start(&config);
     std::thread::scope(|scope| {
-        let run = scope.spawn(|| counterfoil.drill("zombie", Duration::from_secs(60)));
+        let run = scope.spawn(|| counterfoil.drill("zombie", SOON));
         let dry = [("class", "zombie"), ("outcome", "dry_run")];
-        counterfoil.wait_metrics("a dry-run reaping", Duration::from_secs(10) + slack(), |metrics| {
-            metrics.sum("reaped_total", &dry) >= 1.0
-        });
+        counterfoil.wait_metrics("a dry-run reaping", SOON, |metrics| metrics.sum("reaped_total", &dry) >= 1.0);
         let (_, output) = run.join().expect("the drill ends");
         println!("{output}");
         let metrics = counterfoil.metrics();
@@ -227,19 +230,18 @@ fn a_hanging_worker_is_reported_and_nothing_of_it_is_reaped() {
     }
     let start = Instant::now();
     let command = json!({"cmd": "hang", "worker": 0, "millis": HANG.as_millis() as u64});
-    let events = counterfoil.admin(&command, DETECTED_WITHIN);
+    let events = counterfoil.admin(&command, SOON);
     assert!(events.last().is_some_and(|event| event["ok"] == true), "{events:?}");
     *close.0.lock().unwrap() = true;
     close.1.notify_all();
     let worker = [("worker", "0")];
-    counterfoil.wait_metrics("the stalled worker is reported", DETECTED_WITHIN, |metrics| {
-        metrics.sum("worker_stalled", &worker) == 1.0
-    });
+    counterfoil
+        .wait_metrics("the stalled worker is reported", SOON, |metrics| metrics.sum("worker_stalled", &worker) == 1.0);
     println!("reported after {:?}", start.elapsed());
     let states = || counterfoil.backend_sockets(backend.address).iter().map(|s| s.state).collect::<Vec<_>>();
     let all_wait = [State::CloseWait; CLIENTS];
     // Each connection of the backend's is closed by a thread of its own.
-    wait::until("the backend has closed all of them", DETECTED_WITHIN, || states() == all_wait);
+    wait::until("the backend has closed all of them", SOON, || states() == all_wait);
     // Long past grace and sweeps they are all still there, and untouched.
     let sweeps = |metrics: &Metrics| metrics.sum("watchdog_sweeps_total", &[]);
     let (first, mut last) = (counterfoil.metrics(), None);
@@ -257,7 +259,7 @@ fn a_hanging_worker_is_reported_and_nothing_of_it_is_reaped() {
     let swept = sweeps(&last.expect("it was looked at while it hung")) - sweeps(&first);
     assert!(swept > SWEEPS, "only {swept} sweeps while it hung");
     counterfoil.wait_metrics("the worker is back", HANG, |metrics| metrics.sum("worker_stalled", &worker) == 0.0);
-    wait::until("it closed what the backend closed", DETECTED_WITHIN, || states().is_empty());
+    wait::until("it closed what the backend closed", SOON, || states().is_empty());
     assert_eq!(counterfoil.metrics().sum("reaped_total", &[]), 0.0);
     *close.0.lock().unwrap() = false;
     for client in &mut clients {

@@ -70,7 +70,7 @@ fn recursor_twenty_in_flight() {
 /// one address to one port, where 28,000 ports last a minute in TIME_WAIT.
 #[test]
 #[ignore = "soak"]
-fn soak_two_namespaces() {
+fn soak_namespaces_no_port_is_left_in_time_wait() {
     const RATE: f64 = 2000.0;
     const SECONDS: usize = 120;
     let (near, far) = netns::pair();

@@ -124,6 +124,48 @@ fn what_is_installed_on_the_machine_is_not_used() {
     }
 }
 
+/// What the script that enters the root takes from this machine, besides `/bin/sh` and, for an error, `umount`. Every Debian
+/// has them: they are of coreutils and util-linux, which are essential, and of mount, which is required.
+const ENTERED_BY: [&str; 6] = ["chroot", "findmnt", "id", "mkdir", "mount", "unshare"];
+
+#[test]
+fn the_root_is_entered_with_what_every_debian_has() {
+    let enter = documents::root().canonicalize().unwrap().join("xtask/enter");
+    let entered = |programs: &[&str]| {
+        let dir = TempDir::new("path");
+        for program in programs {
+            let place = ["/usr/sbin", "/usr/bin"].map(|folder| Path::new(folder).join(program));
+            let place = place.iter().find(|place| place.exists()).unwrap();
+            std::os::unix::fs::symlink(place, dir.path().join(program)).unwrap();
+        }
+        let script = format!("PATH={} exec {} {} true", dir.path().display(), enter.display(), target().display());
+        process::run("sh", &["-c", &script], SOON)
+    };
+    assert_eq!(entered(&ENTERED_BY), (true, String::new()));
+    for left_out in ENTERED_BY {
+        let others: Vec<&str> = ENTERED_BY.into_iter().filter(|program| *program != left_out).collect();
+        let (ok, said) = entered(&others);
+        assert!(!ok || !said.is_empty(), "without {left_out}: {said}");
+    }
+}
+
+/// All others go through [`Process`], which looks where it is.
+#[test]
+fn nothing_else_is_started_by_name() {
+    let call = ["Command", "new("].join("::");
+    let mut named = Vec::new();
+    for folder in ["tests/src", "tests/tests", "tests/src/servers"] {
+        for file in fs::read_dir(documents::root().join(folder)).unwrap() {
+            let path = file.unwrap().path();
+            let Ok(source) = fs::read_to_string(&path) else { continue };
+            let behind = source.split(&call).skip(1).filter_map(|rest| rest.strip_prefix('"'));
+            named.extend(behind.filter_map(|rest| Some(rest.split('"').next()?.to_owned())));
+        }
+    }
+    named.sort();
+    assert_eq!(named, ["ip", "setpriv"], "of the root, where only a test that is in it comes to");
+}
+
 /// Whatever it would find there.
 #[test]
 fn a_test_outside_of_the_root_starts_nothing() {

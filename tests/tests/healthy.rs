@@ -340,7 +340,7 @@ fn keyed_connections_with_the_watchdogs_defaults() {
 
 #[test]
 #[ignore = "soak"]
-fn soak_a_million_healthy_lifetimes() {
+fn soak_healthy_a_million_lifetimes() {
     for (identity, harsh) in [("connection", true), ("address", false)] {
         let (stop, hang) = (Duration::from_secs(30), Duration::from_secs(12));
         Run { identity, harsh, lifetimes: 500_000.0, stop, stops: 2, hang, steps_clock: true }.run();

@@ -422,7 +422,7 @@ fn fifty_thousand_messages() {
 
 #[test]
 #[ignore = "soak"]
-fn soak_a_million_messages() {
+fn soak_transfers_a_million_messages() {
     many_messages(1_000_000);
 }
 

@@ -87,7 +87,49 @@ fn line(command: &Command) -> String {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests panic")]
 
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::{tidy, workspace};
+
+    /// Programs of this machine that are started by name, and why they may be: a Debian with nothing but what README.md asks
+    /// for has them, or the command that wants them says so. All others are those of the root in tools.rs.
+    const OF_THIS_MACHINE: &[(&str, &str)] = &[
+        ("apt-cache", "apt, which every Debian has: kernels"),
+        ("apt-get", "apt"),
+        ("cat", "coreutils, which is essential: a unit test"),
+        ("cc", "asked for: gcc"),
+        ("dpkg", "essential"),
+        ("dpkg-deb", "dpkg, which is essential"),
+        ("git", "for the name of what is measured; may be missing"),
+        ("perf", "for bench; may be missing"),
+        ("printf", "coreutils, which is essential: a unit test"),
+        ("rustup", "asked for; may be missing"),
+        ("sh", "dash, which is essential: unit tests"),
+        ("sudo", "only where the user is not root"),
+        ("tar", "essential"),
+    ];
+
+    /// What xtask and the tests of the program name behind one of these; `root.program("...")` is another matter.
+    #[test]
+    fn programs_of_this_machine_are_few() {
+        const BEHIND: [&str; 4] = ["Command::new(\"", "command::program(\"", "apt.command(\"", "self.command(\""];
+        let mut named = BTreeSet::new();
+        for path in tidy::sources().unwrap() {
+            let place = path.strip_prefix(workspace::root()).unwrap();
+            // Of those, the tests of the harness say more.
+            if place.starts_with("tests") {
+                continue;
+            }
+            let source = std::fs::read_to_string(&path).unwrap();
+            for behind in BEHIND {
+                let names = source.split(behind).skip(1).filter_map(|rest| rest.split('"').next());
+                named.extend(names.map(str::to_owned));
+            }
+        }
+        let listed: BTreeSet<String> = OF_THIS_MACHINE.iter().map(|(name, _)| (*name).to_owned()).collect();
+        assert_eq!(named, listed);
+    }
 
     #[test]
     fn failure_names_the_command_and_its_stderr() {

@@ -11,6 +11,7 @@ mod fuzz;
 mod kernels;
 mod lint;
 mod privilege;
+mod soak;
 mod test;
 mod tidy;
 mod tools;
@@ -39,8 +40,8 @@ enum Command {
     Tools,
     /// Run all tests, unit and end-to-end, with real BPF; gets the servers they run against
     Test(test::Arguments),
-    /// Run what takes too long for CI: the tests named `soak_...`, marked `#[ignore = "soak"]`, the fuzz targets, kernels
-    Soak(test::Arguments),
+    /// Run what takes too long for CI, in parts: tests marked `#[ignore = "soak"]`, the fuzz targets, kernels
+    Soak(soak::Arguments),
     /// Run the fuzz targets under libFuzzer, or one of them on one input
     Fuzz(fuzz::Arguments),
     /// Boot Debian's kernels in emulated machines, and run the tests of the kernel view and the drills in each
@@ -58,7 +59,7 @@ fn main() -> ExitCode {
         Command::Lint(arguments) => lint::run(&arguments),
         Command::Tools => workspace::target().and_then(|target| tools::Root::get(&target).map(drop)),
         Command::Test(arguments) => test::run(&arguments),
-        Command::Soak(arguments) => test::soak(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Audit(arguments) => audit::run(&arguments),

@@ -1,4 +1,4 @@
-//! `cargo xtask test` and `cargo xtask soak`.
+//! `cargo xtask test`.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::command::{self, EBPF_OBJECT, say};
 use crate::tools::Root;
-use crate::{ebpf, fuzz, kernels, privilege, workspace};
+use crate::{ebpf, kernels, privilege, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -34,7 +34,7 @@ impl Arguments {
 const KERNELS_IN_CI: [&str; 1] = ["6.1"];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let cargo = Cargo::prepare(arguments)?;
+    let cargo = Cargo::prepare(arguments.no_ebpf, arguments.package.clone())?;
     let filter = arguments.filter.as_deref();
     if let Some(filter) = filter {
         cargo.require_a_test(filter, &[])?;
@@ -43,33 +43,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.is_all() { kernels::boot(&KERNELS_IN_CI, false) } else { Ok(()) }
 }
 
-/// Tests named `soak_...` are `#[ignore]`d for `cargo test`.
-pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
-    let cargo = Cargo::prepare(arguments)?;
-    let filter = arguments.filter.as_deref().unwrap_or("soak_");
-    cargo.require_a_test(filter, &["--ignored"])?;
-    // One at a time: they load the machine, and some measure.
-    let mut test = cargo.test();
-    test.args(["--no-fail-fast", "--", "--ignored", "--nocapture", "--test-threads=1", filter]);
-    command::run(test.args(&arguments.args))?;
-    if !arguments.is_all() {
-        return Ok(());
-    }
-    fuzz::soak()?;
-    kernels::boot(&[], false)
-}
-
 /// How to call cargo once everything that the tests need is here.
-struct Cargo {
+pub(crate) struct Cargo {
     environment: Vec<(String, std::ffi::OsString)>,
     package: Option<String>,
 }
 
 impl Cargo {
-    fn prepare(arguments: &Arguments) -> Result<Self> {
+    /// For one package, or for all of them.
+    pub(crate) fn prepare(no_ebpf: bool, package: Option<String>) -> Result<Self> {
         Root::get(&workspace::target()?)?;
         let mut environment = Vec::new();
-        if arguments.no_ebpf {
+        if no_ebpf {
             say("eBPF object: left out (--no-ebpf)");
         } else {
             environment.push((EBPF_OBJECT.to_owned(), ebpf::object()?.into()));
@@ -81,10 +66,10 @@ impl Cargo {
             }
             say("not root: the test programs are started by sudo");
         }
-        Ok(Self { environment, package: arguments.package.clone() })
+        Ok(Self { environment, package })
     }
 
-    fn test(&self) -> Command {
+    pub(crate) fn test(&self) -> Command {
         let mut command = command::cargo();
         command.args(["test", "--locked"]).current_dir(workspace::root()).envs(self.environment.iter().cloned());
         match &self.package {
@@ -95,7 +80,7 @@ impl Cargo {
     }
 
     /// A run of no test passes, says cargo. Not here.
-    fn require_a_test(&self, filter: &str, options: &[&str]) -> Result<()> {
+    pub(crate) fn require_a_test(&self, filter: &str, options: &[&str]) -> Result<()> {
         let listed = command::output(self.test().args(["--quiet", "--", "--list", filter]).args(options))?;
         if !listed.lines().any(|line| line.ends_with(": test")) {
             bail!("no test has `{filter}` in its name");

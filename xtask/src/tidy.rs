@@ -94,7 +94,7 @@ fn has_word(code: &str, word: &str) -> bool {
 }
 
 /// All of our Rust files.
-fn sources() -> Result<Vec<PathBuf>> {
+pub(crate) fn sources() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for directory in SOURCES {
         let directory = workspace::root().join(directory);
