@@ -102,6 +102,8 @@ reasons! {
         QueryFailed = "query_failed",
         /// Broken framing: a length too short for a DNS header.
         Malformed = "malformed",
+        /// It sent nothing but messages that are not forwarded: malformed ones, those that are not supported or refused.
+        NotForwarded = "not_forwarded",
         /// It has asked `max_queries_per_connection` times.
         MaxQueries = "max_queries",
         /// A zone transfer broke off after its first message: nothing else would tell the client.
@@ -144,6 +146,8 @@ reasons! {
         Malformed = "malformed",
         /// An opcode that is not supported (NOTIMP).
         NotSupported = "not_supported",
+        /// The listener takes no such query: `refuse` (REFUSED).
+        Refused = "refused",
     }
 }
 
@@ -169,6 +173,7 @@ impl FailReason {
             // None of the codes is about queries that cannot be read.
             Self::Malformed => (Rcode::FormErr, InfoCode::Other, "the query cannot be read, or has several questions"),
             Self::NotSupported => (Rcode::NotImp, InfoCode::NotSupported, "the opcode is not forwarded"),
+            Self::Refused => (Rcode::Refused, InfoCode::Prohibited, "this server does not forward such queries"),
         };
         (rcode, ExtendedError { code, text })
     }

@@ -54,6 +54,8 @@ pub enum Refusal {
     ConnectionRate,
     /// From a client that was over that rate.
     Banned,
+    /// A client outside of `allow_from`.
+    NotAllowed,
     /// The process has no descriptor left.
     Descriptors,
     /// No PROXY header from a peer that must send one.
@@ -64,26 +66,33 @@ pub enum Refusal {
     ProxyTimeout,
     /// Closed before the PROXY header was whole.
     ProxyClosed,
-    /// `[listener.tls] max_handshakes`
-    MaxHandshakes,
+    /// Its place among the PROXY headers that are awaited was given to another: `accept_proxy.max_pending`.
+    ProxyEvicted,
+    /// A PROXY header as the first octets on a listener that speaks TLS, from a peer whose word is not taken.
+    ProxyUntrusted,
+    /// Its place among the TLS handshakes was given to another: `[listener.tls] max_handshakes`.
+    HandshakeEvicted,
     /// A TLS handshake that did not come to its end.
     TlsHandshake,
 }
 
 impl Refusal {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::MaxConnections,
         Self::PerListener,
         Self::PerClient,
         Self::ConnectionRate,
         Self::Banned,
+        Self::NotAllowed,
         Self::Descriptors,
         Self::ProxyMissing,
         Self::ProxyInvalid,
         Self::ProxyTimeout,
         Self::ProxyClosed,
-        Self::MaxHandshakes,
+        Self::ProxyEvicted,
+        Self::ProxyUntrusted,
+        Self::HandshakeEvicted,
         Self::TlsHandshake,
     ];
 
@@ -95,19 +104,25 @@ impl Refusal {
             Self::PerClient => "per_client",
             Self::ConnectionRate => "connection_rate",
             Self::Banned => "banned",
+            Self::NotAllowed => "not_allowed",
             Self::Descriptors => "descriptors",
             Self::ProxyMissing => "proxy_missing",
             Self::ProxyInvalid => "proxy_invalid",
             Self::ProxyTimeout => "proxy_timeout",
             Self::ProxyClosed => "proxy_closed",
-            Self::MaxHandshakes => "max_handshakes",
+            Self::ProxyEvicted => "proxy_evicted",
+            Self::ProxyUntrusted => "proxy_untrusted",
+            Self::HandshakeEvicted => "handshake_evicted",
             Self::TlsHandshake => "tls_handshake",
         }
     }
 
-    /// Whether somebody in front is probably not configured as this listener is.
+    /// Whether somebody in front is probably not configured as this listener is, or the other way round.
     pub const fn is_suspicious(self) -> bool {
-        matches!(self, Self::ProxyMissing | Self::ProxyInvalid | Self::ProxyTimeout)
+        matches!(
+            self,
+            Self::ProxyMissing | Self::ProxyInvalid | Self::ProxyTimeout | Self::ProxyUntrusted | Self::NotAllowed
+        )
     }
 }
 

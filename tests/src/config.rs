@@ -10,7 +10,8 @@ use crate::certificates::Certificate;
 const HEALTH: &str = "health.";
 
 /// A configuration with one listener on a free port of 127.0.0.1 and one pool. Keys that are not set keep the program's
-/// defaults; values are TOML, so a string brings its quotes along.
+/// defaults, but for `allow_from` and `refuse`: clients have addresses from everywhere behind PROXY headers, and ask for
+/// everything ([`Self::guarded`] has the defaults). Values are TOML, so a string brings its quotes along.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     listen: Option<SocketAddr>,
@@ -18,8 +19,12 @@ pub struct Config {
     backends: Vec<(SocketAddr, Vec<(String, String)>)>,
     tlvs: Vec<(u8, String)>,
     proxy: bool,
+    guarded: bool,
     more: String,
 }
+
+/// Everybody may come.
+const ANYBODY: &str = "[\"0.0.0.0/0\", \"::/0\"]";
 
 impl Config {
     /// A listener and one backend, named `dns` and `backend-0`, one worker, no PROXY header.
@@ -76,6 +81,12 @@ impl Config {
             "key",
             format!("{:?}", certificate.key),
         )
+    }
+
+    /// Only those may come, and only that is forwarded, which the program allows by default.
+    #[must_use]
+    pub fn guarded(self) -> Self {
+        Self { guarded: true, ..self }
     }
 
     /// Listens there instead of on a free port of 127.0.0.1.
@@ -146,7 +157,11 @@ impl Config {
         if self.sections.iter().any(|(name, _)| *name == "overload") {
             self.section(&mut text, "[overload]", "overload", &[]);
         }
-        let listener = [("name", "\"dns\""), ("address", &format!("\"{listen}\"")), ("pool", "\"resolvers\"")];
+        let address = format!("\"{listen}\"");
+        let mut listener = vec![("name", "\"dns\""), ("address", &address), ("pool", "\"resolvers\"")];
+        if !self.guarded {
+            listener.extend([("allow_from", ANYBODY), ("refuse", "[]")]);
+        }
         self.section(&mut text, "[[listener]]", "listener", &listener);
         if self.sections.iter().any(|(name, _)| *name == "listener.accept_proxy") {
             self.section(&mut text, "[listener.accept_proxy]", "listener.accept_proxy", &[]);
@@ -206,6 +221,7 @@ mod tests {
         let text = Config::new("127.0.0.1:53".parse().unwrap())
             .set("server", "workers", "2")
             .set("admin", "http", "\"\"")
+            .guarded()
             .identity("connection")
             .tlv(0xe0, "{qname_label:1}")
             .backend_key("max_in_flight", "7")

@@ -101,6 +101,17 @@ impl Scene {
         }
     }
 
+    /// The client's side of the handshake on a connection that is there already; nothing without TLS.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn shake_hands(&self, client: Client) -> std::io::Result<Client> {
+        match &self.tls {
+            Some((_, tls)) => client.over_tls(tls),
+            None => Ok(client),
+        }
+    }
+
     /// So many good clients, each from an address of its own (127.1.0.1 and on), which ask one question after the other until
     /// they are [finished](Neighbours::finish). `served` is what the attacker has been served so far, in whatever the
     /// scenario counts: messages, queries, octets.

@@ -86,15 +86,21 @@ const INODE_AT: usize = 68;
 
 /// TCP sockets, v4 and v6, of the calling thread's network namespace in these states; a port of 0 means any.
 fn dump(states: &[State], local_port: u16, remote_port: u16) -> Vec<Socket> {
-    let mask = states.iter().fold(0_u32, |mask, state| mask | 1 << *state as u8);
     let mut found = Vec::new();
+    dump_with(states, local_port, remote_port, 0, |message| found.extend(parse_socket(message)));
+    found
+}
+
+/// The same, with these extensions of `linux/inet_diag.h`, as a mask; each answer goes to `take`.
+fn dump_with(states: &[State], local_port: u16, remote_port: u16, extensions: u8, mut take: impl FnMut(&[u8])) {
+    let mask = states.iter().fold(0_u32, |mask, state| mask | 1 << *state as u8);
     for family in [AF_INET, AF_INET6] {
         let mut request = Vec::with_capacity(NLMSG_HEADER + REQUEST);
         request.extend_from_slice(&((NLMSG_HEADER + REQUEST) as u32).to_ne_bytes());
         request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
         request.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
         request.extend_from_slice(&[0; 8]);
-        request.extend_from_slice(&[family, IPPROTO_TCP, 0, 0]);
+        request.extend_from_slice(&[family, IPPROTO_TCP, extensions, 0]);
         request.extend_from_slice(&mask.to_ne_bytes());
         request.extend_from_slice(&local_port.to_be_bytes());
         request.extend_from_slice(&remote_port.to_be_bytes());
@@ -110,22 +116,21 @@ fn dump(states: &[State], local_port: u16, remote_port: u16) -> Vec<Socket> {
         let mut buffer = vec![0; 1 << 16];
         loop {
             let (received, _) = net::recv(&socket, &mut buffer[..], net::RecvFlags::empty()).expect("a netlink answer");
-            if !parse_messages(&buffer[..received], &mut found) {
+            if !parse_messages(&buffer[..received], &mut take) {
                 break;
             }
         }
     }
-    found
 }
 
-/// Adds what one read brought; `false` after the last message of the dump.
-fn parse_messages(mut rest: &[u8], found: &mut Vec<Socket>) -> bool {
+/// Takes what one read brought; `false` after the last message of the dump.
+fn parse_messages(mut rest: &[u8], take: &mut impl FnMut(&[u8])) -> bool {
     while rest.len() >= NLMSG_HEADER {
         let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
         match u16::from_ne_bytes([rest[4], rest[5]]) {
             NLMSG_DONE => return false,
             NLMSG_ERROR => panic!("sock_diag refused: {:?}", &rest[NLMSG_HEADER..length]),
-            _ => found.extend(rest.get(NLMSG_HEADER..length).and_then(parse_socket)),
+            _ => take(rest.get(NLMSG_HEADER..length).unwrap_or_default()),
         }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
@@ -188,6 +193,45 @@ pub fn connected(pid: u32, except: &[u16]) -> Vec<Socket> {
 /// How many sockets in state TIME_WAIT (nobody holds these) point at `remote_port`, as seen from `pid`'s namespace.
 pub fn time_wait_towards(pid: u32, remote_port: u16) -> usize {
     in_network_of(pid, || dump(&[State::TimeWait], 0, remote_port).len())
+}
+
+/// What the kernel keeps for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// The connection.
+    pub socket: Socket,
+    /// Of what was received and not read, its own bookkeeping included, bytes.
+    pub received: usize,
+    /// Of what was written and not acknowledged, its own bookkeeping included, bytes.
+    pub to_send: usize,
+}
+
+/// What the kernel keeps for the connections of the calling thread's network namespace at this local port, whoever holds
+/// them, and if nobody does any more.
+pub fn memory_at(local_port: u16) -> Vec<Memory> {
+    /// `INET_DIAG_SKMEMINFO`: which bit of the request asks for it, and the number of its attribute.
+    const SKMEMINFO: u16 = 7;
+    /// `SK_MEMINFO_RMEM_ALLOC` and `SK_MEMINFO_WMEM_QUEUED` of `linux/sock_diag.h`.
+    const RECEIVED: usize = 0;
+    const TO_SEND: usize = 5;
+    let mut found = Vec::new();
+    dump_with(&CONNECTED, local_port, 0, 1 << (SKMEMINFO - 1), |message| {
+        let Some(socket) = parse_socket(message) else { return };
+        let mut rest = message.get(DIAG_MESSAGE..).unwrap_or_default();
+        // `struct rtattr`: length with these four octets, type.
+        while let Some([l0, l1, t0, t1]) = rest.first_chunk() {
+            let length = usize::from(u16::from_ne_bytes([*l0, *l1]));
+            if u16::from_ne_bytes([*t0, *t1]) == SKMEMINFO {
+                let number = |at: usize| {
+                    let octets = rest.get(4 + 4 * at..).and_then(<[u8]>::first_chunk).expect("the kernel's attribute");
+                    u32::from_ne_bytes(*octets) as usize
+                };
+                found.push(Memory { socket, received: number(RECEIVED), to_send: number(TO_SEND) });
+            }
+            rest = rest.get(length.max(4).next_multiple_of(4)..).unwrap_or_default();
+        }
+    });
+    found
 }
 
 /// Runs `work` where the network is that of process `pid`.

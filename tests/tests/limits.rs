@@ -235,7 +235,9 @@ fn a_length_below_a_header_ends_the_connection() {
 fn answers_before_broken_framing_are_delivered() {
     const COUNT: u16 = 50;
     let backend = FakeBackend::answering_at_length(60_000);
-    let counterfoil = Counterfoil::start(&config(backend.address));
+    // All are kept until it reads.
+    let config = config(backend.address).set("listener", "max_pending_answers", "\"8MiB\"");
+    let counterfoil = Counterfoil::start(&config);
     let mut client = counterfoil.client();
     for id in 0..COUNT {
         client.ask(id, "large.example.test", qtype::A);

@@ -26,6 +26,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use crate::config::Listener;
 use crate::kernel::{self, sys};
 use crate::systemd::activation::Inherited;
+use crate::tcp::ClientSockets;
 
 /// Connections that the kernel keeps ready for `accept(2)`; it may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
@@ -141,10 +142,13 @@ pub(super) fn open(listeners: &[Listener], workers: usize, inherited: Vec<Inheri
                 }
             }
         }
+        let client_sockets = ClientSockets::new(&listeners[index]);
         for (worker, socket) in own {
             // Linux hands it on to the connections that are accepted: a system call less for each. Answers are small and
             // must not wait for each other's acknowledgement (RFC 7766 section 8).
-            SockRef::from(&socket).set_tcp_nodelay(true).with_context(|| format!("listener `{name}`"))?;
+            let options = SockRef::from(&socket);
+            let set = options.set_tcp_nodelay(true).and_then(|()| client_sockets.apply(options));
+            set.with_context(|| format!("listener `{name}`: a socket option"))?;
             // Fewer than 65,536, as each has an address and a port.
             sockets[worker].push(Accepting { listener: index as u16, socket, inherited });
         }

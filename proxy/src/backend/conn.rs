@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use slab::Slab;
+use socket2::SockRef;
 use tokio::io::Interest;
 
 use super::conn_tls::Secure;
@@ -26,6 +27,7 @@ use crate::close::CloseReason;
 use crate::config::OneShotClose;
 use crate::dns::message::{OPCODE_QUERY, peek};
 use crate::ledger::{ConnKind, OpenInfo, RowState, Tracked};
+use crate::tcp::Keepalive;
 use crate::worker::answer::Partial;
 use crate::worker::core::Core;
 use crate::worker::queries::Queries;
@@ -85,6 +87,14 @@ impl ConnTask {
         };
         let opened = connect::connect(&self.shell.ledger, permit, info, backend.address, source, fast_open, now)
             .and_then(|(socket, handshake)| {
+                // The others are closed before the first probe, when they are idle or their queries have timed out.
+                if conn.kind != ConnKind::OneShot
+                    && plan.connections.idle_timeout > plan.connections.tcp_keepalive
+                    && let Some(keepalive) = Keepalive::new(plan.connections.tcp_keepalive, backend.write_timeout)
+                {
+                    // It does not fail on a socket of our own.
+                    let _ = keepalive.apply(&SockRef::from(&**socket.io()));
+                }
                 if !conn.out.is_empty() && self.tls.is_none() {
                     match socket.io().send(conn.out.pending()) {
                         Ok(sent) => {

@@ -79,7 +79,7 @@ pub(crate) fn connect(
     permit: Permit,
     info: OpenInfo,
     address: SocketAddr,
-    source: Option<IpAddr>,
+    source: Option<SocketAddr>,
     fast_open: FastOpen,
     now: Mono,
 ) -> Result<(Tracked<Arc<Socket>>, Handshake), OpenError> {
@@ -103,7 +103,7 @@ fn begin(
     socket: &Socket,
     kind: ConnKind,
     address: SocketAddr,
-    source: Option<IpAddr>,
+    source: Option<SocketAddr>,
     fast_open: FastOpen,
 ) -> Result<Handshake, OpenError> {
     if kind != ConnKind::OneShot {
@@ -112,8 +112,8 @@ fn begin(
         socket.set_tcp_nodelay(true).map_err(OpenError::Socket)?;
     }
     if let Some(source) = source {
-        sys::bind_address_no_port(socket).map_err(|error| OpenError::Bind(source, error))?;
-        socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| OpenError::Bind(source, error))?;
+        sys::bind_address_no_port(socket).map_err(|error| OpenError::Bind(source.ip(), error))?;
+        socket.bind(&source.into()).map_err(|error| OpenError::Bind(source.ip(), error))?;
     }
     if fast_open == FastOpen::WithFirstWrite {
         // Where `net.ipv4.tcp_fastopen` forbids it the kernel says so here, and the SYN goes as always.
@@ -142,9 +142,9 @@ pub(crate) fn register(opened: Tracked<Arc<Socket>>, interest: Interest) -> Resu
 
 /// This host's address on the way to `backend`: what a connection without a configured source will have. Asked of the
 /// routing table by a UDP socket that sends nothing.
-pub(crate) fn own_side(backend: SocketAddr, source: &[IpAddr]) -> SocketAddr {
+pub(crate) fn own_side(backend: SocketAddr, source: &[SocketAddr]) -> SocketAddr {
     if let Some(source) = source.first() {
-        return SocketAddr::new(*source, 0);
+        return *source;
     }
     let any = if backend.is_ipv4() { IpAddr::from([0u8; 4]) } else { IpAddr::from([0u8; 16]) };
     let routed = UdpSocket::bind(SocketAddr::new(any, 0)).and_then(|socket| {

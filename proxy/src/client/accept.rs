@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -64,16 +65,23 @@ impl Door {
         of(&self.shell.core.borrow().plan.listeners[usize::from(self.index)])
     }
 
+    /// Whether a client at this address may come.
+    pub(super) fn allows(&self, client: IpAddr) -> bool {
+        self.plan(|listener| listener.allow_from.iter().any(|network| network.contains(client)))
+    }
+
     /// Somebody has connected. `stop` is done when the worker drains.
     fn admit(self: &Rc<Self>, stream: TcpStream, client: SocketAddr, stop: &watch::Receiver<bool>) {
         let Some(local) = self.local.or_else(|| stream.local_addr().ok()) else { return };
-        let place = match self.limits.enter(self.index) {
+        let proxy = self.plan(|listener| listener.accept_proxy.clone()).filter(|proxy| proxy.trusts(client.ip()));
+        // Whoever speaks for others says for whom first.
+        let allowed = proxy.is_some() || self.allows(client.ip());
+        let place = match if allowed { self.limits.enter(self.index) } else { Err(Refusal::NotAllowed) } {
             Ok(place) => place,
             Err(refusal) => return self.refuse(client, None, refusal),
         };
         let session = self.shell.core.borrow().next_serial();
         let ends = Addresses { client, local };
-        let proxy = self.plan(|listener| listener.accept_proxy.clone()).filter(|proxy| proxy.trusts(client.ip()));
         let tls = self.tls.greeting(self.index);
         if proxy.is_some() || tls.is_some() {
             let (door, accepted) = (Rc::clone(self), Instant::now());
@@ -112,6 +120,7 @@ impl Acceptor {
     /// connected is lost, unless it is left to the next process.
     pub(crate) async fn run(self, mut stop: watch::Receiver<bool>) {
         let mut reserve = File::open("/dev/null").ok();
+        let mut sockets = self.door.plan(|listener| listener.sockets);
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -119,7 +128,16 @@ impl Acceptor {
                 accepted = self.listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, client)) => self.door.admit(stream, client, &stop),
+                Ok((stream, client)) => {
+                    let planned = self.door.plan(|listener| listener.sockets);
+                    if sockets != planned {
+                        // After a reload: it could not be told before somebody came.
+                        sockets = planned;
+                        let _ = sockets.apply(SockRef::from(&self.listener));
+                        let _ = sockets.apply(SockRef::from(&stream));
+                    }
+                    self.door.admit(stream, client, &stop);
+                }
                 Err(error) => self.failed(&error, &mut reserve).await,
             }
         }

@@ -3,14 +3,17 @@
 use std::fmt;
 use std::io;
 
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use rustls::{Error, PeerIncompatible};
 use tokio::net::TcpStream;
 
+use super::preface::{self, Opening};
 use super::socket::Now;
 use crate::tls::{self, Channel, TlsFault, TlsStream, Version};
 use crate::worker::shell::{SCRATCH, Shell};
 
-/// Octets of a PROXY header that are read at a time, outside TLS.
+/// Octets that are read at a time before TLS begins.
 const AT_A_TIME: usize = 2048;
 
 /// Why a handshake did not come to its end.
@@ -19,7 +22,7 @@ const AT_A_TIME: usize = 2048;
 pub enum HandshakeFailure {
     /// What came is not TLS: a query in the clear, for instance.
     NotTls,
-    /// The client offers no version from 1.2 on (RFC 8310 section 9).
+    /// The client offers no version from 1.2 on (RFC 8310 section 9, RFC 8996).
     Version,
     /// The client offers other protocols than `dot`, and not that.
     Alpn,
@@ -115,11 +118,13 @@ pub(super) struct Link {
     pub(super) rest: Vec<u8>,
     /// The number that the session will have, for the log.
     pub(super) session: u64,
+    /// Nothing was read yet.
+    fresh: bool,
 }
 
 impl Link {
     pub(super) fn new(stream: TcpStream, session: u64) -> Self {
-        Self { stream, channel: Channel::Plain, rest: Vec::new(), session }
+        Self { stream, channel: Channel::Plain, rest: Vec::new(), session, fresh: true }
     }
 
     /// Waits for octets of the client and gives them to `take`. Zero octets are its end.
@@ -128,6 +133,17 @@ impl Link {
     ///
     /// Those of the socket and of TLS.
     pub(super) async fn read<T>(&mut self, shell: &Shell, take: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
+        if std::mem::take(&mut self.fresh) {
+            // What came with the connection: the event loop has not told of it yet, and until it does, others who come may
+            // have taken this one's place.
+            let mut scratch = shell.scratch.borrow_mut();
+            let room = scratch.get_mut(..AT_A_TIME).unwrap_or_default();
+            match rustix::net::recv(&self.stream, &mut *room, RecvFlags::DONTWAIT) {
+                Ok((count, _)) => return Ok(take(room.get(..count).unwrap_or_default())),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         loop {
             self.stream.readable().await?;
             let mut scratch = shell.scratch.borrow_mut();
@@ -142,15 +158,43 @@ impl Link {
         }
     }
 
-    /// The server's side of a handshake. What comes with its last message is in `rest` then.
-    pub(super) async fn shake_hands(&mut self, shell: &Shell, tls: TlsStream) -> Result<(), HandshakeFailure> {
+    /// Reads until it can be told what the client begins with; what was read is in `rest` then.
+    ///
+    /// # Errors
+    ///
+    /// The client has closed the connection before.
+    pub(super) async fn opening(&mut self, shell: &Shell) -> Result<Opening, HandshakeFailure> {
+        loop {
+            if let Some(opening) = preface::opening(&self.rest) {
+                return Ok(opening);
+            }
+            let came = self.read(shell, <[u8]>::to_vec).await.map_err(|_| HandshakeFailure::Closed)?;
+            if came.is_empty() {
+                return Err(HandshakeFailure::Closed);
+            }
+            self.rest.extend_from_slice(&came);
+        }
+    }
+
+    /// The server's side of a handshake, which a client has begun like this. What comes with its last message is in `rest`
+    /// then.
+    pub(super) async fn shake_hands(
+        &mut self,
+        shell: &Shell,
+        tls: TlsStream,
+        opening: Opening,
+    ) -> Result<(), HandshakeFailure> {
         let done = self.negotiate(shell, tls).await;
         done.map_err(|error| {
             // The alert that says what is wrong, if the socket takes it now.
             let _ = self.channel.flush(&mut Now(&self.stream));
             tls::fault(&error).map_or(HandshakeFailure::Closed, |fault| {
                 tracing::debug!(session = self.session, %fault, "TLS handshake");
-                HandshakeFailure::of(fault)
+                match (HandshakeFailure::of(fault), opening) {
+                    // rustls looks first for extensions that these versions don't know.
+                    (HandshakeFailure::Incompatible, Opening::OldHello) => HandshakeFailure::Version,
+                    (failure, _) => failure,
+                }
             })
         })
     }
@@ -158,7 +202,7 @@ impl Link {
     async fn negotiate(&mut self, shell: &Shell, mut tls: TlsStream) -> io::Result<()> {
         let early = std::mem::take(&mut self.rest);
         let received = {
-            // What came together with the PROXY header in front: at most as much as is read at a time.
+            // What was read already: hardly more than is read at a time.
             let mut scratch = shell.scratch.borrow_mut();
             tls.receive(&early, &mut scratch).map(|count| scratch.get(..count).unwrap_or_default().to_vec())
         };

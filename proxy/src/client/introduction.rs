@@ -4,8 +4,11 @@
 //! Until its client is known the connection counts towards the limits in total and of the listener only; the client's own
 //! limits are those of the address that the header names. A handshake is the client's, and so is behind its limits, unless
 //! the header is inside.
+//!
+//! Both have places of their own, which those who wait hold in turn ([`Shares`](super::shares::Shares)): headers by their
+//! peer's address, handshakes by client, or by the peer's address where the header is inside.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,8 +18,8 @@ use tokio::time::Instant;
 
 use super::accept::{Door, Entrant};
 use super::handshake::{HandshakeFailure, Link, SessionKind};
-use super::limits::{Admitted, Place};
-use super::preface::{Introduced, Preface, Progress};
+use super::limits::{Admitted, Place, Waiting};
+use super::preface::{Introduced, Opening, Preface, Progress};
 use super::session::{Addresses, ClientTls, Origin, Via};
 use crate::config::AcceptProxy;
 use crate::proxy_protocol::parse::Invalid;
@@ -89,14 +92,20 @@ impl Arrival<'_> {
             origin.via = Some(introduce(door, link, proxy, accepted, &mut stop, &mut ends).await?);
         }
         let known = |place: Place, client: SocketAddr| {
-            place.admit(client.ip(), crate::clock::now()).map_err(|refusal| (Some(client), refusal))
+            let allowed = if door.allows(client.ip()) { Ok(place) } else { Err(Refusal::NotAllowed) };
+            let admitted = allowed.and_then(|place| place.admit(client.ip(), crate::clock::now()));
+            admitted.map_err(|refusal| (Some(client), refusal))
         };
         let guest = match inside {
             None => Guest::Known(known(place, ends.client)?),
             Some(_) => Guest::Unknown(place),
         };
         if let Some(greeting) = tls {
-            let shaken = waits(door, Stage::TlsHandshake, shake_hands(door, link, greeting, &mut stop)).await;
+            let holder = match &guest {
+                Guest::Known(_) => door.limits.client(door.index, ends.client.ip()),
+                Guest::Unknown(_) => ends.client.ip(),
+            };
+            let shaken = waits(door, Stage::TlsHandshake, shake_hands(door, link, greeting, holder, &mut stop)).await;
             origin.tls = Some(Box::new(shaken.map_err(|refusal| (Some(ends.client), refusal))?));
         }
         if let Some(proxy) = inside {
@@ -120,9 +129,15 @@ async fn introduce(
     ends: &mut Addresses,
 ) -> Result<Box<Via>, (Option<SocketAddr>, Refusal)> {
     let peer = ends.client;
+    let waiting = door.limits.wait_for(door.index, Stage::ProxyHeader, peer.ip());
+    let end = begin + waiting.time(proxy.timeout);
     let header = header(link, &door.shell, proxy.max_header);
-    let introduced = waits(door, Stage::ProxyHeader, within(stop, begin + proxy.timeout, header)).await;
-    let introduced = introduced.unwrap_or(Err(Refusal::ProxyTimeout)).map_err(|refusal| (None, refusal))?;
+    let introduced = match waits(door, Stage::ProxyHeader, within(stop, end, &waiting, header)).await {
+        Ok(introduced) => introduced,
+        Err(Cut::Late) => Err(Refusal::ProxyTimeout),
+        Err(Cut::Evicted) => Err(Refusal::ProxyEvicted),
+    };
+    let introduced = introduced.map_err(|refusal| (None, refusal))?;
     let (client, local) = introduced.ends.unwrap_or((ends.client, ends.local));
     *ends = Addresses { client, local };
     link.rest = introduced.rest;
@@ -138,43 +153,67 @@ async fn waits<T>(door: &Door, stage: Stage, work: impl Future<Output = T>) -> T
     done
 }
 
-/// What `work` comes to by `end`; none if it does not. A worker that drains has less patience.
-async fn within<T>(stop: &mut watch::Receiver<bool>, end: Instant, work: impl Future<Output = T>) -> Option<T> {
+/// Why something did not come to its end.
+enum Cut {
+    /// Its time is over.
+    Late,
+    /// Another connection has its place.
+    Evicted,
+}
+
+/// What `work` comes to by `end`, as long as it has its place. A worker that drains has less patience.
+async fn within<T>(
+    stop: &mut watch::Receiver<bool>,
+    end: Instant,
+    place: &Waiting,
+    work: impl Future<Output = T>,
+) -> Result<T, Cut> {
     let mut work = std::pin::pin!(work);
     tokio::select! {
         biased;
-        done = &mut work => Some(done),
-        () = tokio::time::sleep_until(end) => None,
-        _ = stop.wait_for(|stop| *stop) => tokio::time::timeout_at(end.min(Instant::now() + DRAINING), work).await.ok(),
+        done = &mut work => Ok(done),
+        () = place.evicted() => Err(Cut::Evicted),
+        () = tokio::time::sleep_until(end) => Err(Cut::Late),
+        _ = stop.wait_for(|stop| *stop) => {
+            tokio::time::timeout_at(end.min(Instant::now() + DRAINING), work).await.map_err(|_| Cut::Late)
+        }
     }
 }
 
-/// The handshake, in one of the places for it.
+/// The handshake, in one of the places for it, which is this client's.
 async fn shake_hands(
     door: &Door,
     link: &mut Link,
     greeting: Greeting,
+    client: IpAddr,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<ClientTls, Refusal> {
-    let _place = door.limits.begin_handshake(door.index)?;
-    let end = Instant::now() + greeting.timeout;
-    let done = match TlsStream::server(greeting.config) {
-        Ok(tls) => within(stop, end, link.shake_hands(&door.shell, tls)).await,
-        Err(_) => Some(Err(HandshakeFailure::Protocol)),
+    let waiting = door.limits.wait_for(door.index, Stage::TlsHandshake, client);
+    let end = Instant::now() + waiting.time(greeting.timeout);
+    let shake = async {
+        let opening = link.opening(&door.shell).await?;
+        if opening == Opening::Header {
+            return Ok(Err(Refusal::ProxyUntrusted));
+        }
+        let tls = TlsStream::server(greeting.config).map_err(|_| HandshakeFailure::Protocol)?;
+        link.shake_hands(&door.shell, tls, opening).await?;
+        let negotiated = link.channel.negotiated().ok_or(HandshakeFailure::Protocol)?;
+        let kind = SessionKind { version: negotiated.version, resumed: negotiated.resumed };
+        door.stats().tls_sessions[kind.index()].add(1);
+        Ok(Ok(ClientTls::new(&negotiated)))
     };
-    let done = done.unwrap_or(Err(HandshakeFailure::Timeout));
-    let negotiated = done.and_then(|()| link.channel.negotiated().ok_or(HandshakeFailure::Protocol));
-    match negotiated {
-        Ok(negotiated) => {
-            let kind = SessionKind { version: negotiated.version, resumed: negotiated.resumed };
-            door.stats().tls_sessions[kind.index()].add(1);
-            Ok(ClientTls::new(&negotiated))
-        }
-        Err(failure) => {
-            door.stats().tls_failures[failure as usize].add(1);
-            Err(Refusal::TlsHandshake)
-        }
+    match within(stop, end, &waiting, shake).await {
+        Ok(Ok(done)) => done,
+        Err(Cut::Evicted) => Err(Refusal::HandshakeEvicted),
+        Ok(Err(failure)) => Err(fail(door, failure)),
+        Err(Cut::Late) => Err(fail(door, HandshakeFailure::Timeout)),
     }
+}
+
+/// Counts a handshake that failed.
+fn fail(door: &Door, failure: HandshakeFailure) -> Refusal {
+    door.stats().tls_failures[failure as usize].add(1);
+    Refusal::TlsHandshake
 }
 
 /// Reads until the header is complete, or cannot be any more.

@@ -3,13 +3,17 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
 
 use super::rate::{Rates, Verdict};
+use super::shares::{Entered, Shares, Ticket};
 use crate::clock::Mono;
 use crate::config::network::masked;
 use crate::config::{Config, Listener};
-use crate::stats::Refusal;
+use crate::stats::{Refusal, Stage};
 
 /// Client connections in total, per listener and per client, of all workers together.
 #[derive(Debug)]
@@ -23,7 +27,8 @@ pub struct ClientLimits {
 #[derive(Debug)]
 struct OfListener {
     all: Count,
-    handshakes: Count,
+    /// By [`Stage`]: those that wait for it to end.
+    pending: [Mutex<Shares<Arc<Notify>>>; Stage::ALL.len()],
     clients: Mutex<Clients>,
 }
 
@@ -69,7 +74,7 @@ impl ClientLimits {
     pub fn new(config: &Config) -> Arc<Self> {
         let of_listener = |listener: &Listener| OfListener {
             all: Count::new(max_connections(listener)),
-            handshakes: Count::new(max_handshakes(listener)),
+            pending: Stage::ALL.map(|stage| Mutex::new(Shares::new(max_pending(config, listener, stage)))),
             clients: Mutex::new(Clients::new(listener)),
         };
         Arc::new(Self {
@@ -85,8 +90,10 @@ impl ClientLimits {
         self.threshold.store(usize::from(config.overload.threshold), Ordering::Relaxed);
         for (ours, listener) in self.listeners.iter().zip(&config.listeners) {
             ours.all.max.store(max_connections(listener), Ordering::Relaxed);
-            ours.handshakes.max.store(max_handshakes(listener), Ordering::Relaxed);
-            let mut clients = ours.clients.lock().unwrap_or_else(PoisonError::into_inner);
+            for (stage, pending) in Stage::ALL.into_iter().zip(&ours.pending) {
+                pending.lock().unwrap_or_else(PoisonError::into_inner).resize(max_pending(config, listener, stage));
+            }
+            let mut clients = ours.clients();
             let same = |rates: &Rates| rates.is(listener.connection_rate_per_client, listener.ban_duration);
             let rates = clients.rates.take().filter(same);
             let open = std::mem::take(&mut clients.open);
@@ -114,10 +121,28 @@ impl ClientLimits {
         Some((all.open.load(Ordering::Relaxed), (max < usize::MAX).then_some(max)))
     }
 
-    /// Counts one more TLS handshake on this listener, or says that there are too many.
-    pub fn begin_handshake(self: &Arc<Self>, listener: u16) -> Result<Handshaking, Refusal> {
-        self.listeners[usize::from(listener)].handshakes.enter().ok_or(Refusal::MaxHandshakes)?;
-        Ok(Handshaking { limits: Arc::clone(self), listener })
+    /// One more connection of this listener waits for something before its session begins. `client` is whoever holds the
+    /// place: a client as [`client`](Self::client) has it, or a peer that speaks for clients. If no place is free,
+    /// another connection loses its own.
+    pub fn wait_for(self: &Arc<Self>, listener: u16, stage: Stage, client: IpAddr) -> Waiting {
+        let told_by = Arc::new(Notify::new());
+        let mut shares = self.pending(listener, stage);
+        let Entered { ticket, hurries, evicted } = shares.enter(client, Arc::clone(&told_by));
+        drop(shares);
+        if let Some(evicted) = evicted {
+            evicted.notify_one();
+        }
+        Waiting { limits: Arc::clone(self), listener, stage, ticket, hurries, told_by }
+    }
+
+    fn pending(&self, listener: u16, stage: Stage) -> MutexGuard<'_, Shares<Arc<Notify>>> {
+        self.listeners[usize::from(listener)].pending[stage as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What counts as one client on this listener. An IPv4 address is the same client whether or not a dual-stack listener
+    /// mapped it.
+    pub fn client(&self, listener: u16, address: IpAddr) -> IpAddr {
+        self.listeners[usize::from(listener)].clients().of(address)
     }
 
     /// Whether so many open connections are `threshold` percent of this limit, or more.
@@ -131,9 +156,21 @@ fn max_connections(listener: &Listener) -> usize {
     if listener.max_connections == 0 { usize::MAX } else { listener.max_connections }
 }
 
-/// At once; 0 without TLS.
-fn max_handshakes(listener: &Listener) -> usize {
-    listener.tls.as_ref().map_or(0, |tls| tls.max_handshakes)
+/// At once; 0 where nobody waits for that. Those who wait never have more than half of the places for connections, so that
+/// they don't keep out the others.
+fn max_pending(config: &Config, listener: &Listener, stage: Stage) -> usize {
+    let configured = match stage {
+        Stage::ProxyHeader => listener.accept_proxy.as_ref().map_or(0, |proxy| proxy.max_pending),
+        Stage::TlsHandshake => listener.tls.as_ref().map_or(0, |tls| tls.max_handshakes),
+    };
+    let places = max_connections(listener).min(config.server.max_connections);
+    configured.min((places / 2).max(1))
+}
+
+impl OfListener {
+    fn clients(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Clients {
@@ -147,18 +184,39 @@ impl Clients {
             rates: (rate > 0).then(|| Rates::new(rate, listener.ban_duration)),
         }
     }
+
+    /// What counts as one client.
+    fn of(&self, address: IpAddr) -> IpAddr {
+        masked(address.to_canonical(), self.mask_v4, self.mask_v6)
+    }
 }
 
-/// A TLS handshake that goes on; dropping it gives its place back.
+/// A place of one of those who wait for a [`Stage`] to end; dropping it gives the place back.
 #[derive(Debug)]
-pub struct Handshaking {
+pub struct Waiting {
     limits: Arc<ClientLimits>,
     listener: u16,
+    stage: Stage,
+    ticket: Ticket,
+    hurries: bool,
+    told_by: Arc<Notify>,
 }
 
-impl Drop for Handshaking {
+impl Waiting {
+    /// How long it may take of this time. Places run out: whoever has more than an equal part of them gets a quarter.
+    pub fn time(&self, timeout: Duration) -> Duration {
+        if self.hurries { timeout / 4 } else { timeout }
+    }
+
+    /// Ends when the place is lost to another.
+    pub async fn evicted(&self) {
+        self.told_by.notified().await;
+    }
+}
+
+impl Drop for Waiting {
     fn drop(&mut self) {
-        self.limits.listeners[usize::from(self.listener)].handshakes.leave();
+        self.limits.pending(self.listener, self.stage).leave(self.ticket);
     }
 }
 
@@ -176,12 +234,11 @@ impl Place {
     }
 
     /// Counts the connection as this client's, or says which limit forbids it; then the place is given back. A client is
-    /// an address, or the network of the listener's masks. An IPv4 address is the same client whether or not a
-    /// dual-stack listener mapped it.
+    /// an address, or the network of the listener's masks.
     pub fn admit(self, client: IpAddr, now: Mono) -> Result<Admitted, Refusal> {
         let here = self.of_listener();
-        let mut clients = here.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = masked(client.to_canonical(), clients.mask_v4, clients.mask_v6);
+        let mut clients = here.clients();
+        let client = clients.of(client);
         match clients.rates.as_mut().map_or(Verdict::Welcome, |rates| rates.connects(client, now)) {
             Verdict::Welcome => {}
             Verdict::TooOften => return Err(Refusal::ConnectionRate),
@@ -223,7 +280,7 @@ impl Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        let mut clients = self.place.of_listener().clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.place.of_listener().clients();
         if let Some(open) = clients.open.get_mut(&self.client) {
             *open -= 1;
             if *open == 0 {

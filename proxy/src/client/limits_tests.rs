@@ -140,3 +140,21 @@ fn limits_hold_over_threads() {
     assert!((1..=50).contains(&most.into_inner()));
     limits.assert_empty();
 }
+
+#[test]
+fn those_who_wait_have_half_of_the_places_at_most() {
+    let accepts = "[listener.accept_proxy]\nfrom = [\"127.0.0.1\"]\nmax_pending = 3";
+    let most = |head: &str, listener: &str| {
+        let limits = limits(head, &format!("{listener}\n{accepts}"));
+        let waiting: Vec<_> =
+            (1..=20).map(|host| limits.wait_for(0, Stage::ProxyHeader, IpAddr::from([192, 0, 2, host]))).collect();
+        let held = limits.pending(0, Stage::ProxyHeader).held();
+        drop(waiting);
+        assert_eq!(limits.pending(0, Stage::ProxyHeader).held(), 0);
+        held
+    };
+    assert_eq!(most("", ""), 3);
+    assert_eq!(most("", "max_connections = 5"), 2);
+    assert_eq!(most("[server]\nmax_connections = 4", ""), 2);
+    assert_eq!(most("[server]\nmax_connections = 1", ""), 1);
+}

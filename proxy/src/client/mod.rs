@@ -8,5 +8,6 @@ pub mod limits;
 pub mod preface;
 pub mod rate;
 pub mod session;
+pub mod shares;
 mod socket;
 pub(crate) mod task;

@@ -72,6 +72,37 @@ pub fn is_header(bytes: &[u8]) -> bool {
     bytes.starts_with(&SIGNATURE) || bytes.starts_with(parse_v1::PREFIX)
 }
 
+/// What a client begins with where TLS is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// A PROXY header, which is no beginning of TLS: its versions begin with CR and with "P".
+    Header,
+    /// A ClientHello of TLS 1.1 or older (RFC 2246 and RFC 4346, both section 7.4.1.2). Later versions have 3.3 in
+    /// this place, and an extension for the rest (RFC 8446 section 4.1.2).
+    OldHello,
+    /// Anything else: TLS finds out.
+    Other,
+}
+
+/// What these first octets are the beginning of; none as long as it cannot be told.
+pub fn opening(bytes: &[u8]) -> Option<Opening> {
+    /// The type of a record that carries a handshake (RFC 8446 section 5.1), and of the handshake's message.
+    const HANDSHAKE: u8 = 22;
+    const CLIENT_HELLO: u8 = 1;
+    /// The version that a ClientHello of TLS 1.2 and 1.3 begins with.
+    const TLS12: [u8; 2] = [3, 3];
+    match bytes {
+        bytes if is_header(bytes) => Some(Opening::Header),
+        // Type, version and length of the record, type and length of the message, version of the client.
+        [HANDSHAKE, _, _, _, _, CLIENT_HELLO, _, _, _, major, minor, ..] => {
+            Some(if [*major, *minor] < TLS12 { Opening::OldHello } else { Opening::Other })
+        }
+        [HANDSHAKE, ..] if bytes.len() < 11 => None,
+        bytes if SIGNATURE.starts_with(bytes) || parse_v1::PREFIX.starts_with(bytes) => None,
+        _ => Some(Opening::Other),
+    }
+}
+
 #[cfg(test)]
 #[path = "preface_tests.rs"]
 mod tests;

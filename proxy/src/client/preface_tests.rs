@@ -131,3 +131,33 @@ proptest! {
         }
     }
 }
+
+/// Record, message and version of a ClientHello of TLS, and the first octets of its random.
+fn hello(version: [u8; 2]) -> Vec<u8> {
+    [&[22, 3, 1, 0, 50, 1, 0, 0, 46][..], &version, &[7; 4]].concat()
+}
+
+#[test]
+fn what_a_client_begins_with_is_told_as_soon_as_it_can_be() {
+    let v1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 4000 53\r\n".to_vec();
+    let cases = [
+        (v2(&[]), SIGNATURE.len(), Opening::Header),
+        (v1, parse_v1::PREFIX.len(), Opening::Header),
+        (hello([3, 0]), 11, Opening::OldHello),
+        (hello([3, 1]), 11, Opening::OldHello),
+        (hello([3, 2]), 11, Opening::OldHello),
+        (hello([3, 3]), 11, Opening::Other),
+        (QUERY.to_vec(), 1, Opening::Other),
+        // Not the beginning of a header after all.
+        (b"POST / HTTP/1.1\r\n".to_vec(), 2, Opening::Other),
+        (b"\r\n\r\n\0\r\nQUIT?".to_vec(), 12, Opening::Other),
+        // Another message than a hello, as the first one of a handshake.
+        ([22, 3, 1, 0, 50, 2, 0, 0, 46, 3, 1].to_vec(), 11, Opening::Other),
+    ];
+    for (bytes, enough, expected) in cases {
+        for end in 0..=bytes.len() {
+            let told = (end >= enough).then_some(expected);
+            assert_eq!(opening(&bytes[..end]), told, "{end} octets of {bytes:02x?}");
+        }
+    }
+}

@@ -9,6 +9,7 @@ use crate::backend::history::History;
 use crate::backend::pool::ConnKey;
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, FailReason};
+use crate::config::Refusable;
 use crate::dns::hop::{self, Scope, TIMEOUT_UNIT, Treatment};
 use crate::dns::synth;
 use crate::proxy_protocol::client_tls;
@@ -51,7 +52,12 @@ pub struct Limits {
     pub write_timeout: Duration,
     /// Clients are told `idle_timeout` if they ask (RFC 7828).
     pub edns_tcp_keepalive: bool,
+    /// What is answered by REFUSED.
+    pub refuse: Vec<Refusable>,
 }
+
+/// Messages in a row that are not forwarded, after which a connection ends: more than any mistake takes.
+pub const MAX_NOT_FORWARDED: u8 = 32;
 
 /// A header that stays the same for a client connection, per backend.
 #[derive(Clone, Debug)]
@@ -141,6 +147,8 @@ pub struct Session {
     pub(crate) woken: bool,
     /// Whole messages that have come.
     pub(crate) messages: u32,
+    /// How many of them, since the last one that was forwarded, were not.
+    not_forwarded: u8,
     /// The longest of its last answers, octets; one that is long past counts less and less. Those to come are taken for as
     /// long.
     pub(crate) long_answer: u32,
@@ -186,6 +194,7 @@ impl Session {
             armed: Mono::ZERO,
             woken: false,
             messages: 0,
+            not_forwarded: 0,
             long_answer: 0,
         }
     }
@@ -244,8 +253,13 @@ impl Session {
         !self.read_closed && self.takes_messages()
     }
 
-    /// A whole message came.
-    pub(crate) fn message_came(&mut self, now: Mono) {
+    /// A whole message came, and was forwarded or not. A client all of whose messages are not is let go: what it costs to
+    /// answer them is never any use.
+    pub(crate) fn message_came(&mut self, forwarded: bool, now: Mono) {
+        self.not_forwarded = if forwarded { 0 } else { self.not_forwarded + 1 };
+        if self.not_forwarded >= MAX_NOT_FORWARDED {
+            self.ending.get_or_insert(ClientCloseReason::NotForwarded);
+        }
         self.messages = self.messages.saturating_add(1);
         if self.limits.max_queries > 0 && self.messages >= self.limits.max_queries {
             self.ending.get_or_insert(ClientCloseReason::MaxQueries);

@@ -5,10 +5,8 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use rustix::net::RecvFlags;
-use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::farewell;
@@ -42,7 +40,7 @@ pub(crate) struct SessionTask {
 impl SessionTask {
     /// Of a session that begins.
     pub(super) fn new(shell: Rc<Shell>, key: SessionKey, link: Link, admitted: Admitted) -> Self {
-        let Link { stream, channel, rest, session: _ } = link;
+        let Link { stream, channel, rest, .. } = link;
         Self { shell, key, stream: Some(stream), channel, rest, admitted: Some(admitted) }
     }
 
@@ -151,24 +149,27 @@ impl SessionTask {
         {
             self.shell.complain_client(client, Some(serial), reason.label());
         }
-        if reason == ClientCloseReason::NoDsoSession
-            && let Some(stream) = &self.stream
-        {
-            // To "forcibly abort" a connection is to reset it (RFC 8490 section 3).
-            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
-        }
         let (stream, admitted) = (self.stream.take(), self.admitted.take());
-        let written = self.session(|session| session.out.is_empty()).unwrap_or(false);
         let (Some(stream), Some(admitted)) = (stream, admitted) else { return };
+        if matches!(reason, ClientCloseReason::NoDsoSession | ClientCloseReason::WriteTimeout) {
+            // To "forcibly abort" a connection is to reset it (RFC 8490 section 3), and what a client does not read is not
+            // kept for it.
+            return farewell::reset(&stream);
+        }
+        let asked = self.session(|session| (session.out.is_empty(), session.limits.write_timeout));
+        let (written, patience) = asked.unwrap_or_default();
         if written {
             self.channel.close();
         }
         // At the end of a connection that TLS has broken, the alert.
         let flushed = self.channel.flush(&mut Now(&stream));
-        if written && farewell::is_due(reason) {
+        if reason != ClientCloseReason::ClientReset
+            && (written && farewell::is_due(reason) || farewell::has_untaken(&stream))
+        {
             let rest = flushed.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
             let channel = if rest { std::mem::take(&mut self.channel) } else { Channel::Plain };
-            tokio::task::spawn_local(farewell::take_leave(Rc::clone(&self.shell), stream, channel, admitted));
+            let leave = farewell::take_leave(Rc::clone(&self.shell), stream, channel, admitted, patience);
+            tokio::task::spawn_local(leave);
         }
     }
 

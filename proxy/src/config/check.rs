@@ -12,6 +12,7 @@ use super::units::format_size;
 use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol, View, defaults, forecast, load, print};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
+use crate::scope::IpWithZone;
 
 #[path = "check_clients.rs"]
 pub(super) mod clients;
@@ -297,7 +298,10 @@ fn sources(backend: &Backend, proxy: &ProxyProtocol, path: &str) -> Option<Warni
     let first = backend.source.first().filter(|_| backend.source.len() > 1)?;
     (proxy.identity == Identity::Forwarder).then(|| Warning {
         key: format!("{path}.source"),
-        message: format!("`identity = \"forwarder\"` names the source, so only the first is used: {first}"),
+        message: format!(
+            "`identity = \"forwarder\"` names the source, so only the first is used: {}",
+            IpWithZone(*first)
+        ),
     })
 }
 

@@ -1,6 +1,6 @@
 //! What the limits on clients amount to.
 
-use super::super::{Config, Listener, ListenerTls};
+use super::super::{Config, Listener, ListenerTls, Pool, units};
 use super::{Limits, Warning};
 use crate::clock;
 
@@ -22,7 +22,8 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
             let message = format!("one client can take all {here} connections, and then nobody else is served");
             warn("max_connections_per_client", message);
         }
-        let pending = (here as u64).saturating_mul(listener.max_pending_answers as u64);
+        // As much again is kept in the kernel.
+        let pending = (here as u64).saturating_mul(2 * listener.max_pending_answers as u64);
         if let Some(memory) = limits.memory.filter(|memory| pending > *memory) {
             let message = format!(
                 "{here} clients that do not read can make {} MiB of answers wait, and the machine has {} MiB",
@@ -34,10 +35,35 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
         if listener.connection_rate_per_client == 0 && listener.ban_duration != Listener::DEFAULT_BAN {
             warn("ban_duration", "nobody is ever banned: `connection_rate_per_client` is 0".to_owned());
         }
+        if listener.message_timeout > listener.idle_timeout {
+            let idle = units::format_duration(listener.idle_timeout);
+            let message = format!(
+                "is cut short: a connection on which no whole message comes for `idle_timeout` ({idle}) is closed, unless \
+                 answers are owed on it"
+            );
+            warn("message_timeout", message);
+        }
+        if let Some(message) = exposure(listener, config.pools.get(listener.pool)) {
+            warn("pool", message);
+        }
         if let Some(message) = listener.tls.as_ref().and_then(|tls| certificate(tls, clock::unix_seconds())) {
             warn("tls.certificate", message);
         }
     }
+}
+
+/// Clients from elsewhere, whom a backend takes for this host.
+fn exposure(listener: &Listener, pool: Option<&Pool>) -> Option<String> {
+    let pool = pool.filter(|pool| pool.hides_clients())?;
+    let only_here = listener.address.ip().is_loopback() && listener.accept_proxy.is_none();
+    (!only_here).then(|| {
+        format!(
+            "backends of `{}` see this host in the place of every client: what they allow to its address, all clients in \
+             `listener.allow_from` can do, but for what `listener.refuse` names. `[pool.proxy_protocol]` with another \
+             `identity` than `forwarder` tells them who asks",
+            pool.name
+        )
+    })
 }
 
 /// A certificate that is over, or soon will be.
@@ -83,34 +109,77 @@ mod tests {
 
     #[test]
     fn limits_that_are_never_reached() {
-        assert_eq!(warnings("max_connections = 10000", 4 << 30), [""; 0]);
+        assert_eq!(warnings("max_connections = 10000", 8 << 30), [""; 0]);
         assert_eq!(
-            warnings("max_connections = 10001", 4 << 30),
+            warnings("max_connections = 10001", 8 << 30),
             ["key `listener.max_connections`: is never reached: `server.max_connections` is 10000"]
         );
         assert_eq!(
-            warnings("max_connections = 50", 4 << 30),
+            warnings("max_connections = 50", 8 << 30),
             [
                 "key `listener.max_connections_per_client`: one client can take all 50 connections, and then nobody else \
               is served"
             ]
         );
         assert_eq!(
-            warnings("ban_duration = \"1m\"", 4 << 30),
+            warnings("ban_duration = \"1m\"", 8 << 30),
             ["key `listener.ban_duration`: nobody is ever banned: `connection_rate_per_client` is 0"]
         );
-        assert_eq!(warnings("ban_duration = \"1m\"\nconnection_rate_per_client = 1", 4 << 30), [""; 0]);
+        assert_eq!(warnings("ban_duration = \"1m\"\nconnection_rate_per_client = 1", 8 << 30), [""; 0]);
+    }
+
+    #[test]
+    fn a_message_that_may_take_longer_than_a_silence() {
+        assert_eq!(warnings("message_timeout = \"10s\"", 8 << 30), [""; 0]);
+        assert_eq!(
+            warnings("message_timeout = \"11s\"", 8 << 30),
+            [
+                "key `listener.message_timeout`: is cut short: a connection on which no whole message comes for `idle_timeout` \
+              (10s) is closed, unless answers are owed on it"
+            ]
+        );
+    }
+
+    #[test]
+    fn clients_from_elsewhere_whom_backends_take_for_this_host() {
+        let warned = |address: &str, identity: Option<&str>, accepts: &str| {
+            let proxy = identity
+                .map_or_else(String::new, |identity| format!("[pool.proxy_protocol]\nidentity = \"{identity}\"\n"));
+            let text = format!(
+                "[[listener]]\nname = \"dns\"\naddress = \"{address}\"\npool = \"p\"\n{accepts}[[pool]]\nname = \"p\"\n\
+                 {proxy}[[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:9\"\n"
+            );
+            let config = from_str("f.toml", &text).unwrap();
+            // What is refused by default and what is warned of go by the same.
+            assert_eq!(config.listeners[0].refuse.len(), if config.pools[0].hides_clients() { 4 } else { 0 });
+            let mut warnings = Vec::new();
+            forecast(&config, Limits::default(), &mut warnings);
+            let said = |warning: &Warning| warning.key == "listener.pool" && warning.message.contains("every client");
+            warnings.iter().filter(|warning| said(warning)).count()
+        };
+        let accepts = "[listener.accept_proxy]\nfrom = [\"127.0.0.1\"]\n";
+        for (address, accepts, expected) in [
+            ("127.0.0.1:5300", "", 0),
+            ("[::1]:5300", "", 0),
+            ("0.0.0.0:5300", "", 1),
+            ("192.0.2.1:5300", "", 1),
+            ("127.0.0.1:5300", accepts, 1),
+        ] {
+            assert_eq!(warned(address, None, accepts), expected, "{address}");
+            assert_eq!(warned(address, Some("forwarder"), accepts), expected, "{address}");
+            assert_eq!(warned(address, Some("address"), accepts), 0, "{address}");
+        }
     }
 
     #[test]
     fn more_answers_than_memory() {
-        // 10,000 times 256 KiB.
-        assert_eq!(warnings("", 2500 << 20), [""; 0]);
+        // 10,000 times 256 KiB, in the process and in the kernel.
+        assert_eq!(warnings("", 5000 << 20), [""; 0]);
         assert_eq!(
-            warnings("", (2500 << 20) - 1),
+            warnings("", (5000 << 20) - 1),
             [
-                "key `listener.max_pending_answers`: 10000 clients that do not read can make 2500 MiB of answers wait, and \
-              the machine has 2499 MiB"
+                "key `listener.max_pending_answers`: 10000 clients that do not read can make 5000 MiB of answers wait, and \
+              the machine has 4999 MiB"
             ]
         );
         assert_eq!(warnings("max_pending_answers = \"64KiB\"", 2 << 30), [""; 0]);

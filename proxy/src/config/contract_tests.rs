@@ -115,6 +115,9 @@ fn the_defaults_are_those_of_the_full_file() {
     listeners.first_mut().unwrap().accept_proxy = None;
     listeners.first_mut().unwrap().tls = None;
     pools.first_mut().unwrap().proxy_protocol = None;
+    // What is refused depends on whether the pool's headers say who asks.
+    assert_eq!(listeners.first().unwrap().refuse, Refusable::default_for(full.pools.first().unwrap()));
+    listeners.first_mut().unwrap().refuse = Refusable::default_for(pools.first().unwrap());
     let tls = pools.first_mut().unwrap().backends.first_mut().unwrap().tls.take().unwrap();
     assert_eq!((tls.server_name.to_str().as_ref(), tls.proxy_outside_tls), ("unbound-1.example", true));
     assert_eq!(Config { listeners, pools, ..full }, minimal, "and a key that is left out has its default");
@@ -152,7 +155,7 @@ fn ipv4_addresses_written_as_ipv6_are_ipv4() {
     let config = from_str("f", &text).unwrap();
     let backend = config.pools.first().unwrap().backends.first().unwrap();
     assert_eq!(backend.address, SocketAddr::from(([127, 0, 0, 1], 15302)));
-    assert_eq!(backend.source, [IpAddr::from([127, 0, 0, 9])]);
+    assert_eq!(backend.source, [SocketAddr::from(([127, 0, 0, 9], 0))]);
 }
 
 #[test]
@@ -171,4 +174,23 @@ fn a_file_is_read() {
             certificate.display()
         )
     );
+}
+
+#[test]
+fn addresses_of_one_link_keep_their_zone() {
+    let text = MINIMAL.replace("127.0.0.1:5300", "[fe80::1%lo]:5300").replace("127.0.0.1:15302", "[fe80::2%lo]:15302")
+        + "source = [\"fe80::3%lo\"]\n";
+    let config = from_str("f", &text).unwrap();
+    let printed = print::to_toml(&config);
+    for line in ["address = \"[fe80::1%lo]:5300\"", "address = \"[fe80::2%lo]:15302\"", "source = [\"fe80::3%lo\"]"] {
+        assert!(printed.contains(line), "{line}: {printed}");
+    }
+    assert_eq!(from_str("f", &printed).unwrap(), config);
+    let errors = from_str("f", &text.replace("%lo", "%nosuch0")).unwrap_err().to_string();
+    let lines: Vec<&str> = errors.lines().collect();
+    assert_eq!(
+        lines.first().copied(),
+        Some("f:4:11: key `listener.address`: there is no interface `nosuch0` here; `ip link` lists them")
+    );
+    assert!(lines.len() == 3 && lines.iter().all(|line| line.contains("`nosuch0`")), "{errors}");
 }

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::{
-    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, ListenerTls, OnFailure,
-    OneShotClose, Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
+    AcceptProxy, Admin, Backend, Class, Connections, Health, HealthMode, Kernel, Listener, ListenerTls, Network,
+    OnFailure, OneShotClose, Overload, Policy, Pool, ProxyProtocol, ReapMode, Server, View, Watchdog,
 };
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
@@ -25,6 +25,29 @@ pub const MAX_HEADER: usize = 512;
 /// The longest PROXY header that is accepted: what fits the least IPv4 datagram of 576 bytes without its 40 bytes of IP
 /// and TCP (section 2.2 of the specification), bytes.
 pub const MAX_INCOMING_HEADER: usize = 536;
+
+/// How long nothing may be heard of a peer before it is asked whether it is still there.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// Who may connect: loopback, private (RFC 1918), shared (RFC 6598), link-local (RFC 3927, RFC 4291) and unique local (RFC
+/// 4193) networks, the same as dnsdist's default.
+const ALLOW_FROM: [&str; 9] = [
+    "127.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "169.254.0.0/16",
+    "192.168.0.0/16",
+    "172.16.0.0/12",
+    "::1",
+    "fc00::/7",
+    "fe80::/10",
+];
+
+fn allow_from() -> Vec<Network> {
+    #[expect(clippy::expect_used, reason = "constants, which a test reads")]
+    let network = |text: &str| text.parse().expect("a network");
+    ALLOW_FROM.into_iter().map(network).collect()
+}
 
 /// What a health check asks for.
 const CHECK_NAME: &str = "a.root-servers.net.";
@@ -62,7 +85,8 @@ impl Listener {
     /// The default of `ban_duration`.
     pub const DEFAULT_BAN: Duration = Duration::from_secs(10);
 
-    /// A listener with defaults, which sends its queries to the pool of this index.
+    /// A listener with defaults, which sends its queries to the pool of this index. It refuses nothing: what it refuses by
+    /// default depends on the pool ([`Refusable::default_for`](super::Refusable::default_for)).
     pub fn new(name: &str, address: SocketAddr, pool: usize) -> Self {
         Self {
             name: name.to_owned(),
@@ -82,6 +106,9 @@ impl Listener {
             connection_rate_per_client: 0,
             ban_duration: Self::DEFAULT_BAN,
             edns_tcp_keepalive: false,
+            tcp_keepalive: TCP_KEEPALIVE,
+            allow_from: allow_from(),
+            refuse: Vec::new(),
             tcp_fast_open: 0,
             accept_proxy: None,
             tls: None,
@@ -105,7 +132,13 @@ impl Default for ListenerTls {
 impl Default for AcceptProxy {
     /// It trusts nobody: `from` must be given.
     fn default() -> Self {
-        Self { from: Vec::new(), max_header: MAX_INCOMING_HEADER, timeout: Duration::from_secs(3), outside_tls: true }
+        Self {
+            from: Vec::new(),
+            max_header: MAX_INCOMING_HEADER,
+            timeout: Duration::from_secs(3),
+            max_pending: 1000,
+            outside_tls: true,
+        }
     }
 }
 
@@ -176,6 +209,7 @@ impl Default for Connections {
     fn default() -> Self {
         Self {
             idle_timeout: Duration::from_secs(30),
+            tcp_keepalive: TCP_KEEPALIVE,
             max_age: Duration::from_secs(10 * 60),
             max_idle_per_backend: 64,
             max_owned_per_client: 8,

@@ -11,6 +11,7 @@ use super::units::UnitError;
 use crate::backend::tls::TrustError;
 use crate::dns::name::NameError;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
+use crate::scope::ScopeError;
 use crate::tls::pem::PemError;
 
 /// Everything that is wrong with a configuration, in the order of the file; at least one error.
@@ -142,6 +143,9 @@ pub enum Problem {
     /// Not an IP address.
     #[error("{0:?} is not an IP address, such as \"192.0.2.1\" or \"2001:db8::1\"")]
     NotAnIpAddress(String),
+    /// An address with a zone that is not here, or is none, or without one.
+    #[error(transparent)]
+    Scope(ScopeError),
     /// Not a network.
     #[error(transparent)]
     Network(#[from] NetworkError),

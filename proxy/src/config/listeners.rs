@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::choices::Choice as _;
 use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique};
 use super::pools::{MAX_IN_FLIGHT, Pools};
 use super::section::{Section, Value};
 use super::units::MAX_SIZE;
-use super::{AcceptProxy, Listener, ListenerTls, Network};
+use super::{AcceptProxy, Listener, ListenerTls, Network, Pool, Refusable};
 use crate::proxy_protocol::{MAX_LEN, parse_v1};
 use crate::tls::pem::PemError;
 use crate::tls::server::Identity;
@@ -80,6 +81,12 @@ pub(super) fn read(root: &Section<'_, '_>, pools: &Pools<'_, '_>) -> Vec<Listene
             ),
             ban_duration: section.duration("ban_duration", default.ban_duration, Duration::ZERO),
             edns_tcp_keepalive: section.boolean("edns_tcp_keepalive", default.edns_tcp_keepalive),
+            tcp_keepalive: section.duration("tcp_keepalive", default.tcp_keepalive, Duration::ZERO),
+            allow_from: section
+                .value("allow_from")
+                .and_then(|value| read_networks(&value, "; nobody could connect"))
+                .unwrap_or_else(|| default.allow_from.clone()),
+            refuse: read_refuse(&section, pools.get(default.pool)),
             tcp_fast_open: section.integer("tcp_fast_open", default.tcp_fast_open, 0..=MAX_FAST_OPEN),
             idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
             message_timeout: section.duration("message_timeout", default.message_timeout, MILLISECOND),
@@ -100,9 +107,15 @@ fn read_accept_proxy(section: &Section<'_, '_>) -> Option<AcceptProxy> {
     // A shorter limit would refuse lines of version 1 that are right.
     let max_header = section.value("max_header").and_then(|value| value.size(parse_v1::MAX_LINE..=MAX_LEN));
     Some(AcceptProxy {
-        from: section.required("from").and_then(|value| read_networks(&value)).unwrap_or_default(),
+        from: section
+            .required("from")
+            .and_then(|value| {
+                read_networks(&value, "; without `[listener.accept_proxy]` PROXY headers are taken from nobody")
+            })
+            .unwrap_or_default(),
         max_header: max_header.unwrap_or(default.max_header),
         timeout: section.duration("timeout", default.timeout, MILLISECOND),
+        max_pending: section.integer("max_pending", default.max_pending, 1..=MAX_COUNT),
         outside_tls: section.boolean("outside_tls", default.outside_tls),
     })
 }
@@ -134,11 +147,26 @@ fn read_tls(section: &Section<'_, '_>) -> Option<ListenerTls> {
     })
 }
 
-fn read_networks(value: &Value<'_, '_>) -> Option<Vec<Network>> {
+/// What is not forwarded to this pool.
+fn read_refuse(section: &Section<'_, '_>, pool: Option<&Pool>) -> Vec<Refusable> {
+    let Some(value) = section.value("refuse") else { return pool.map(Refusable::default_for).unwrap_or_default() };
+    let mut seen = Unique::default();
+    let mut refuse = Vec::new();
+    for element in value.list().unwrap_or_default() {
+        if let Some(refusable) = element.choice::<Refusable>() {
+            seen.add(&element, refusable.word());
+            refuse.push(refusable);
+        }
+    }
+    refuse
+}
+
+/// Networks, at least one; `empty` says what no network would mean.
+fn read_networks(value: &Value<'_, '_>, empty: &'static str) -> Option<Vec<Network>> {
     let mut seen = Unique::default();
     let elements = value.list()?;
     if elements.is_empty() {
-        value.fail(Problem::Empty("; without `[listener.accept_proxy]` PROXY headers are taken from nobody"));
+        value.fail(Problem::Empty(empty));
     }
     let mut network = |element: Value<'_, '_>| {
         let network = element.network()?;

@@ -15,6 +15,7 @@ pub mod numbers;
 mod parse;
 mod pools;
 pub mod print;
+pub mod refuse;
 pub mod schema;
 mod section;
 mod source;
@@ -49,6 +50,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use network::Network;
 pub use numbers::{Numbered, Numbers};
 pub use parse::{from_str, load};
+pub use refuse::Refusable;
 pub use text::{Place, Text};
 
 /// The whole configuration.
@@ -149,6 +151,12 @@ pub struct Listener {
     pub ban_duration: Duration,
     /// Clients that ask by edns-tcp-keepalive (RFC 7828) are told the idle timeout.
     pub edns_tcp_keepalive: bool,
+    /// A client of which nothing is heard for so long is probed, and given up after half as long again; zero: never.
+    pub tcp_keepalive: Duration,
+    /// Who may connect: clients, or the peers that speak for nobody else.
+    pub allow_from: Vec<Network>,
+    /// What is not forwarded.
+    pub refuse: Vec<Refusable>,
     /// Connections at once that have sent data with their SYN (RFC 7413) and whose handshake is not over, 0: no data are
     /// taken from a SYN.
     pub tcp_fast_open: u32,
@@ -182,6 +190,8 @@ pub struct AcceptProxy {
     pub max_header: usize,
     /// From `accept(2)` to the last byte of the header; inside TLS, from the end of the handshake.
     pub timeout: Duration,
+    /// Connections at a time whose header has not come, on this listener.
+    pub max_pending: usize,
     /// On a listener with TLS the header comes before the handshake, or else as the first octets inside.
     pub outside_tls: bool,
 }
@@ -246,8 +256,8 @@ pub struct Backend {
     pub connect_timeout: Duration,
     /// For a backend that does not read.
     pub write_timeout: Duration,
-    /// Local addresses, used in turn.
-    pub source: Vec<IpAddr>,
+    /// Local addresses, used in turn, all with port 0.
+    pub source: Vec<SocketAddr>,
     /// Questions go with the SYN where the kernel has a cookie (RFC 7413).
     pub tcp_fast_open: bool,
     /// How a one-shot connection is closed.
@@ -343,6 +353,8 @@ pub enum HealthMode {
 pub struct Connections {
     /// Closed after this long with nothing in flight.
     pub idle_timeout: Duration,
+    /// A backend of which nothing is heard for so long is probed, and given up after half as long again; zero: never.
+    pub tcp_keepalive: Duration,
     /// Closed when next idle, spread by 10 %.
     pub max_age: Duration,
     /// Shared and keyed connections kept idle per backend.

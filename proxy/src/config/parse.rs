@@ -140,6 +140,7 @@ fn read_connections(section: &Section<'_, '_>) -> Connections {
     let count = |key, default, min| section.integer(key, default, min..=MAX_COUNT);
     Connections {
         idle_timeout: section.duration("idle_timeout", default.idle_timeout, MILLISECOND),
+        tcp_keepalive: section.duration("tcp_keepalive", default.tcp_keepalive, Duration::ZERO),
         max_age: section.duration("max_age", default.max_age, MILLISECOND),
         max_idle_per_backend: count("max_idle_per_backend", default.max_idle_per_backend, 0),
         max_owned_per_client: count("max_owned_per_client", default.max_owned_per_client, 1),

@@ -17,6 +17,7 @@ use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::{Context, Template, TlvSet, check_type};
 use crate::proxy_protocol::{FIXED_LEN, IPV4_ADDRESSES, IPV6_ADDRESSES, MAX_LEN};
+use crate::scope::IpWithZone;
 
 /// Most queries in flight on one connection: as many as a message ID can tell apart (RFC 1035 section 4.1.1).
 pub(super) const MAX_IN_FLIGHT: usize = 1 << 16;
@@ -118,6 +119,11 @@ impl<'a, 'i> Pools<'a, 'i> {
                 section.table("proxy_protocol").fail("max_header", Problem::HeaderTooLong { shortest, max });
             }
         }
+    }
+
+    /// The one of this index.
+    pub(super) fn get(&self, index: usize) -> Option<&Pool> {
+        self.pools.get(index)
     }
 
     /// The pools in the order of the file.
@@ -309,11 +315,12 @@ fn backend_address(value: &Value<'_, '_>) -> Option<SocketAddr> {
     Some(address)
 }
 
-fn read_sources(value: &Value<'_, '_>, backend: Option<SocketAddr>) -> Option<Vec<IpAddr>> {
+fn read_sources(value: &Value<'_, '_>, backend: Option<SocketAddr>) -> Option<Vec<SocketAddr>> {
     let mut seen = Unique::default();
     let mut sources = Vec::new();
     for element in value.list()? {
-        let Some(source_ip) = element.ip_address().map(|ip| ip.to_canonical()) else { continue };
+        let Some(source) = element.ip_address() else { continue };
+        let source_ip = source.ip().to_canonical();
         if !is_host(source_ip) {
             element.fail(Problem::NotUnicast(source_ip));
         }
@@ -322,8 +329,8 @@ fn read_sources(value: &Value<'_, '_>, backend: Option<SocketAddr>) -> Option<Ve
         {
             element.fail(Problem::FamilyMismatch { source_ip, address });
         }
-        seen.add(&element, &source_ip.to_string());
-        sources.push(source_ip);
+        seen.add(&element, &IpWithZone(source).to_string());
+        sources.push(if source_ip == source.ip() { source } else { SocketAddr::new(source_ip, 0) });
     }
     Some(sources)
 }

@@ -9,6 +9,7 @@ use super::{
     Admin, Backend, Config, Connections, Kernel, Listener, Overload, Pool, ProxyProtocol, Server, Watchdog, units,
 };
 use crate::proxy_protocol::identity::Identity;
+use crate::scope::{IpWithZone, WithZone};
 
 /// The whole configuration. `workers` is the number of workers in effect, never 0.
 pub fn to_toml(config: &Config) -> String {
@@ -82,7 +83,7 @@ fn overload(out: &mut Writer, overload: &Overload) {
 fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
     out.heading("[[listener]]");
     out.text("name", &listener.name);
-    out.text("address", listener.address);
+    out.text("address", WithZone(listener.address));
     out.text("pool", pools.get(listener.pool).map_or("", |pool| &pool.name));
     out.bare("max_connections", listener.max_connections);
     out.bare("max_connections_per_client", listener.max_connections_per_client);
@@ -98,12 +99,16 @@ fn listener(out: &mut Writer, listener: &Listener, pools: &[Pool]) {
     out.bare("connection_rate_per_client", listener.connection_rate_per_client);
     out.duration("ban_duration", listener.ban_duration);
     out.bare("edns_tcp_keepalive", listener.edns_tcp_keepalive);
+    out.duration("tcp_keepalive", listener.tcp_keepalive);
+    out.list("allow_from", listener.allow_from.iter().map(ToString::to_string));
+    out.list("refuse", listener.refuse.iter().map(|refusable| refusable.word().to_owned()));
     out.bare("tcp_fast_open", listener.tcp_fast_open);
     if let Some(proxy) = &listener.accept_proxy {
         out.heading("[listener.accept_proxy]");
         out.list("from", proxy.from.iter().map(ToString::to_string));
         out.text("max_header", units::format_size(proxy.max_header));
         out.duration("timeout", proxy.timeout);
+        out.bare("max_pending", proxy.max_pending);
         out.bare("outside_tls", proxy.outside_tls);
     }
     if let Some(tls) = &listener.tls {
@@ -160,13 +165,13 @@ fn proxy_protocol(out: &mut Writer, proxy: &ProxyProtocol) {
 fn backend(out: &mut Writer, backend: &Backend) {
     out.heading("[[pool.backend]]");
     out.text("name", &backend.name);
-    out.text("address", backend.address);
+    out.text("address", WithZone(backend.address));
     out.bare("weight", backend.weight);
     out.bare("max_in_flight", backend.max_in_flight);
     out.bare("max_connections", backend.max_connections);
     out.duration("connect_timeout", backend.connect_timeout);
     out.duration("write_timeout", backend.write_timeout);
-    out.list("source", backend.source.iter().map(ToString::to_string));
+    out.list("source", backend.source.iter().map(|source| IpWithZone(*source).to_string()));
     out.bare("tcp_fast_open", backend.tcp_fast_open);
     out.text("one_shot_close", backend.one_shot_close.word());
     if let Some(tls) = &backend.tls {
@@ -191,6 +196,7 @@ fn backend(out: &mut Writer, backend: &Backend) {
 fn connections(out: &mut Writer, connections: &Connections) {
     out.heading("[connections]");
     out.duration("idle_timeout", connections.idle_timeout);
+    out.duration("tcp_keepalive", connections.tcp_keepalive);
     out.duration("max_age", connections.max_age);
     out.bare("max_idle_per_backend", connections.max_idle_per_backend);
     out.bare("max_owned_per_client", connections.max_owned_per_client);
@@ -222,7 +228,7 @@ fn watchdog(out: &mut Writer, watchdog: &Watchdog) {
 
 fn admin(out: &mut Writer, admin: &Admin) {
     out.heading("[admin]");
-    out.text("http", admin.http.map(|address| address.to_string()).unwrap_or_default());
+    out.text("http", admin.http.map(|address| WithZone(address).to_string()).unwrap_or_default());
     // Paths come from a configuration, which is UTF-8.
     let path = |path: &Option<PathBuf>| path.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
     out.text("token_file", path(&admin.token_file));

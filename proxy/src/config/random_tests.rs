@@ -114,7 +114,7 @@ prop_compose! {
             max_connections,
             connect_timeout: timeouts.0,
             write_timeout: timeouts.1,
-            source: sources.into_iter().map(ip).collect(),
+            source: sources.into_iter().map(|host| SocketAddr::new(ip(host), 0)).collect(),
             one_shot_close,
             tls,
             tcp_fast_open,
@@ -152,9 +152,10 @@ prop_compose! {
         from in prop::collection::hash_set(network(), 1..4),
         max_header in 107..=65_551usize,
         timeout in duration(1),
+        max_pending in 1..=100_000usize,
         outside_tls in any::<bool>(),
     ) -> AcceptProxy {
-        AcceptProxy { from: from.into_iter().collect(), max_header, timeout, outside_tls }
+        AcceptProxy { from: from.into_iter().collect(), max_header, timeout, max_pending, outside_tls }
     }
 }
 
@@ -176,7 +177,9 @@ prop_compose! {
         pool in 0..pools,
         numbers in (1..=100_000usize, 1..=65_536usize, 0..=100_000usize, 512..=(1usize << 30)),
         limits in (1..=32u8, 1..=128u8, any::<u32>(), 0..=1_000_000u32),
-        timeouts in (duration(1), duration(1), duration(1), duration(0), duration(0)),
+        timeouts in (duration(1), duration(1), duration(1), duration(0), duration(0), duration(0)),
+        allow_from in prop::collection::hash_set(network(), 1..4),
+        refuse in prop::sample::subsequence(<Refusable as choices::Choice>::ALL.to_vec(), 0..=7).prop_shuffle(),
         tcp in (any::<bool>(), 0..=65_535u32),
         accept_proxy in prop::option::of(accept_proxy()),
         tls in prop::option::of(tls()),
@@ -198,6 +201,9 @@ prop_compose! {
             idle_timeout: timeouts.0,
             message_timeout: timeouts.1,
             write_timeout: timeouts.2,
+            tcp_keepalive: timeouts.5,
+            allow_from: allow_from.into_iter().collect(),
+            refuse,
             edns_tcp_keepalive: tcp.0,
             tcp_fast_open: tcp.1,
             accept_proxy,
@@ -209,7 +215,7 @@ prop_compose! {
 
 prop_compose! {
     fn connections()(
-        times in (duration(1), duration(1), duration(0), duration(10), duration(1)),
+        times in (duration(1), duration(1), duration(0), duration(10), duration(1), duration(0)),
         spares_per_backend in 0..=1000usize,
         counts in (0..=100usize, 1..=100usize, 1..=100_000usize, 0..=1000usize),
         max_opens_per_client in 0..=1_000_000u32,
@@ -220,6 +226,7 @@ prop_compose! {
             max_wait: times.2,
             cleanup_interval: times.3,
             spare_idle_timeout: times.4,
+            tcp_keepalive: times.5,
             spares_per_backend,
             max_idle_per_backend: counts.0,
             max_owned_per_client: counts.1,

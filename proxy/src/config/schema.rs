@@ -74,12 +74,16 @@ const LISTENER: &[Key] = &[
     value("connection_rate_per_client"),
     value("ban_duration"),
     value("edns_tcp_keepalive"),
+    value("tcp_keepalive"),
+    value("allow_from"),
+    value("refuse"),
     value("tcp_fast_open"),
     table("accept_proxy", ACCEPT_PROXY),
     table("tls", LISTENER_TLS),
 ];
 
-const ACCEPT_PROXY: &[Key] = &[value("from"), value("max_header"), value("timeout"), value("outside_tls")];
+const ACCEPT_PROXY: &[Key] =
+    &[value("from"), value("max_header"), value("timeout"), value("max_pending"), value("outside_tls")];
 
 const LISTENER_TLS: &[Key] = &[value("certificate"), value("key"), value("handshake_timeout"), value("max_handshakes")];
 
@@ -129,6 +133,7 @@ const HEALTH: &[Key] =
 
 const CONNECTIONS: &[Key] = &[
     value("idle_timeout"),
+    value("tcp_keepalive"),
     value("max_age"),
     value("max_idle_per_backend"),
     value("max_owned_per_client"),

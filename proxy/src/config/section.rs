@@ -1,7 +1,7 @@
 //! Typed access to a table and its values; what is wrong goes to the [`Source`], and reading goes on with the default.
 
 use std::fmt::Display;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use super::choices::{self, Choice};
 use super::error::Problem;
 use super::source::{Path, Source};
 use super::{Network, units};
+use crate::scope::{self, ScopeError};
 
 /// A table of the file, or one that is not there and has defaults only.
 pub(super) struct Section<'a, 'i> {
@@ -206,13 +207,21 @@ impl<'a, 'i> Value<'a, 'i> {
     /// An IP address with a port.
     pub(super) fn socket_address(&self) -> Option<SocketAddr> {
         let text = self.string()?;
-        self.ok(text.parse().map_err(|_| Problem::NotASocketAddress(text.to_owned())))
+        let reason = |error| match error {
+            ScopeError::Syntax => Problem::NotASocketAddress(text.to_owned()),
+            error => Problem::Scope(error),
+        };
+        self.ok(scope::socket_address(text).map_err(reason))
     }
 
-    /// An IP address.
-    pub(super) fn ip_address(&self) -> Option<IpAddr> {
+    /// An IP address, with port 0.
+    pub(super) fn ip_address(&self) -> Option<SocketAddr> {
         let text = self.string()?;
-        self.ok(text.parse().map_err(|_| Problem::NotAnIpAddress(text.to_owned())))
+        let reason = |error| match error {
+            ScopeError::Syntax => Problem::NotAnIpAddress(text.to_owned()),
+            error => Problem::Scope(error),
+        };
+        self.ok(scope::ip_address(text).map_err(reason))
     }
 
     /// A network.

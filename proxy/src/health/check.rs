@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -82,7 +82,12 @@ impl Failure {
 }
 
 /// Makes one check of `target`, which `cancel` can break off.
-pub(super) async fn run(ledger: &ShardWriter, target: &Target, source: Option<IpAddr>, cancel: &Rc<Cancel>) -> Outcome {
+pub(super) async fn run(
+    ledger: &ShardWriter,
+    target: &Target,
+    source: Option<SocketAddr>,
+    cancel: &Rc<Cancel>,
+) -> Outcome {
     let now = clock::now();
     let permit = match ledger.caps().acquire(target.backend) {
         Ok(permit) => permit,

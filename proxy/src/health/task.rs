@@ -2,7 +2,7 @@
 //! connections. No worker waits for it.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -56,7 +56,7 @@ pub(super) struct Target {
     pub(super) query: usize,
     /// The query goes over TLS.
     pub(super) tls: Option<BackendTls>,
-    source: Vec<IpAddr>,
+    source: Vec<SocketAddr>,
     health: config::Health,
 }
 

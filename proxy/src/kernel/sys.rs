@@ -4,7 +4,7 @@
 //! * the array of records, mapped,
 //! * `getsockopt` on a descriptor that another thread owns,
 //! * descriptors that the process was started with,
-//! * a socket option that no crate knows, and the registration of a shared socket with tokio,
+//! * socket options and a question about a socket that no crate knows, and the registration of a shared socket with tokio,
 //! * memory without huge pages.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
@@ -253,6 +253,15 @@ pub(crate) fn fast_open_connect(socket: &socket2::Socket) -> io::Result<()> {
 /// `TCP_FASTOPEN` (tcp(7)): data in a SYN are taken, on as many connections at once whose handshake is not over.
 pub(crate) fn fast_open_listen(socket: &socket2::Socket, queue: u32) -> io::Result<()> {
     set_tcp_option(socket, libc::TCP_FASTOPEN, c_int::try_from(queue).unwrap_or(c_int::MAX))
+}
+
+/// `SIOCOUTQ` (tcp(7)): octets that were written and that the peer has not acknowledged, its FIN as one more.
+pub(crate) fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut octets: c_int = 0;
+    // SAFETY: the kernel writes one `int` to `octets`, and the descriptor is open while it is borrowed. The number is that
+    // of `SIOCOUTQ`, too (linux/sockios.h).
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut octets) };
+    if result == 0 { Ok(usize::try_from(octets).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Registers a socket with the runtime of this thread.

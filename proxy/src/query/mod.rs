@@ -3,7 +3,7 @@
 mod print;
 
 use std::io::{self, Read as _, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use crate::dns::message::{peek, question_matches};
 use crate::dns::{frame, rtype};
 use crate::proxy_protocol::encode::HeaderWriter;
 use crate::proxy_protocol::{MAX_LEN, TLV_OVERHEAD};
+use crate::scope::{self, ScopeError};
 
 /// Port of a server that was given without one.
 const DNS_PORT: u16 = 53;
@@ -185,8 +186,22 @@ fn parse_type(text: &str) -> Result<u16, String> {
 }
 
 fn parse_server(text: &str) -> Result<SocketAddr, String> {
-    let ip = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DNS_PORT));
-    ip.or_else(|_| parse_end(text))
+    let (ip, port) = match text.split_once('#') {
+        Some((ip, port)) => (ip.trim_start_matches('[').trim_end_matches(']'), port.parse().ok()),
+        None => (text, Some(DNS_PORT)),
+    };
+    let alone = scope::ip_address(ip).and_then(|mut address| {
+        address.set_port(port.ok_or(ScopeError::Syntax)?);
+        Ok(address)
+    });
+    let address = match alone {
+        Err(ScopeError::Syntax) => scope::socket_address(text),
+        address => address,
+    };
+    address.map_err(|error| match error {
+        ScopeError::Syntax => format!("{text:?} is not IP, IP:PORT, [IP6]:PORT or IP#PORT"),
+        error => error.to_string(),
+    })
 }
 
 /// `IP:PORT`, `[IP6]:PORT` or `IP#PORT`.

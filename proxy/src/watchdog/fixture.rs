@@ -70,6 +70,7 @@ pub(crate) fn config(reap: ReapMode, socket: Option<PathBuf>) -> Config {
             spares_per_backend: 0,
             spare_idle_timeout: Duration::from_secs(1),
             cleanup_interval: Duration::from_millis(100),
+            ..Connections::default()
         },
         kernel: Kernel { view: View::SockDiag, max_sockets: 1000 },
         watchdog: Watchdog {

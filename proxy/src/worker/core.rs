@@ -23,6 +23,7 @@ use crate::client::preface;
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
+use crate::config::Refusable;
 use crate::dns::hop::{self, Keepalive};
 use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
 use crate::dns::{records, transfer};
@@ -230,11 +231,16 @@ impl Core {
         let read = question.as_ref().and_then(|question| question.as_ref().ok());
         let odd = !self.may_be_odd(pool) && !records::are_readable(message, read);
         let treatment = hop::asked(message, self.sessions[key.0].scope());
-        if let Some(reason) = refusal(&peek, unreadable, odd || treatment.is_err()) {
+        let refused = |refusable: &Refusable| refusable.covers(peek.opcode, read.map(|question| question.qtype));
+        let refusal = match self.sessions[key.0].limits.refuse.iter().any(refused) {
+            true => Some(FailReason::Refused),
+            false => refusal(&peek, unreadable, odd || treatment.is_err()),
+        };
+        if let Some(reason) = refusal {
             stats.queries.add(1);
             stats.failed[reason as usize].add(1);
             let session = &mut self.sessions[key.0];
-            session.message_came(now);
+            session.message_came(false, now);
             session.answer(message, peek.id, reason, treatment.unwrap_or_default(), (&mut self.spares, stats), now);
             return Taken::Yes;
         }
@@ -254,7 +260,7 @@ impl Core {
         // transfer may have cost its primary much already, and its client asks again by itself (RFC 1035 section 3.3.13).
         let retries = if peek.opcode == OPCODE_QUERY && requested.is_none() { plan.retries } else { 0 };
         let session = &mut self.sessions[key.0];
-        session.message_came(now);
+        session.message_came(true, now);
         session.recorded = false;
         let query = self.queries.insert(
             NewQuery {
@@ -294,7 +300,7 @@ impl Core {
     /// never is: the connection is aborted.
     fn take_unanswered(&mut self, key: SessionKey, peek: Peek, now: Mono) {
         let session = &mut self.sessions[key.0];
-        session.message_came(now);
+        session.message_came(false, now);
         if peek.opcode == OPCODE_DSO {
             session.close = Some(ClientCloseReason::NoDsoSession);
         }

@@ -8,13 +8,14 @@ use crate::backend::choose;
 use crate::client::session::{Limits, Pace};
 use crate::config::network::masked;
 use crate::config::{
-    AcceptProxy, Backend, BackendTls, Config, Connections, Listener, Numbers, OnFailure, OneShotClose, Overload,
-    Policy, Pool, ProxyProtocol,
+    AcceptProxy, Backend, BackendTls, Config, Connections, Listener, Network, Numbers, OnFailure, OneShotClose,
+    Overload, Policy, Pool, ProxyProtocol,
 };
 use crate::ledger::BackendIndex;
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::seal::Seal;
 use crate::proxy_protocol::template::{Class, TlvSet};
+use crate::tcp::ClientSockets;
 
 /// Everything a worker needs to know that changes with the configuration only.
 #[derive(Debug)]
@@ -30,8 +31,12 @@ pub(crate) struct ListenerPlan {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
     pub(crate) pool: u16,
+    /// Who may come.
+    pub(crate) allow_from: Vec<Network>,
     /// Whose word on the client is taken.
     pub(crate) accept_proxy: Option<Rc<AcceptProxy>>,
+    /// What the sockets of its clients are like.
+    pub(crate) sockets: ClientSockets,
     mask_v4: u8,
     mask_v6: u8,
     limits: Rc<Limits>,
@@ -49,6 +54,7 @@ impl ListenerPlan {
             message_timeout: listener.message_timeout,
             write_timeout: listener.write_timeout,
             edns_tcp_keepalive: listener.edns_tcp_keepalive,
+            refuse: listener.refuse.clone(),
         };
         let max_duration = match (limits.max_duration, overload.max_connection_duration) {
             (Duration::ZERO, max) | (max, Duration::ZERO) => max,
@@ -59,7 +65,9 @@ impl ListenerPlan {
             name: listener.name.clone(),
             address: listener.address,
             pool,
+            allow_from: listener.allow_from.clone(),
             accept_proxy: listener.accept_proxy.clone().map(Rc::new),
+            sockets: ClientSockets::new(listener),
             mask_v4: listener.client_mask_v4,
             mask_v6: listener.client_mask_v6,
             restricted: Rc::new(Limits { max_duration, idle_timeout, ..limits.clone() }),
@@ -122,7 +130,7 @@ pub(crate) struct BackendPlan {
     pub(crate) max_in_flight: usize,
     pub(crate) connect_timeout: Duration,
     pub(crate) write_timeout: Duration,
-    pub(crate) source: Vec<IpAddr>,
+    pub(crate) source: Vec<SocketAddr>,
     pub(crate) tcp_fast_open: bool,
     pub(crate) one_shot_close: OneShotClose,
     /// Queries go over TLS only.
@@ -137,7 +145,7 @@ pub(crate) struct BackendPlan {
 
 impl Plan {
     /// Flattens the configuration. `own_side` finds this host's address on the way to a backend.
-    pub fn new(config: &Config, own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr) -> Self {
+    pub fn new(config: &Config, own_side: impl Fn(SocketAddr, &[SocketAddr]) -> SocketAddr) -> Self {
         Self::build(config, &Numbers::new(config), &[], &[], own_side)
     }
 
@@ -147,7 +155,7 @@ impl Plan {
         &self,
         config: &Config,
         numbers: &Numbers,
-        own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr,
+        own_side: impl Fn(SocketAddr, &[SocketAddr]) -> SocketAddr,
     ) -> Self {
         Self::build(config, numbers, &self.pools, &self.backends, own_side)
     }
@@ -157,7 +165,7 @@ impl Plan {
         numbers: &Numbers,
         old_pools: &[PoolPlan],
         old_backends: &[BackendPlan],
-        own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr,
+        own_side: impl Fn(SocketAddr, &[SocketAddr]) -> SocketAddr,
     ) -> Self {
         let mut pools: Vec<PoolPlan> = old_pools.iter().map(PoolPlan::without_backends).collect();
         pools.resize_with(numbers.pool_count(), PoolPlan::default);
@@ -226,7 +234,7 @@ impl ProxyPlan {
 }
 
 impl BackendPlan {
-    fn new(pool: &Pool, backend: &Backend, own_side: impl Fn(SocketAddr, &[IpAddr]) -> SocketAddr) -> Self {
+    fn new(pool: &Pool, backend: &Backend, own_side: impl Fn(SocketAddr, &[SocketAddr]) -> SocketAddr) -> Self {
         let forwarder = pool.proxy_protocol.as_ref().is_some_and(|proxy| proxy.identity == Identity::Forwarder);
         Self {
             name: backend.name.clone(),

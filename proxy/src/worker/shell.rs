@@ -4,7 +4,7 @@
 //! connection's buffer and wakes that connection's task, which sends what all sessions have put there in one write.
 
 use std::cell::{Cell, RefCell};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -142,7 +142,7 @@ impl Shell {
     }
 
     /// The configured local addresses, in turn.
-    pub(crate) fn next_source(&self, sources: &[IpAddr]) -> Option<IpAddr> {
+    pub(crate) fn next_source(&self, sources: &[SocketAddr]) -> Option<SocketAddr> {
         if sources.is_empty() {
             return None;
         }
