@@ -1,5 +1,4 @@
 //! Peers that vanish without a word, while nobody has anything to say: TCP finds out, however long connections may be idle.
-#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::net::SocketAddr;
 use std::time::Duration;
