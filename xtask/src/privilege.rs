@@ -12,7 +12,7 @@ pub(crate) const CAPABILITIES: &[(u32, &str, &str)] = &[
     (39, "CAP_BPF", "no eBPF: the kernel view comes from sock_diag"),
     (38, "CAP_PERFMON", "no eBPF: the kernel view comes from sock_diag"),
     (12, "CAP_NET_ADMIN", "no SOCK_DESTROY: the reaper's last rung is missing"),
-    (21, "CAP_SYS_ADMIN", "no network namespaces, which some tests need"),
+    (21, "CAP_SYS_ADMIN", "no mounts, and so no root for the tests to run in, and no network namespaces"),
 ];
 
 pub(crate) fn is_root() -> bool {

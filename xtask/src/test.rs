@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::command::{self, EBPF_OBJECT, say};
 use crate::tools::Root;
@@ -52,7 +52,7 @@ pub(crate) struct Cargo {
 impl Cargo {
     /// For one package, or for all of them.
     pub(crate) fn prepare(no_ebpf: bool, package: Option<String>) -> Result<Self> {
-        Root::get(&workspace::target()?)?;
+        let root = Root::get(&workspace::target()?)?;
         let mut environment = Vec::new();
         if no_ebpf {
             say("eBPF object: left out (--no-ebpf)");
@@ -60,11 +60,14 @@ impl Cargo {
             environment.push((EBPF_OBJECT.to_owned(), ebpf::object()?.into()));
         }
         privilege::raise_descriptor_limit()?;
-        if !privilege::is_root() {
-            if !privilege::has_sudo() {
-                bail!("the tests load eBPF programs and make network namespaces: run them as root, or install sudo");
-            }
+        if privilege::is_root() {
+            command::output(&mut root.program("true")).context(
+                "the tests run in a root of their own, for which mounts are made: a container needs CAP_SYS_ADMIN for it",
+            )?;
+        } else if privilege::has_sudo() {
             say("not root: the test programs are started by sudo");
+        } else {
+            bail!("the tests load eBPF programs and make network namespaces: run them as root, or install sudo");
         }
         Ok(Self { environment, package })
     }
