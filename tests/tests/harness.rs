@@ -23,11 +23,15 @@ fn target() -> PathBuf {
     own.ancestors().find(|folder| folder.join("CACHEDIR.TAG").exists()).unwrap().to_owned()
 }
 
-/// The file of this path in the root that xtask has unpacked.
+/// The root that xtask has unpacked, below Cargo's directory.
+const ROOT: &str = "test-tools/root";
+
+/// The file of this path in it.
 fn unpacked(path: &Path) -> PathBuf {
-    let root = target().join("test-tools/root");
-    // The kernel calls files of a process with mounts of its own, as `ip netns exec` makes them, by this name already.
-    if path.starts_with(&root) { path.to_owned() } else { root.join(path.strip_prefix("/").unwrap()) }
+    // The kernel calls files of a process with mounts of its own, as `ip netns exec` makes them, by their names outside.
+    let path = path.to_str().unwrap();
+    let inside = path.rsplit_once(ROOT).map_or(path, |(_, inside)| inside);
+    target().join(ROOT).join(inside.trim_start_matches('/'))
 }
 
 /// Which file it is, whatever it is called.
