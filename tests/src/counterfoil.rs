@@ -21,7 +21,7 @@ use crate::tempdir::TempDir;
 use crate::wait;
 
 /// How long it may take from start to "ready" (it loads BPF programs) on a busy machine.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// How long it may take to come to rest once nothing is asked any more.
 const REST: Duration = Duration::from_secs(10);

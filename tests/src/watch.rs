@@ -11,7 +11,7 @@ use crate::tempdir::TempDir;
 use crate::wait;
 
 /// How long it may take from start to "ready" (it loads BPF programs) on a busy machine.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// A running watch.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ use counterfoil_tests::servers::Prometheus;
 use counterfoil_tests::wait;
 use counterfoil_tests::watch::Watch;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 fn root(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(name)
