@@ -403,7 +403,7 @@ fn names_that_went_are_forgotten() {
     // Neither the first names nor those that take their numbers later are idle.
     for round in 0..KEPT + 30 {
         take(round);
-        if round < 3 || round > KEPT {
+        if !(3..=KEPT).contains(&round) {
             ask(3);
         }
     }

@@ -135,7 +135,7 @@ pub(crate) struct BackendPlan {
     pub(crate) one_shot_close: OneShotClose,
     /// Queries go over TLS only.
     pub(crate) tls: Option<Rc<BackendTls>>,
-    /// This host's address on the way to the backend, for `identity = "forwarder"`.
+    /// This host's address on the way to the backend, for `identity = "forwarder"`; nowhere for the others.
     pub(crate) own_side: SocketAddr,
     /// What its pool's headers say.
     pub(crate) header: Option<ProxyProtocol>,
@@ -249,7 +249,8 @@ impl BackendPlan {
             tcp_fast_open: backend.tcp_fast_open,
             one_shot_close: backend.one_shot_close,
             tls: backend.tls.clone().map(Rc::new),
-            own_side: own_side(backend.address, &backend.source),
+            // To ask takes system calls, which for thousands of backends would hold the worker up.
+            own_side: if forwarder { own_side(backend.address, &backend.source) } else { nowhere() },
             header: pool.proxy_protocol.clone(),
             in_use: true,
         }
@@ -288,13 +289,16 @@ impl Default for PoolPlan {
     }
 }
 
+fn nowhere() -> SocketAddr {
+    SocketAddr::new(IpAddr::from([0; 4]), 0)
+}
+
 impl Default for BackendPlan {
     /// One that no pool has, such as the drill's peer.
     fn default() -> Self {
-        let nowhere = SocketAddr::new(IpAddr::from([0; 4]), 0);
         Self {
             name: String::new(),
-            address: nowhere,
+            address: nowhere(),
             weight: 1,
             digest: 0,
             max_in_flight: 1,
@@ -304,9 +308,62 @@ impl Default for BackendPlan {
             tcp_fast_open: false,
             one_shot_close: OneShotClose::default(),
             tls: None,
-            own_side: nowhere,
+            own_side: nowhere(),
             header: None,
             in_use: false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests panic")]
+
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::clock::Mono;
+    use crate::config;
+
+    fn configuration(identity: &str, name: &str) -> Config {
+        let header = format!("[pool.proxy_protocol]\nidentity = \"{identity}\"\n");
+        let text = format!(
+            "[[listener]]\nname = \"l\"\naddress = \"127.0.0.1:0\"\npool = \"p\"\n[[pool]]\nname = \"p\"\n{header}\
+             [[pool.backend]]\nname = \"{name}\"\naddress = \"127.0.0.1:53\"\n"
+        );
+        config::from_str("test", &text).unwrap()
+    }
+
+    /// A worker takes a configuration between two queries.
+    #[test]
+    fn the_routing_table_is_asked_only_for_headers_that_name_this_host() {
+        let asked = RefCell::new(Vec::new());
+        let own_side = |backend, _: &[IpAddr]| {
+            asked.borrow_mut().push(backend);
+            backend
+        };
+        for (identity, times) in [("connection", 0), ("address", 0), ("subnet", 0), ("forwarder", 1)] {
+            Plan::new(&configuration(identity, "a"), own_side);
+            assert_eq!(asked.take().len(), times, "{identity}");
+        }
+    }
+
+    /// However many names there were, a plan is no longer than the numbers in use.
+    #[test]
+    fn a_plan_forgets_what_the_numbers_forget() {
+        let own_side = |backend, _: &[IpAddr]| backend;
+        let first = configuration("address", "a");
+        let (plan, numbers) = (Plan::new(&first, own_side), Numbers::new(&first));
+        let second = configuration("address", "b");
+        let kept = numbers.with(&second, Mono::ZERO).unwrap();
+        let plan = plan.next(&second, &kept, own_side);
+        assert_eq!((plan.backends[0].name.as_str(), plan.backends[0].in_use), ("a", false));
+        let forgotten = kept.without(kept.due(Mono::MAX));
+        let plan = plan.next(&second, &forgotten, own_side);
+        assert_eq!((plan.backends[0].name.as_str(), plan.backends[2].name.as_str()), ("", "b"));
+        let third = configuration("address", "c");
+        let numbers = forgotten.with(&third, Mono::ZERO).unwrap();
+        let plan = plan.next(&third, &numbers, own_side);
+        assert_eq!((plan.backends[0].name.as_str(), plan.backends.len()), ("c", 3), "1 is the drill's");
     }
 }
