@@ -1,5 +1,5 @@
 //! Start, end, and what an operator sees of it.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests panic")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests panic")]
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -144,7 +144,7 @@ fn a_signal_in_the_first_moments_is_fulfilled() {
     let file = dir.write("counterfoil.toml", &text).display().to_string();
     let program = counterfoil::program().display().to_string();
     let started = || Process::start("counterfoil", &program, &["run", "--config", &file, "--log-format", "json"]);
-    // When it has caught SIGHUP; and whether it had said nothing then, as it does when it has read its configuration.
+    // When it has caught SIGHUP; and whether it had said nothing then, as it does when it has opened the kernel view.
     let caught = |process: &Process| {
         let status = format!("/proc/{}/status", process.pid());
         wait::until("SIGHUP is caught", SOON, || {
@@ -166,7 +166,7 @@ fn a_signal_in_the_first_moments_is_fulfilled() {
         assert_eq!(process.wait_exit(SOON).code(), Some(0), "{}", process.tail());
         early
     });
-    assert!(early, "signals are caught before the configuration is read");
+    assert!(early, "signals are caught before anything is opened");
     let mut process = started();
     caught(&process);
     process.signal(rustix::process::Signal::TERM);
