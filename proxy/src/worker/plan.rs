@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn the_routing_table_is_asked_only_for_headers_that_name_this_host() {
         let asked = RefCell::new(Vec::new());
-        let own_side = |backend, _: &[IpAddr]| {
+        let own_side = |backend, _: &[SocketAddr]| {
             asked.borrow_mut().push(backend);
             backend
         };
@@ -351,7 +351,7 @@ mod tests {
     /// However many names there were, a plan is no longer than the numbers in use.
     #[test]
     fn a_plan_forgets_what_the_numbers_forget() {
-        let own_side = |backend, _: &[IpAddr]| backend;
+        let own_side = |backend, _: &[SocketAddr]| backend;
         let first = configuration("address", "a");
         let (plan, numbers) = (Plan::new(&first, own_side), Numbers::new(&first));
         let second = configuration("address", "b");
