@@ -20,7 +20,7 @@ const ZONE: &str = "zone.test";
 fn configuration(more: &str) -> String {
     format!(
         "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\nmax_pending_answers = \"16KiB\"\n\
-         write_timeout = \"7s\"\n[[pool]]\nname = \"p\"\nquery_timeout = \"5s\"\nretries = 3\n{more}\n\
+         refuse = []\nwrite_timeout = \"7s\"\n[[pool]]\nname = \"p\"\nquery_timeout = \"5s\"\nretries = 3\n{more}\n\
          [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:1053\"\n"
     )
 }
