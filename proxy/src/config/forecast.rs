@@ -13,6 +13,7 @@ pub fn lines(config: &Config, limits: Limits) -> Vec<String> {
         lines.push(format!("pool {:?}: {}", pool.name, most(config, pool)));
         for backend in &pool.backends {
             lines.push(format!("backend {:?}: {}", backend.name, ports(config, pool, backend, limits)));
+            lines.extend(places(config, backend).map(|places| format!("backend {:?}: {places}", backend.name)));
         }
     }
     lines.push(descriptors(config, limits));
@@ -89,6 +90,20 @@ fn most(config: &Config, pool: &Pool) -> String {
     format!("at most {most} connections ({by}){then}")
 }
 
+/// What servers take that are not told otherwise. What this one takes cannot be known from here.
+fn places(config: &Config, backend: &Backend) -> Option<String> {
+    // Unbound's default, the lowest.
+    const FEWEST: usize = 10;
+    let connections = backend.max_connections.min(config.connections.max_total);
+    (backend.health.mode != HealthMode::Down && connections > FEWEST).then(|| {
+        format!(
+            "up to {connections} connections at once, health checks and spares included: set `max_connections` to what it \
+             takes, if that is less. By default Unbound takes {FEWEST} for each thread (`incoming-num-tcp`), PowerDNS 20 \
+             (`max-tcp-connections`), PowerDNS Recursor 128 (`max-tcp-clients`), dnsdist any number"
+        )
+    })
+}
+
 /// How many ports they need.
 fn ports(config: &Config, pool: &Pool, backend: &Backend, limits: Limits) -> String {
     let proxy = pool.proxy_protocol.as_ref();
@@ -148,6 +163,10 @@ mod tests {
                 "pool \"resolvers\": at most 512 connections (`max_connections` of its backends); queries beyond wait, for \
                  `connections.max_wait`",
                 "backend \"unbound-1\": at most 512 of 28232 ports (1 source address(es))",
+                "backend \"unbound-1\": up to 512 connections at once, health checks and spares included: set \
+                 `max_connections` to what it takes, if that is less. By default Unbound takes 10 for each thread \
+                 (`incoming-num-tcp`), PowerDNS 20 (`max-tcp-connections`), PowerDNS Recursor 128 (`max-tcp-clients`), \
+                 dnsdist any number",
                 "descriptors: 10000 for clients, 512 to backends, 74 others: at most 10586 of 20000 (RLIMIT_NOFILE)",
             ]
         );
@@ -204,6 +223,14 @@ mod tests {
         assert!(lines[1].ends_with("at most 3 connections (as many as clients can own)"), "{lines:?}");
         assert!(of("200", "", &format!("{owned}{few}")).contains("at most 9 connections (`connections.max_total`)"));
         assert!(of("200", "max_connections = 5\n", &owned).contains("at most 5 connections (`max_connections`"));
+    }
+
+    /// The least that a server is known to take is nothing to say anything of.
+    #[test]
+    fn what_servers_take() {
+        let says = |text: &str| forecast(text).iter().any(|line| line.contains("`incoming-num-tcp`"));
+        assert!(!says("max_connections = 10\n") && says("max_connections = 11\n"));
+        assert!(!says("[connections]\nmax_total = 10\n") && !says("health.mode = \"down\"\n"));
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub const OPCODE_NOTIFY: u8 = 4;
 pub const OPCODE_UPDATE: u8 = 5;
 /// Opcode of DNS Stateful Operations (RFC 8490). A pooled forwarder must not forward it (section 9.4).
 pub const OPCODE_DSO: u8 = 6;
+/// RCODE of an answer that says that the server cannot serve (RFC 1035 section 4.1.1).
+pub const RCODE_SERVFAIL: u8 = 2;
 
 /// Octets of the longest name on the wire, the root's zero included (RFC 1035, section 2.3.4).
 pub const MAX_NAME: usize = 255;

@@ -15,12 +15,9 @@ use crate::backend::connect::{self, FastOpen, Io, OpenError};
 use crate::clock;
 use crate::close::CloseReason;
 use crate::dns::frame::{PREFIX_LEN, first_frame};
-use crate::dns::message;
+use crate::dns::message::{self, RCODE_SERVFAIL};
 use crate::ledger::caps::AtCap;
 use crate::ledger::{ConnKind, OpenInfo, ShardWriter, Tracked};
-
-/// RCODE of an answer that says that the server cannot serve (RFC 1035, section 4.1.1).
-const SERVFAIL: u8 = 2;
 
 /// How a check came out.
 #[derive(Debug)]
@@ -68,6 +65,17 @@ impl fmt::Display for Failure {
 }
 
 impl Failure {
+    /// Whether a backend without a place for one more connection does the same: it lets it wait, resets it, or accepts and
+    /// closes it. What it says or refuses is its own word on the check, beside which answers to others count for nothing:
+    /// an answer may have been in its cache, while the check's name says that it cannot resolve; and where nobody listens,
+    /// or the certificate is wrong, no new connection comes about, whatever the old ones still bring.
+    pub(super) fn is_for_want_of_a_place(&self) -> bool {
+        match self {
+            Self::Timeout(_) | Self::Closed | Self::Handshake | Self::Io(_) => true,
+            Self::Open(_) | Self::Tls { .. } | Self::Wrong(_) => false,
+        }
+    }
+
     fn reason(&self) -> CloseReason {
         match self {
             Self::Open(_) => CloseReason::ConnectFailed,
@@ -89,7 +97,7 @@ pub(super) async fn run(
     cancel: &Rc<Cancel>,
 ) -> Outcome {
     let now = clock::now();
-    let permit = match ledger.caps().acquire(target.backend) {
+    let permit = match ledger.caps().acquire_to_find(target.backend) {
         Ok(permit) => permit,
         Err(cap) => return Outcome::NoPlace(cap),
     };
@@ -180,7 +188,7 @@ fn judge(query: &[u8], answer: &[u8]) -> Result<(), Failure> {
     if !got.qr || got.id != asked.id || !message::question_matches(query, answer) {
         return Err(Failure::Wrong("it sent something that is no answer to the query"));
     }
-    if got.rcode == SERVFAIL {
+    if got.rcode == RCODE_SERVFAIL {
         return Err(Failure::Wrong("it answered SERVFAIL"));
     }
     Ok(())
@@ -202,7 +210,7 @@ mod tests {
     #[test]
     fn every_answer_passes_but_servfail_and_what_was_not_asked() {
         for rcode in 0..=15 {
-            assert_eq!(answer(|answer| answer[3] |= rcode), rcode != SERVFAIL, "{rcode}");
+            assert_eq!(answer(|answer| answer[3] |= rcode), rcode != RCODE_SERVFAIL, "{rcode}");
         }
         assert!(answer(|answer| answer[13] = b'A'), "the case of names is no matter");
         assert!(!answer(|answer| answer[0] = 0), "ID");

@@ -6,9 +6,14 @@
 //!
 //! Under `auto` a backend is checked all the time. Under `lazy` it is checked only after queries failed, and then until
 //! it passes: workers count failures in a row on the board.
+//!
+//! Answers to real queries are evidence, too: a backend with more clients than it has places for leaves the connection of
+//! a check in its queue and serves all others. So a worker notes on the board that a query was answered that was sent since
+//! the check began, and a check that got no answer does not count against that.
 
 mod check;
 mod judge;
+mod places;
 mod task;
 mod wire;
 
@@ -17,7 +22,9 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 pub(crate) use task::{Health, start};
 
+use crate::clock::Mono;
 use crate::config::{Config, HealthMode, Numbers};
+use crate::dns::message::RCODE_SERVFAIL;
 use crate::ledger::BackendIndex;
 use crate::table::Table;
 use task::Target;
@@ -57,11 +64,19 @@ pub enum CheckResult {
     Failed,
     /// It was not made: there was no place for its connection under the limits.
     Skipped,
+    /// Nothing came for it, while a query that was sent since it began was answered: the backend has no place for one more
+    /// connection. Counts as passed.
+    Contradicted,
 }
 
 impl CheckResult {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Passed, Self::Failed, Self::Skipped];
+    pub const ALL: [Self; 4] = [Self::Passed, Self::Failed, Self::Skipped, Self::Contradicted];
+
+    /// Whether it counts as passed.
+    const fn speaks_for_it(self) -> bool {
+        matches!(self, Self::Passed | Self::Contradicted)
+    }
 
     /// The label in metrics.
     pub const fn label(self) -> &'static str {
@@ -69,6 +84,7 @@ impl CheckResult {
             Self::Passed => "passed",
             Self::Failed => "failed",
             Self::Skipped => "skipped",
+            Self::Contradicted => "contradicted",
         }
     }
 }
@@ -87,6 +103,13 @@ pub struct Place {
     state: AtomicU8,
     /// Queries that failed since the last one that was answered; counted under `lazy` only.
     failures: AtomicU32,
+    /// When the present check began; zero: there was none.
+    checked_since: AtomicU64,
+    /// The check during which a query was both sent and answered: its `checked_since`.
+    answered: AtomicU64,
+    /// Connections that have brought something, ever; and of these those that have ended.
+    taken: AtomicU64,
+    left: AtomicU64,
     checks: [AtomicU64; CheckResult::ALL.len()],
     /// Changes to up and to down.
     changes: [AtomicU64; 2],
@@ -172,13 +195,31 @@ impl Board {
         }
     }
 
-    /// It answered a query.
-    pub fn query_answered(&self, backend: BackendIndex) {
-        // A load per answer; written only after failures.
-        if let Some(place) = self.get(backend)
-            && place.failures.load(Ordering::Relaxed) != 0
-        {
+    /// Something has come over a connection to it for the first time: it is not waiting in the backend's queue.
+    pub fn connection_taken(&self, backend: BackendIndex) {
+        if let Some(place) = self.get(backend) {
+            place.taken.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Such a connection has ended.
+    pub fn connection_left(&self, backend: BackendIndex) {
+        if let Some(place) = self.get(backend) {
+            place.left.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// It answered a query that was sent at this time, with this RCODE.
+    pub fn query_answered(&self, backend: BackendIndex, sent: Mono, rcode: u8) {
+        let Some(place) = self.get(backend) else { return };
+        // Loads per answer; written only after failures, and once per check.
+        if place.failures.load(Ordering::Relaxed) != 0 {
             place.failures.store(0, Ordering::Relaxed);
+        }
+        // The same rules as for a check's own answer: in its time, and not SERVFAIL.
+        let since = place.checked_since.load(Ordering::Relaxed);
+        if sent.0 >= since && rcode != RCODE_SERVFAIL && place.answered.load(Ordering::Relaxed) != since {
+            place.answered.store(since, Ordering::Relaxed);
         }
     }
 }
@@ -214,9 +255,26 @@ impl Place {
         self.failures.load(Ordering::Relaxed)
     }
 
+    /// A check begins.
+    fn begin_check(&self, now: Mono) {
+        self.checked_since.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Whether a query was sent and answered since the check began.
+    fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed) == self.checked_since.load(Ordering::Relaxed)
+    }
+
+    /// Connections that have brought something, ever; and of these those that have ended.
+    fn taken(&self) -> (u64, u64) {
+        // In this order there are never fewer than have ended.
+        let left = self.left.load(Ordering::Acquire);
+        (self.taken.load(Ordering::Acquire), left)
+    }
+
     fn count(&self, result: CheckResult) {
         self.checks[result as usize].fetch_add(1, Ordering::Relaxed);
-        if result == CheckResult::Passed {
+        if result.speaks_for_it() {
             self.failures.store(0, Ordering::Relaxed);
         }
     }
@@ -232,6 +290,27 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "tests panic")]
 
     use super::*;
+
+    /// Only an answer that a check would take, to a query that had no more time than the check has.
+    #[test]
+    fn an_answer_to_a_query_since_the_check_began_is_evidence() {
+        let text = "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\n[[pool]]\nname = \"p\"\n\
+                    [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:1053\"\n";
+        let board = Board::new(&crate::config::from_str("test", text).unwrap());
+        let place = board.get(0).unwrap();
+        for (began, sent, rcode, evidence) in [
+            (10, 9, 0, false),
+            (10, 10, 0, true),
+            (20, 19, 0, false),
+            (20, 21, 2, false),
+            (20, 21, 3, true),
+            (30, 0, 0, false),
+        ] {
+            place.begin_check(Mono(began));
+            board.query_answered(0, Mono(sent), rcode);
+            assert_eq!(place.has_answered(), evidence, "sent at {sent}, RCODE {rcode}, the check began at {began}");
+        }
+    }
 
     /// A check of before a reload ends after it, when nobody checks any more: nothing would ever set it right.
     #[test]

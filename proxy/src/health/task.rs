@@ -14,7 +14,9 @@ use tokio::task::LocalSet;
 
 use super::check::{self, Cancel, Outcome};
 use super::judge::Judge;
-use super::{Board, CheckResult, State};
+use super::places::{Counts, Places};
+use super::{Board, CheckResult, Place, State};
+use crate::clock;
 use crate::close::CloseReason;
 use crate::config::{self, BackendTls, Config, HealthMode, Numbers};
 use crate::control::{Control, Controls};
@@ -155,6 +157,7 @@ impl AllChecks {
                 count: self.count,
                 cancel,
                 turn: 0,
+                places: Places::default(),
             };
             tokio::task::spawn_local(checks.run(self.stopped.clone()));
         }
@@ -171,6 +174,7 @@ impl AllChecks {
             None => {
                 cancel.ended.set(true);
                 cancel.break_off(CloseReason::Reconfigured);
+                self.ledger.caps().find(running.backend, None);
                 false
             }
         });
@@ -217,6 +221,7 @@ struct Checks {
     count: usize,
     cancel: Rc<Cancel>,
     turn: usize,
+    places: Places,
 }
 
 impl Checks {
@@ -232,10 +237,15 @@ impl Checks {
                 () = self.cancel.notify.notified() => continue,
                 _ = ticks.tick() => {}
             }
-            if mode == HealthMode::Lazy && judge.state() == State::Up && !self.is_suspect(fall) {
+            let known = self.places.limit();
+            if mode == HealthMode::Lazy && judge.state() == State::Up && !self.is_suspect(fall) && known.is_none() {
                 continue;
             }
             self.check(&mut judge).await;
+            if known.is_some() && known != self.places.limit() {
+                // There may be many more.
+                ticks.reset_after(interval / 20);
+            }
             // A wake-up that came between two checks must not break off the next one.
             self.cancel.reason.set(CloseReason::Drained);
         }
@@ -245,25 +255,69 @@ impl Checks {
         self.board.get(self.target.backend).is_some_and(|place| place.failures() >= fall)
     }
 
+    fn counts(&self, place: &Place) -> Counts {
+        let caps = self.ledger.caps();
+        let (taken, left) = place.taken();
+        let used = caps.backend(self.target.backend).map_or(0, |(_, used)| used);
+        Counts { used, ended: caps.ended(self.target.backend), taken, left }
+    }
+
+    /// What a check has shown of how many connections the backend takes counts from now on.
+    fn find_places(&mut self, result: CheckResult, before: Counts, after: Counts) {
+        let known = self.places.limit();
+        let limit = self.places.checked(result, before, after);
+        if limit == known {
+            return;
+        }
+        self.ledger.caps().find(self.target.backend, limit);
+        let (backend, address) = (self.target.name.as_str(), self.target.address);
+        if let Some(limit) = limit.filter(|limit| known.is_none_or(|known| *limit < known)) {
+            tracing::warn!(backend, %address, limit, "backend takes fewer connections than max_connections: queries wait for those");
+        } else {
+            tracing::info!(backend, %address, limit, "backend takes more connections than were found");
+            self.tell_capacity();
+        }
+    }
+
+    /// Queries that wait for it may go elsewhere, or come to it.
+    fn tell_capacity(&self) {
+        for worker in 0..self.count {
+            self.workers.send(worker, Control::CapacityFreed);
+        }
+    }
+
+    /// Workers are asked to close an idle connection to this backend; none: to any.
+    fn make_room(&self, backend: Option<BackendIndex>) {
+        for worker in 0..self.count {
+            self.workers.send(worker, Control::EvictIdle { backend });
+        }
+    }
+
     async fn check(&mut self, judge: &mut Judge) {
         let source = match self.target.source.as_slice() {
             [] => None,
             sources => sources.get(self.turn % sources.len()).copied(),
         };
         self.turn = self.turn.wrapping_add(1);
+        let board = Arc::clone(&self.board);
+        let Some(place) = board.get(self.target.backend) else { return };
+        place.begin_check(clock::now());
+        let before = self.counts(place);
         let outcome = check::run(&self.ledger, &self.target, source, &self.cancel).await;
-        let Some(place) = self.board.get(self.target.backend) else { return };
-        let (name, address) = (self.target.name.as_str(), self.target.address);
+        let (name, address) = (self.target.name.clone(), self.target.address);
         let (result, failure) = match outcome {
             Outcome::Passed => (CheckResult::Passed, None),
+            Outcome::Failed(failure) if failure.is_for_want_of_a_place() => {
+                // It may be us who hold all places, with connections that nobody needs now.
+                self.make_room(Some(self.target.backend));
+                let contradicted = place.has_answered();
+                (if contradicted { CheckResult::Contradicted } else { CheckResult::Failed }, Some(failure))
+            }
             Outcome::Failed(failure) => (CheckResult::Failed, Some(failure)),
             Outcome::NoPlace(cap) => {
                 place.count(CheckResult::Skipped);
                 tracing::debug!(backend = name, ?cap, "health check skipped: no place for a connection");
-                let backend = (cap == AtCap::Backend).then_some(self.target.backend);
-                for worker in 0..self.count {
-                    self.workers.send(worker, Control::EvictIdle { backend });
-                }
+                self.make_room((cap == AtCap::Backend).then_some(self.target.backend));
                 return;
             }
             Outcome::NoMeans(error) => {
@@ -275,17 +329,20 @@ impl Checks {
         };
         place.count(result);
         if let Some(failure) = &failure {
-            tracing::debug!(backend = name, %address, %failure, "health check failed");
+            tracing::debug!(backend = name, %address, %failure, result = result.label(), "health check failed");
         }
-        let Some(state) = judge.checked(result == CheckResult::Passed) else { return };
+        self.find_places(result, before, self.counts(place));
+        let Some(state) = judge.checked(result.speaks_for_it()) else { return };
         place.set(state);
-        match failure {
+        if state == State::Down {
+            // It may be another one when it comes back.
+            self.places = Places::default();
+            self.ledger.caps().find(self.target.backend, None);
+        }
+        match failure.filter(|_| state == State::Down) {
             None => tracing::info!(backend = name, %address, "backend is up"),
             Some(failure) => tracing::warn!(backend = name, %address, %failure, "backend is down"),
         }
-        for worker in 0..self.count {
-            // Queries that wait for it may go elsewhere, or come to it.
-            self.workers.send(worker, Control::CapacityFreed);
-        }
+        self.tell_capacity();
     }
 }

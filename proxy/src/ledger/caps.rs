@@ -1,7 +1,7 @@
 //! The limits on backend connections: process-wide counters, touched at open and close only.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::BackendIndex;
 use crate::table::Table;
@@ -27,7 +27,11 @@ pub struct Caps {
 #[derive(Debug, Default)]
 struct Counted {
     limit: AtomicUsize,
+    /// What the backend was found to take, if that is less; zero: not known.
+    found: AtomicUsize,
     used: AtomicUsize,
+    /// Connections that have ended.
+    ended: AtomicU64,
 }
 
 impl Counted {
@@ -36,15 +40,24 @@ impl Counted {
     }
 
     fn read(&self) -> (usize, usize) {
-        (self.limit.load(Ordering::Relaxed), self.used.load(Ordering::Relaxed))
+        (self.limit(), self.used.load(Ordering::Relaxed))
     }
 
-    fn take(&self) -> bool {
-        let room = |used| (used < self.limit.load(Ordering::Relaxed)).then_some(used + 1);
+    fn limit(&self) -> usize {
+        let limit = self.limit.load(Ordering::Relaxed);
+        match self.found.load(Ordering::Relaxed) {
+            0 => limit,
+            found => limit.min(found),
+        }
+    }
+
+    fn take(&self, limit: usize) -> bool {
+        let room = |used| (used < limit).then_some(used + 1);
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_ok()
     }
 
     fn give(&self) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
         self.used.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -78,13 +91,32 @@ impl Caps {
         self.total.set(limit);
     }
 
+    /// So many connections a backend was found to take, which counts if it is less than its limit; none: it is not known.
+    pub fn find(&self, backend: BackendIndex, takes: Option<usize>) {
+        self.backends[usize::from(backend)].found.store(takes.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// Connections to a backend that have ended.
+    pub fn ended(&self, backend: BackendIndex) -> u64 {
+        self.backends.get(usize::from(backend)).map_or(0, |counted| counted.ended.load(Ordering::Relaxed))
+    }
+
     /// Counts one more connection, or says which limit forbids it.
     pub fn acquire(self: &Arc<Self>, backend: BackendIndex) -> Result<Permit, AtCap> {
+        self.take(backend, Counted::limit)
+    }
+
+    /// The same for a connection that is to find out what the backend takes.
+    pub fn acquire_to_find(self: &Arc<Self>, backend: BackendIndex) -> Result<Permit, AtCap> {
+        self.take(backend, |counted| counted.limit.load(Ordering::Relaxed))
+    }
+
+    fn take(self: &Arc<Self>, backend: BackendIndex, limit: impl Fn(&Counted) -> usize) -> Result<Permit, AtCap> {
         let counted = self.backends.get(usize::from(backend)).ok_or(AtCap::Backend)?;
-        if !counted.take() {
+        if !counted.take(limit(counted)) {
             return Err(AtCap::Backend);
         }
-        if self.beside != Some(usize::from(backend)) && !self.total.take() {
+        if self.beside != Some(usize::from(backend)) && !self.total.take(self.total.limit()) {
             counted.give();
             return Err(AtCap::Total);
         }
@@ -173,6 +205,23 @@ mod tests {
         caps.set_backend(40, 1);
         caps.set_total(2);
         assert!(caps.acquire(40).is_ok(), "a backend that came later");
+    }
+
+    #[test]
+    fn what_a_backend_takes_counts_if_it_is_less() {
+        let caps = Arc::new(Caps::new([3], 9));
+        let first = caps.acquire(0);
+        caps.find(0, Some(1));
+        assert_eq!((caps.backend(0), caps.has_place(0)), (Some((1, 1)), false));
+        assert_eq!(caps.acquire(0).err(), Some(AtCap::Backend));
+        let check = caps.acquire_to_find(0);
+        assert!(first.is_ok() && check.is_ok());
+        drop(check);
+        assert_eq!(caps.ended(0), 1);
+        for takes in [Some(7), None] {
+            caps.find(0, takes);
+            assert_eq!(caps.backend(0), Some((3, 1)));
+        }
     }
 
     #[test]

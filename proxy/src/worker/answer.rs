@@ -46,6 +46,7 @@ impl Core {
             if conn.last_received == Mono::ZERO {
                 // Only an answer shows that the backend wants our connections.
                 self.backoff[usize::from(conn.backend)].succeeded();
+                self.shared.health.connection_taken(conn.backend);
                 if conn.was_spare {
                     self.spare_backoff[usize::from(conn.backend)].succeeded();
                 }
@@ -88,7 +89,7 @@ impl Core {
             Answered::Unknown => Err(Violation::UnknownId),
             Answered::Late => Ok(()),
             Answered::Query(query) => {
-                let kept_for = self.deliver(query, backend, answer, now)?;
+                let kept_for = self.deliver(query, backend, (answer, peek.rcode), now)?;
                 if let Some(timeout) = kept_for {
                     self.pool.keeps(key, timeout, now);
                 }
@@ -102,7 +103,7 @@ impl Core {
         &mut self,
         query: QueryKey,
         backend: BackendIndex,
-        answer: &[u8],
+        (answer, rcode): (&[u8], u8),
         now: Mono,
     ) -> Result<Option<u16>, Violation> {
         // A query leaves the table only together with its ID in the pending table, so it is there.
@@ -113,7 +114,7 @@ impl Core {
             return Err(Violation::WrongQuestion);
         }
         let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
-        self.shared.health.query_answered(backend);
+        self.shared.health.query_answered(backend, entry.sent, rcode);
         let client = &mut self.sessions[session.0];
         if !client.keeps(answer.len()) {
             self.fail(query, FailReason::ClientSlow);
@@ -178,6 +179,9 @@ impl Core {
         let Some(mut conn) = self.pool.remove(key) else { return };
         conn.out.give_back(&mut self.spares);
         let backend = conn.backend;
+        if conn.last_received != Mono::ZERO {
+            self.shared.health.connection_left(backend);
+        }
         // None of its queries was sent, but perhaps with the SYN: those that may be asked twice.
         let unsent = reason.is_before_queries();
         if unsent {

@@ -63,7 +63,7 @@ impl Core {
         }
         let Some(entry) = self.queries.get_mut(query) else { return Ok(()) };
         let (session, client_id, pool) = (entry.session, entry.client_id, entry.pool);
-        let (listener, arrived, treatment) = (entry.listener, entry.arrived, entry.treatment);
+        let (listener, arrived, sent, treatment) = (entry.listener, entry.arrived, entry.sent, entry.treatment);
         // RFC 5936 section 2.2.2: the question may be missing, in later messages.
         if !message::question_matches(&entry.message, answer) {
             return Err(Violation::WrongQuestion);
@@ -73,7 +73,7 @@ impl Core {
         let step = transfer.stream.message(&question, answer).map_err(Violation::Transfer)?;
         if transfer.stream.messages() == 1 {
             transfer.began = now;
-            self.shared.health.query_answered(backend);
+            self.shared.health.query_answered(backend, sent, peek.rcode);
         }
         let began = transfer.began;
         let client = &mut self.sessions[session.0];
