@@ -34,6 +34,7 @@ pub mod reuse;
 pub mod servers;
 pub mod snmp;
 pub mod sockets;
+pub mod stepping;
 pub mod tempdir;
 pub mod troubles;
 pub mod wait;

@@ -1,6 +1,7 @@
 //! Towards the backends: the pool of connections, the table of queries in flight on each, and the task of each.
 
 pub mod choose;
+pub mod concurrency;
 pub(crate) mod conn;
 mod conn_tls;
 pub(crate) mod connect;

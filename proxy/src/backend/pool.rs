@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
+use super::concurrency::Answers;
 use super::pending::{IDS, Pending};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
@@ -63,11 +64,13 @@ pub struct Conn {
     /// No new query is given to it; it closes for this reason when the last one is answered.
     pub(crate) retire: Option<CloseReason>,
     pub(crate) opened: Mono,
-    /// Since when it has been connecting.
-    pub(crate) connects_since: Mono,
+    /// Since when it has been connecting, or connected.
+    pub(crate) phase_since: Mono,
     pub(crate) expires: Mono,
     pub(crate) idle_since: Mono,
     pub(crate) last_received: Mono,
+    /// How its answers came.
+    pub(crate) answers: Answers,
     pub(crate) last_byte: Mono,
     /// The peer keeps it for so long while it is idle, in units of 100 ms (RFC 7828); none: it did not say.
     pub(crate) kept_for: Option<NonZero<u16>>,
@@ -125,7 +128,12 @@ impl Conn {
     pub fn has_room(&self) -> bool {
         !matches!(self.phase, Phase::Closing(_))
             && self.retire.is_none()
-            && self.pending.in_flight() + self.pending.quarantined() < self.max_in_flight as usize
+            && self.unanswered() < self.max_in_flight as usize
+    }
+
+    /// Queries that the backend has not answered, those too that nobody waits for any more.
+    pub fn unanswered(&self) -> usize {
+        self.pending.in_flight() + self.pending.quarantined()
     }
 
     /// The session that owns it; none when shared, or when the owner has gone.
@@ -262,10 +270,11 @@ impl Pool {
             permit: Some(new.permit),
             retire: None,
             opened: now,
-            connects_since: now,
+            phase_since: now,
             expires: Mono(now.after(new.max_age).0 - spread),
             idle_since: Mono::ZERO,
             last_received: Mono::ZERO,
+            answers: Answers::default(),
             last_byte: now,
             kept_for: None,
             unwritable_since: Mono::ZERO,
@@ -321,7 +330,7 @@ impl Pool {
             && conn.phase == Phase::Open
         {
             conn.phase = Phase::Connecting;
-            conn.connects_since = now;
+            conn.phase_since = now;
             self.update(key, now);
         }
     }
@@ -332,6 +341,7 @@ impl Pool {
             && conn.phase == Phase::Connecting
         {
             conn.phase = Phase::Open;
+            conn.phase_since = now;
             self.update(key, now);
         }
     }
@@ -440,6 +450,23 @@ impl Pool {
             .rev()
             .copied()
             .find(|key| self.conns.get(key.0).is_some_and(|conn| conn.backend == backend && *conn.header == *header))
+    }
+
+    /// Of the shared connections with room the one with the fewest queries. Looks at each, so not for every query: where one
+    /// without any is wanted, there are no more of them than queries in flight.
+    pub fn least_shared(&self, backend: BackendIndex) -> Option<ConnKey> {
+        self.least(self.backends[usize::from(backend)].shared.iter())
+    }
+
+    /// The same for keyed connections with exactly this header.
+    pub fn least_keyed(&self, backend: BackendIndex, digest: u64, header: &[u8]) -> Option<ConnKey> {
+        let group = self.keyed.get(&group(backend, digest))?;
+        let fits = |conn: &Conn| conn.backend == backend && *conn.header == *header;
+        self.least(group.iter().filter(|key| self.conns.get(key.0).is_some_and(fits)))
+    }
+
+    fn least<'a>(&self, keys: impl Iterator<Item = &'a ConnKey>) -> Option<ConnKey> {
+        keys.copied().min_by_key(|key| self.conns.get(key.0).map_or(usize::MAX, Conn::unanswered))
     }
 
     /// The connection to this backend that is missed least: a spare one, else the one that has been idle longest.

@@ -121,8 +121,16 @@ impl Model {
         assert!(
             found.map_or_else(|| fitting.next().is_none(), |key| with_room(ConnKind::Shared).any(|c| c.key == key))
         );
+        let fewest = |kind, header: Option<usize>| {
+            let fits = with_room(kind).filter(|conn| header.is_none_or(|header| conn.header == header));
+            fits.map(|conn| conn.in_flight.len() + conn.quarantined.len()).min()
+        };
+        let unanswered = |key| pool.get(key).map(Conn::unanswered);
+        assert_eq!(pool.least_shared(backend).and_then(unanswered), fewest(ConnKind::Shared, None));
         for (number, (header, digest)) in HEADERS.into_iter().enumerate() {
             let fits = |conn: &&Known| conn.header == number;
+            let least = pool.least_keyed(backend, digest, header);
+            assert_eq!(least.and_then(unanswered), fewest(ConnKind::Keyed, Some(number)));
             let found = pool.keyed(backend, digest, header);
             let mut fitting = with_room(ConnKind::Keyed).filter(fits);
             match found {

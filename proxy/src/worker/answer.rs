@@ -89,7 +89,7 @@ impl Core {
             Answered::Unknown => Err(Violation::UnknownId),
             Answered::Late => Ok(()),
             Answered::Query(query) => {
-                let kept_for = self.deliver(query, backend, (answer, peek.rcode), now)?;
+                let kept_for = self.deliver(query, (key, backend), (answer, peek.rcode), now)?;
                 if let Some(timeout) = kept_for {
                     self.pool.keeps(key, timeout, now);
                 }
@@ -102,7 +102,7 @@ impl Core {
     fn deliver(
         &mut self,
         query: QueryKey,
-        backend: BackendIndex,
+        (key, backend): (ConnKey, BackendIndex),
         (answer, rcode): (&[u8], u8),
         now: Mono,
     ) -> Result<Option<u16>, Violation> {
@@ -115,6 +115,13 @@ impl Core {
         }
         let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
         self.shared.health.query_answered(backend, entry.sent, rcode);
+        let came = self.pool.get_mut(key).and_then(|conn| {
+            // Connecting is no part of how long an answer takes.
+            conn.answers.came(entry.turn, entry.sent.max(conn.phase_since), now)
+        });
+        if let Some(came) = came {
+            self.concurrency[usize::from(backend)].answered(came);
+        }
         let client = &mut self.sessions[session.0];
         if !client.keeps(answer.len()) {
             self.fail(query, FailReason::ClientSlow);

@@ -17,6 +17,7 @@ use super::plan::Plan;
 use super::queries::{NewQuery, Place, Queries, QueryKey};
 use super::timers::{TimerKey, Timers};
 use crate::backend::choose::Chooser;
+use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::{ConnKey, Pool};
 use crate::backend::wait::WaitQueue;
 use crate::client::preface;
@@ -88,6 +89,8 @@ pub struct Core {
     pub(crate) backoff: Vec<Backoff>,
     /// The same for spare connections that backends close unused.
     pub(crate) spare_backoff: Vec<Backoff>,
+    /// By backend: whether it works on the queries of one connection side by side.
+    pub(crate) concurrency: Vec<Concurrency>,
     /// By pool.
     pub(crate) choosers: Vec<Chooser>,
     /// Connections opened for a client (by its listener's masks) in the current second, if `max_opens_per_client` limits them.
@@ -121,6 +124,7 @@ impl Core {
             waits: (0..backends).map(|_| WaitQueue::default()).collect(),
             spare_backoff: (0..backends).map(|_| Backoff::default()).collect(),
             backoff: (0..backends).map(|_| Backoff::default()).collect(),
+            concurrency: vec![Concurrency::default(); backends],
             opens: HashMap::default(),
             opens_since: now,
             spares: Spares::default(),
@@ -363,7 +367,7 @@ impl Core {
         let Some(conn) = self.pool.get_mut(key) else { return };
         let plan = &self.plan.backends[usize::from(conn.backend)];
         let deadline = if conn.phase == crate::backend::pool::Phase::Connecting {
-            conn.connects_since.after(plan.connect_timeout)
+            conn.phase_since.after(plan.connect_timeout)
         } else if conn.unwritable_since != Mono::ZERO {
             conn.unwritable_since.after(plan.write_timeout)
         } else {

@@ -178,7 +178,7 @@ impl Core {
         }
         conn.armed = Mono::ZERO;
         let plan = &self.plan.backends[usize::from(conn.backend)];
-        if conn.phase == Phase::Connecting && conn.connects_since.after(plan.connect_timeout) <= now {
+        if conn.phase == Phase::Connecting && conn.phase_since.after(plan.connect_timeout) <= now {
             self.pool.close(key, CloseReason::ConnectTimeout, now);
         } else if conn.unwritable_since != Mono::ZERO && conn.unwritable_since.after(plan.write_timeout) <= now {
             self.pool.close(key, CloseReason::WriteTimeout, now);

@@ -152,6 +152,18 @@ impl Core {
         }
     }
 
+    /// Whether one more connection could be opened for this client without making room for it. Where the client owns its
+    /// connections, the last place is for another header.
+    pub(super) fn may_add(&mut self, key: SessionKey, backend: BackendIndex, now: Mono) -> bool {
+        let at = usize::from(backend);
+        let has_place = self.shared.caps.has_place(backend) || self.pool.ready_spare(backend).is_some();
+        has_place
+            && self.waits[at].is_empty()
+            && self.sessions[key.0].owned.len() + 1 < self.plan.connections.max_owned_per_client
+            && !self.backoff[at].holds_back(|| self.client_of(key), now)
+            && self.may_open(key, now)
+    }
+
     /// Holds `max_opens_per_client`, by what [`Self::count_open`] has counted.
     fn may_open(&mut self, key: SessionKey, now: Mono) -> bool {
         let limit = self.plan.connections.max_opens_per_client;
@@ -237,7 +249,7 @@ impl Core {
         };
         let (Some(entry), Some(conn)) = (self.queries.get_mut(query), self.pool.get_mut(key)) else { return };
         entry.place = Place::Sent { conn: key, id };
-        entry.sent = now;
+        (entry.sent, entry.turn) = (now, conn.carried);
         conn.transfer = entry.transfer.is_some().then_some(query);
         conn.out.push_message(&mut self.spares, &entry.message, id);
         let acquired = match (conn.carried, conn.kind) {

@@ -62,6 +62,8 @@ pub(crate) struct Query {
     pub(crate) deadline: Mono,
     /// When it was put on a connection last.
     pub(crate) sent: Mono,
+    /// The how manieth it was on that connection, from 1.
+    pub(crate) turn: u64,
     pub(crate) place: Place,
     pub(crate) retries_left: u8,
     /// Must go to a connection that has carried nothing yet.
@@ -267,6 +269,7 @@ impl Query {
             arrived: Mono::ZERO,
             deadline: Mono::ZERO,
             sent: Mono::ZERO,
+            turn: 0,
             place: Place::Nowhere,
             retries_left: 0,
             fresh_only: false,

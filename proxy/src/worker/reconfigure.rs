@@ -6,6 +6,7 @@ use super::core::Core;
 use super::house::Backoff;
 use super::plan::{Plan, PoolPlan};
 use crate::backend::choose::Chooser;
+use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::ConnKey;
 use crate::backend::wait::WaitQueue;
 use crate::client::session::SessionKey;
@@ -25,12 +26,14 @@ impl Core {
         self.waits.resize_with(backends, WaitQueue::default);
         self.backoff.resize_with(backends, Backoff::default);
         self.spare_backoff.resize_with(backends, Backoff::default);
+        self.concurrency.resize_with(backends, Concurrency::default);
         self.choosers = plan.pools.iter().map(|pool| Chooser::new(pool.policy, pool.backends.len())).collect();
         self.lines = self.queries.lines(plan.pools.iter().map(|pool| pool.query_timeout));
         for (backend, (old, new)) in old.backends.iter().zip(&plan.backends).enumerate() {
             if old.address != new.address {
                 self.backoff[backend] = Backoff::default();
                 self.spare_backoff[backend] = Backoff::default();
+                self.concurrency[backend] = Concurrency::default();
             }
         }
         self.queries.forget_tries();

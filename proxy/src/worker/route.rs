@@ -86,8 +86,9 @@ impl Core {
             return Route::Fail(FailReason::NoBackend);
         };
         let Some(proxy) = proxy else {
-            let found = self.pool.shared(backend).filter(|key| !how.fresh_only() || self.is_fresh(*key));
-            return match found.filter(|_| !alone) {
+            let found = self.pool.shared(backend).filter(|_| !alone);
+            let least = |core: &Self| core.pool.least_shared(backend);
+            return match self.place(session, found, least, how, now) {
                 Some(conn) => Route::Use(conn),
                 None => {
                     let kind = if alone { ConnKind::OneShot } else { ConnKind::Shared };
@@ -102,7 +103,8 @@ impl Core {
         };
         let one_shot = proxy.unique || alone;
         let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !one_shot);
-        match found.filter(|key| !how.fresh_only() || self.is_fresh(*key)) {
+        let least = |core: &Self| core.pool.least_keyed(backend, digest, &core.header);
+        match self.place(session, found, least, how, now) {
             Some(conn) => Route::Use(conn),
             None => {
                 let kind = if one_shot { ConnKind::OneShot } else { ConnKind::Keyed };
@@ -110,6 +112,32 @@ impl Core {
                 self.open(session, pool, backend, wanted, how, now)
             }
         }
+    }
+
+    /// The connection for a query of those that it may share: `packed`, the fullest, unless the backend works on one query
+    /// at a time for each. Then one without others, even a new one if there is a place for it, else that with the fewest.
+    fn place(
+        &mut self,
+        session: SessionKey,
+        packed: Option<ConnKey>,
+        least: impl Fn(&Self) -> Option<ConnKey>,
+        how: How,
+        now: Mono,
+    ) -> Option<ConnKey> {
+        let packed = packed?;
+        let conn = self.pool.get(packed)?;
+        if how.fresh_only() {
+            return (conn.phase == Phase::Connecting).then_some(packed);
+        }
+        let backend = conn.backend;
+        if conn.unanswered() == 0 || !self.concurrency[usize::from(backend)].prefers_alone() {
+            return Some(packed);
+        }
+        let least = least(self)?;
+        let is_busy = self.pool.get(least).is_some_and(|conn| conn.unanswered() > 0);
+        let adds =
+            is_busy && self.may_add(session, backend, now) && self.concurrency[usize::from(backend)].takes_credit();
+        (!adds).then_some(least)
     }
 
     /// The backend that the pool's policy chooses.
@@ -242,21 +270,30 @@ impl Core {
                 history.frequency(digest).saturating_sub(1)
             };
         }
-        let fits = |conn: &Conn| {
-            conn.header_digest == digest
-                && conn.has_room()
-                && conn.kind == ConnKind::Owned
-                && *conn.header == *self.header
-                && (!how.fresh_only() || conn.phase == Phase::Connecting)
-        };
         let here = |conn: &Conn| match chosen {
             Some(backend) => conn.backend == backend,
             None => self.keeps_backend(key, pool, conn.backend, how, now),
         };
+        let fits = |core: &Self, conn: &Conn| {
+            conn.header_digest == digest
+                && conn.has_room()
+                && conn.kind == ConnKind::Owned
+                && *conn.header == *core.header
+                && (!how.fresh_only() || conn.phase == Phase::Connecting)
+        };
         if !proxy.unique && !alone {
-            let mut owned = self.sessions[key.0].owned.iter();
-            if let Some(found) = owned.find(|key| self.pool.get(**key).is_some_and(|conn| fits(conn) && here(conn))) {
-                return Route::Use(*found);
+            let mut owned = self.sessions[key.0].owned.iter().filter_map(|key| Some((*key, self.pool.get(*key)?)));
+            if let Some((found, conn)) = owned.find(|(_, conn)| fits(self, conn) && here(conn)) {
+                let backend = conn.backend;
+                let least = |core: &Self| {
+                    let owned = core.sessions[key.0].owned.iter().filter_map(|key| Some((*key, core.pool.get(*key)?)));
+                    let fitting = owned.filter(|(_, conn)| conn.backend == backend && fits(core, conn));
+                    fitting.min_by_key(|(_, conn)| conn.unanswered()).map(|(key, _)| key)
+                };
+                if let Some(placed) = self.place(key, Some(found), least, how, now) {
+                    return Route::Use(placed);
+                }
+                chosen = Some(backend);
             }
         }
         let Some(backend) = chosen.or_else(|| self.choose_backend(key, pool, question, how, now)) else {
@@ -338,10 +375,6 @@ impl Core {
             !tried.has(place) && self.shared.health.is_usable(*backend) && !held_back()
         };
         self.plan.pools[usize::from(pool)].backends.iter().enumerate().any(untried)
-    }
-
-    fn is_fresh(&self, key: ConnKey) -> bool {
-        self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Connecting)
     }
 }
 

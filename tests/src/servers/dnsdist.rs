@@ -1,5 +1,5 @@
-//! dnsdist 1.7.3 in three roles: as a backend that tells what was in the PROXY header, as the forwarder whose leak the
-//! scenarios must be able to see, and as one that speaks DNS over TLS.
+//! dnsdist 1.7.3 in four roles: as a backend that tells what was in the PROXY header, as the forwarder whose leak the
+//! scenarios must be able to see, as one that speaks DNS over TLS, and as one without any setting.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -174,6 +174,33 @@ impl DotFront {
             format!(
                 "addTLSLocal(\"127.0.0.1:{port}\", \"{certificate}\", \"{key}\", {{maxInFlight=1000}})\n{COMMON}\
                  newServer({{address=\"{backend}\"}})\ngetServer(0):setUp()\n"
+            )
+        });
+        Self { process, address, _dir: dir }
+    }
+}
+
+/// dnsdist as a forwarder without any setting of its own: it works on one query at a time for each connection of a client.
+#[derive(Debug)]
+pub struct SerialFront {
+    /// The process.
+    pub process: Process,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    _dir: TempDir,
+}
+
+impl SerialFront {
+    /// Starts it in front of `backend`.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start(backend: SocketAddr) -> Self {
+        let dir = TempDir::new("dnsdist-serial");
+        let (process, address) = start("dnsdist (serial)", "dnsdist", &dir, |port| {
+            format!(
+                "setLocal(\"127.0.0.1:{port}\")\n{COMMON}newServer({{address=\"{backend}\"}})\ngetServer(0):setUp()\n"
             )
         });
         Self { process, address, _dir: dir }

@@ -14,7 +14,7 @@ mod recursor;
 mod unbound;
 
 pub use alertmanager::{Alertmanager, Notified, Webhook};
-pub use dnsdist::{DotFront, LeakyFront, TlvOracle, Told};
+pub use dnsdist::{DotFront, LeakyFront, SerialFront, TlvOracle, Told};
 pub use haproxy::Haproxy;
 pub use knot::Knot;
 pub use powerdns::PowerDns;
