@@ -50,6 +50,8 @@ reasons! {
         Evicted = "evicted",
         /// Idle, and more idle connections than `max_idle_per_backend`.
         ExcessIdle = "excess_idle",
+        /// This host had no descriptor, no memory or no local port for it, which says nothing of the backend.
+        HostShortage = "host_shortage",
         /// `connect(2)` failed.
         ConnectFailed = "connect_failed",
         /// Not connected within `connect_timeout`, with the TLS handshake if there is one.
@@ -79,6 +81,11 @@ reasons! {
 }
 
 impl CloseReason {
+    /// Whether the peer brought it about, by closing or by sending what it must not.
+    pub const fn is_by_peer(self) -> bool {
+        matches!(self, Self::Unanswered | Self::PeerClosed | Self::PeerReset | Self::ProtocolViolation)
+    }
+
     /// Whether it came about before any query could be sent.
     pub const fn is_before_queries(self) -> bool {
         matches!(self, Self::ConnectFailed | Self::ConnectTimeout | Self::CertificateRefused | Self::HandshakeFailed)
@@ -134,6 +141,8 @@ reasons! {
         ConnectFailed = "connect_failed",
         /// It waited `max_wait` at a cap, or `max_waiting` queries waited already.
         NoCapacity = "no_capacity",
+        /// This host had no descriptor, no memory or no local port for a connection all the time that it waited.
+        HostShortage = "host_shortage",
         /// No backend of the pool is up.
         NoBackend = "no_backend",
         /// The PROXY header would be longer than `max_header`.
@@ -166,6 +175,9 @@ impl FailReason {
             Self::NoBackend => (Rcode::ServFail, InfoCode::NoReachableAuthority, "no backend is up"),
             // A passing state of this server, and another try may do.
             Self::NoCapacity => (Rcode::ServFail, InfoCode::NotReady, "all connections to backends are in use"),
+            Self::HostShortage => {
+                (Rcode::ServFail, InfoCode::NotReady, "this server has no means for a connection to a backend")
+            }
             Self::HeaderTooLong => {
                 (Rcode::ServFail, InfoCode::Other, "what the query asks for does not fit a PROXY header")
             }

@@ -309,6 +309,8 @@ pub struct PoolStats {
     pub acquired: [Counter; Acquired::ALL.len()],
     /// Queries sent again on a fresh connection.
     pub retries: Counter,
+    /// Queries sent again, apart from others, because one of those in flight with them may have brought down the connection.
+    pub repeats: Counter,
     /// The PROXY headers that queries needed.
     pub headers: Distinct,
     /// Queries under way, as of the last reload or, while there are any, the last clean-up.
@@ -321,6 +323,7 @@ impl PoolStats {
         self.latency.buckets.iter().chain(&self.acquired).for_each(|counter| counter.set(0));
         self.latency.sum.set(0);
         self.retries.set(0);
+        self.repeats.set(0);
         self.headers.reset();
     }
 }
@@ -334,6 +337,10 @@ pub struct BackendStats {
     pub reused: Counter,
     /// Connections that could not be opened.
     pub connect_failures: Counter,
+    /// Connections for which this host had no descriptor, no memory or no port.
+    pub shortages: Counter,
+    /// Queries that brought down a connection which they had for themselves.
+    pub convicted: Counter,
     /// TLS handshakes that were completed, full ones and resumed ones.
     pub handshakes: [Counter; 2],
 }
@@ -341,8 +348,11 @@ pub struct BackendStats {
 impl BackendStats {
     /// From zero, for another backend; only while no worker has a connection to this one.
     pub fn reset(&self) {
-        let Self { queries, reused, connect_failures, handshakes } = self;
-        [queries, reused, connect_failures].into_iter().chain(handshakes).for_each(|counter| counter.set(0));
+        let Self { queries, reused, connect_failures, shortages, convicted, handshakes } = self;
+        [queries, reused, connect_failures, shortages, convicted]
+            .into_iter()
+            .chain(handshakes)
+            .for_each(|counter| counter.set(0));
     }
 }
 

@@ -19,7 +19,7 @@ use socket2::SockRef;
 use tokio::io::Interest;
 
 use super::conn_tls::Secure;
-use super::connect::{self, FastOpen, Handshake, Io, OpenError};
+use super::connect::{self, FastOpen, Handshake, Io, OpenError, is_shortage};
 use super::pool::{Conn, ConnKey, Phase};
 use crate::client::session::Session;
 use crate::clock::{self, Mono};
@@ -104,8 +104,9 @@ impl ConnTask {
                         }
                         Err(error) if is_transient(&error) => {}
                         Err(error) => {
-                            socket.close(CloseReason::ConnectFailed);
-                            return Err(OpenError::Connect(error));
+                            let error = OpenError::Connect(error);
+                            socket.close(error.reason());
+                            return Err(error);
                         }
                     }
                 }
@@ -119,6 +120,7 @@ impl ConnTask {
                 let (cookie, session) = (io.entry().cookie(), info.owner);
                 tracing::debug!(conn = cookie, session, backend = backend.name, "backend connection opened");
                 self.io = Some(io);
+                core.conn_opened(self.key, now);
                 if self.connected {
                     core.conn_connected(self.key, now);
                 }
@@ -127,7 +129,7 @@ impl ConnTask {
             Err(error) => {
                 self.shell.complain(&backend.name, backend.address, None, &error.to_string());
                 // What was written may have arrived.
-                Err(if self.connected { CloseReason::PeerReset } else { CloseReason::ConnectFailed })
+                Err(if self.connected { CloseReason::PeerReset } else { error.reason() })
             }
         }
     }
@@ -211,7 +213,7 @@ impl ConnTask {
         drop(core);
         if let Some(error) = failed {
             self.complain(&error);
-            return Err(CloseReason::ConnectFailed);
+            return Err(OpenError::Connect(error).reason());
         }
         self.connected = true;
         self.shell.core.borrow_mut().conn_connected(self.key, now);
@@ -263,7 +265,7 @@ impl ConnTask {
                     conn.out.advance(sent, spares);
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(_)) => return Err(CloseReason::PeerReset),
+                Ok(Err(error)) => return Err(broken(&error)),
                 Err(_would_block) => {}
             }
         }
@@ -287,7 +289,7 @@ impl ConnTask {
             Ok(Ok((0, _))) => return Err(CloseReason::PeerClosed),
             Ok(Ok((read, _))) => read,
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
-            Ok(Err(_)) => return Err(CloseReason::PeerReset),
+            Ok(Err(error)) => return Err(broken(&error)),
             Err(_would_block) => return Ok(Poll::Ready(())),
         };
         if read < SCRATCH {
@@ -385,6 +387,11 @@ fn info(conn: &Conn, sessions: &Slab<Session>) -> OpenInfo {
         header: conn.header_digest,
         client_tls: tls.map(|tls| tls.version),
     }
+}
+
+/// Why a connection is closed over which nothing can be sent, or received, for this error.
+pub(super) fn broken(error: &io::Error) -> CloseReason {
+    if is_shortage(error) { CloseReason::HostShortage } else { CloseReason::PeerReset }
 }
 
 /// The handshake is not over yet, or a signal came.

@@ -10,7 +10,8 @@ use std::task::{Context, Poll};
 use rustix::net::{RecvFlags, recv};
 use socket2::Socket;
 
-use super::conn::ConnTask;
+use super::conn::{ConnTask, broken};
+use super::connect::OpenError;
 use super::tls::Trouble;
 use crate::clock::Mono;
 use crate::close::CloseReason;
@@ -95,7 +96,7 @@ impl ConnTask {
         let closed = ready.ready().is_write_closed();
         if let Some(error) = closed.then(|| ready.get_inner().take_error().unwrap_or_else(Some)).flatten() {
             self.complain(&error);
-            return Err(CloseReason::ConnectFailed);
+            return Err(OpenError::Connect(error).reason());
         }
         let mut core = self.shell.core.borrow_mut();
         let Core { pool, spares, .. } = &mut *core;
@@ -271,8 +272,9 @@ impl ConnTask {
 
     /// The connection is broken.
     fn broken(&self, secure: &Secure, error: &io::Error) -> CloseReason {
-        if !secure.is_handshaking() || self.connected {
-            return CloseReason::PeerReset;
+        let reason = broken(error);
+        if reason == CloseReason::HostShortage || !secure.is_handshaking() || self.connected {
+            return reason;
         }
         self.complain(&format_args!("during the TLS handshake: {error}"));
         CloseReason::HandshakeFailed

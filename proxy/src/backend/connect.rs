@@ -44,14 +44,19 @@ pub(crate) enum OpenError {
 }
 
 impl OpenError {
-    /// Whether this host has no descriptor or no memory left for a socket, which says nothing of the backend.
+    /// Whether this host has no descriptor, no memory or no local port left for a socket, which says nothing of the backend.
     pub(crate) fn is_shortage(&self) -> bool {
-        match self {
-            Self::Reserve(_) => false,
-            Self::Socket(error) | Self::Bind(_, error) | Self::Connect(error) | Self::Register(error) => {
-                is_shortage(error)
-            }
-        }
+        let (Self::Socket(error) | Self::Bind(_, error) | Self::Connect(error) | Self::Register(error)) = self else {
+            return true;
+        };
+        // ip(7), connect(2): no port is free, or no address. epoll_ctl(2): no watch is left.
+        let more = matches!(Errno::from_io_error(error), Some(Errno::ADDRNOTAVAIL | Errno::AGAIN | Errno::NOSPC));
+        more || is_shortage(error)
+    }
+
+    /// Why the connection is closed that did not come about.
+    pub(crate) fn reason(&self) -> CloseReason {
+        if self.is_shortage() { CloseReason::HostShortage } else { CloseReason::ConnectFailed }
     }
 }
 
@@ -92,7 +97,7 @@ pub(crate) fn connect(
     match begin(opened.io(), info.kind, address, source, fast_open) {
         Ok(handshake) => Ok((opened, handshake)),
         Err(error) => {
-            opened.close(CloseReason::ConnectFailed);
+            opened.close(error.reason());
             Err(error)
         }
     }
@@ -134,8 +139,9 @@ pub(crate) fn register(opened: Tracked<Arc<Socket>>, interest: Interest) -> Resu
         Ok(io) => Ok(Tracked::new(io, entry)),
         Err(error) => {
             let (socket, error) = error.into_parts();
-            Tracked::new(socket, entry).close(CloseReason::ConnectFailed);
-            Err(OpenError::Register(error))
+            let error = OpenError::Register(error);
+            Tracked::new(socket, entry).close(error.reason());
+            Err(error)
         }
     }
 }

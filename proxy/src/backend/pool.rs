@@ -77,6 +77,8 @@ pub struct Conn {
     pub(crate) unwritable_since: Mono,
     /// It was opened in advance.
     pub(crate) was_spare: bool,
+    /// For suspects: nobody else finds it.
+    pub(crate) apart: bool,
     /// Queries that it has carried.
     pub(crate) carried: u64,
     pub(crate) max_in_flight: u32,
@@ -105,6 +107,7 @@ pub(crate) struct NewConn {
     pub(crate) owner_serial: u64,
     pub(crate) header_digest: u64,
     pub(crate) header: Rc<[u8]>,
+    pub(crate) apart: bool,
     pub(crate) permit: Permit,
     pub(crate) max_in_flight: usize,
     pub(crate) seed: u32,
@@ -119,6 +122,7 @@ pub(crate) struct Assigned {
     pub(crate) owner_serial: u64,
     pub(crate) header_digest: u64,
     pub(crate) header: Rc<[u8]>,
+    pub(crate) apart: bool,
     pub(crate) max_in_flight: usize,
 }
 
@@ -279,6 +283,7 @@ impl Pool {
             kept_for: None,
             unwritable_since: Mono::ZERO,
             was_spare: new.kind == ConnKind::Spare,
+            apart: new.apart,
             carried: 0,
             max_in_flight: at_most(new.max_in_flight),
             transfer: None,
@@ -375,6 +380,14 @@ impl Pool {
         let Some(conn) = self.conns.get_mut(key.0) else { return };
         if conn.pending.quarantine(id) {
             self.backends[usize::from(conn.backend)].outstanding -= 1;
+            self.update(key, now);
+        }
+    }
+
+    /// It was for suspects, and is one like all others from now on.
+    pub(crate) fn release(&mut self, key: ConnKey, now: Mono) {
+        if let Some(conn) = self.conns.get_mut(key.0) {
+            conn.apart = false;
             self.update(key, now);
         }
     }
@@ -503,7 +516,7 @@ impl Pool {
             self.closing.push(key);
         }
         let (idle, room) = (conn.is_idle(), conn.has_room());
-        let (backend, common) = (usize::from(conn.backend), conn.kind.is_common());
+        let (backend, common, apart) = (usize::from(conn.backend), conn.kind.is_common(), conn.apart);
         if conn.kind == ConnKind::Spare && conn.is_closing() {
             self.backends[backend].spares.retain(|spare| *spare != key);
         }
@@ -520,7 +533,7 @@ impl Pool {
             }
         }
         if common {
-            self.list_room(key, room);
+            self.list_room(key, room && !apart);
         }
     }
 

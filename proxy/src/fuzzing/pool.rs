@@ -34,6 +34,8 @@ struct Known {
     header: usize,
     phase: Phase,
     retire: Option<CloseReason>,
+    /// For suspects: found by nobody.
+    apart: bool,
     max_in_flight: usize,
     in_flight: Vec<(u16, QueryKey)>,
     quarantined: Vec<u16>,
@@ -115,7 +117,7 @@ impl Model {
         let ready = || spares().filter(|conn| conn.has_room());
         let open = ready().find(|conn| conn.phase == Phase::Open);
         assert_eq!(pool.ready_spare(backend), open.or_else(|| ready().next()).map(|conn| conn.key));
-        let with_room = |kind| self.at(backend).filter(move |conn| conn.kind == kind && conn.has_room());
+        let with_room = |kind| self.at(backend).filter(move |conn| conn.kind == kind && conn.has_room() && !conn.apart);
         let found = pool.shared(backend);
         let mut fitting = with_room(ConnKind::Shared);
         assert!(
@@ -159,7 +161,7 @@ pub fn pool(bytes: &[u8]) {
     while let Some(event) = script.octet() {
         model.events += 1;
         let now = Mono(1_000_000_000_000 + model.events);
-        let at = match event % 12 {
+        let at = match event % 13 {
             0 => open(&mut script, &mut pool, &mut model, &caps, now),
             1 => one(&mut script, &model).inspect(|at| connected(&mut pool, &mut model.known[*at], now)),
             2..=4 => one(&mut script, &model).inspect(|at| assign(&mut pool, &mut model, *at, now)),
@@ -177,6 +179,10 @@ pub fn pool(bytes: &[u8]) {
                     model.closing.push(conn.key);
                 }
                 pool.close(conn.key, CloseReason::PeerClosed, now);
+            }),
+            11 => one(&mut script, &model).inspect(|at| {
+                model.known[*at].apart = false;
+                pool.release(model.known[*at].key, now);
             }),
             9 => give_spare(&mut script, &mut pool, &mut model, now),
             10 => one(&mut script, &model).inspect(|at| {
@@ -218,6 +224,8 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
     let (_, kind) = script.pick(&KINDS)?;
     let header = usize::from(shape >> 1) % HEADERS.len();
     let max_in_flight = 1 + usize::from(shape >> 4);
+    // Spare connections are nobody's, so they are not for suspects.
+    let apart = kind != ConnKind::Spare && script.octet().unwrap_or(0) & 3 == 0;
     let permit = caps.acquire(backend).ok()?;
     let (bytes, header_digest) = HEADERS[header];
     let key = pool.open(
@@ -228,6 +236,7 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
             owner_serial: 0,
             header_digest,
             header: Rc::from(bytes),
+            apart,
             permit,
             max_in_flight,
             seed: u32::from(shape),
@@ -244,6 +253,7 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
         header,
         phase: Phase::Connecting,
         retire: None,
+        apart,
         max_in_flight,
         in_flight: Vec::new(),
         quarantined: Vec::new(),
@@ -259,7 +269,8 @@ fn give_spare(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, now: 
     let header = usize::from(shape >> 1) % HEADERS.len();
     let (bytes, header_digest) = HEADERS[header];
     let max_in_flight = 1 + usize::from(shape >> 4);
-    let to = Assigned { kind, owner: None, owner_serial: 0, header_digest, header: Rc::from(bytes), max_in_flight };
+    let bytes = Rc::from(bytes);
+    let to = Assigned { kind, owner: None, owner_serial: 0, header_digest, header: bytes, apart: false, max_in_flight };
     pool.give_spare(key, to, now);
     let at = model.known.iter().position(|conn| conn.key == key).expect("the model has it");
     let conn = &mut model.known[at];

@@ -113,6 +113,7 @@ pub(super) async fn run(
     let outcome = tokio::select! {
         result = tokio::time::timeout(target.timeout, ask(&io, target)) => match result {
             Ok(Ok(())) => Outcome::Passed,
+            Ok(Err(Failure::Io(error))) if connect::is_shortage(&error) => Outcome::NoMeans(OpenError::Socket(error)),
             Ok(Err(failure)) => Outcome::Failed(failure),
             Err(_elapsed) => Outcome::Failed(Failure::Timeout(target.timeout)),
         },

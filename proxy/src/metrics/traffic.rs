@@ -287,6 +287,16 @@ impl Traffic<'_> {
             }),
         )?;
         families.counters(
+            "backend_shortages",
+            "Connections for which this host had no descriptor, no memory or no local port",
+            self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.shortages))),
+        )?;
+        families.counters(
+            "backend_convictions",
+            "Queries on which the backend closed a connection that they had for themselves",
+            self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.convicted))),
+        )?;
+        families.counters(
             "backend_queries",
             "Queries written to a backend, retries included",
             self.backend_names().map(|(i, name)| ([("backend", name)], self.backend(i, |b| &b.queries))),
@@ -342,6 +352,11 @@ impl Traffic<'_> {
             "pool_retries",
             "Queries sent again on a fresh connection",
             names().map(|(i, name)| ([("pool", name)], self.pool(i, |p| &p.retries))),
+        )?;
+        families.counters(
+            "pool_repeats",
+            "Queries sent again, apart from others, as any of those in flight may have brought down their connection",
+            names().map(|(i, name)| ([("pool", name)], self.pool(i, |p| &p.repeats))),
         )?;
         families.gauges(
             "pool_distinct_headers",

@@ -1,12 +1,19 @@
 //! What comes back: answers, and connections that died with queries in flight.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
+use slab::Slab;
+
+use super::apart::{Death, is_unusual};
+use super::backoff::Whose;
 use super::core::Core;
 use super::links::Maybe;
-use super::queries::{Place, QueryKey};
+use super::plan::Plan;
+use super::queries::{Place, Queries, QueryKey};
 use crate::backend::pending::Answered;
-use crate::backend::pool::{Conn, ConnKey};
+use crate::backend::pool::{Conn, ConnKey, Phase};
+use crate::client::session::Session;
 use crate::clock::Mono;
 use crate::close::{ClientCloseReason, CloseReason, FailReason, TransferEnd};
 use crate::config::OnFailure;
@@ -37,22 +44,23 @@ impl Core {
     /// `connect(2)` has succeeded, and the TLS handshake if there is one.
     pub(crate) fn conn_connected(&mut self, key: ConnKey, now: Mono) {
         self.pool.connected(key, now);
+        if let Some(conn) = self.pool.get(key).filter(|conn| conn.apart) {
+            self.suspects[usize::from(conn.backend)].connected(key, now);
+        }
         self.after_conn(key, now);
     }
 
     /// Bytes came from a backend. Returns how many octets the whole messages at their front were.
     pub(crate) fn backend_bytes(&mut self, key: ConnKey, bytes: &[u8], now: Mono) -> Result<usize, Violation> {
         if let Some(conn) = self.pool.get_mut(key) {
-            if conn.last_received == Mono::ZERO {
-                // Only an answer shows that the backend wants our connections.
-                self.backoff[usize::from(conn.backend)].succeeded();
-                self.shared.health.connection_taken(conn.backend);
-                if conn.was_spare {
-                    self.spare_backoff[usize::from(conn.backend)].succeeded();
-                }
-            }
+            let first = conn.last_received == Mono::ZERO;
             conn.last_received = now;
             conn.last_byte = now;
+            let backend = usize::from(conn.backend);
+            self.backoff[backend].heard(now);
+            if first {
+                self.answers_first(key);
+            }
         }
         let mut taken = 0;
         loop {
@@ -68,6 +76,18 @@ impl Core {
         }
         self.after_conn(key, now);
         Ok(taken)
+    }
+
+    /// Only an answer shows that the backend wants our connections.
+    fn answers_first(&mut self, key: ConnKey) {
+        let Self { pool, backoff, spare_backoff, queries, sessions, plan, shared, .. } = self;
+        let Some(conn) = pool.get(key) else { return };
+        let backend = usize::from(conn.backend);
+        backoff[backend].succeeded(|| only_client(conn, queries, sessions, plan));
+        shared.health.connection_taken(conn.backend);
+        if conn.was_spare {
+            spare_backoff[backend].succeeded();
+        }
     }
 
     fn backend_message(&mut self, key: ConnKey, answer: &[u8], now: Mono) -> Result<(), Violation> {
@@ -110,7 +130,16 @@ impl Core {
         let Some(entry) = self.queries.get_mut(query) else { return Ok(None) };
         entry.place = Place::Nowhere;
         if !message::question_matches(&entry.message, answer) {
+            // What a server makes of a message that is no plain question says nothing of its other answers.
+            let plain = message::peek(&entry.message).is_some_and(|asked| !is_unusual(&asked));
+            let session = entry.session;
             self.fail(query, FailReason::BadAnswer);
+            if !plain {
+                return Ok(None);
+            }
+            // Whoever knows a question that the backend fails at could close connections of others at will.
+            let client = self.client_of(session);
+            self.suspects[usize::from(backend)].convict(client, Duration::ZERO, now);
             return Err(Violation::WrongQuestion);
         }
         let (session, pool, listener, arrived) = (entry.session, entry.pool, entry.listener, entry.arrived);
@@ -141,7 +170,7 @@ impl Core {
     /// Something on a connection has ended: it may be done for, or useful to somebody else.
     pub(crate) fn after_conn(&mut self, key: ConnKey, now: Mono) {
         let Some(conn) = self.pool.get(key) else { return };
-        let (backend, kind, owner) = (conn.backend, conn.kind, conn.owner());
+        let (backend, kind, owner, apart) = (conn.backend, conn.kind, conn.owner(), conn.apart);
         let idle = conn.is_idle();
         if idle && kind == ConnKind::OneShot && conn.carried > 0 {
             self.pool.retire(key, CloseReason::OneShotDone, now);
@@ -153,6 +182,9 @@ impl Core {
         }
         if let Some(owner) = owner {
             self.unblock(owner);
+        }
+        if idle && apart {
+            self.trial_is_over(key, now);
         }
         if !self.waits[usize::from(backend)].is_empty() {
             self.serve_waiting(backend, now);
@@ -183,25 +215,17 @@ impl Core {
 
     /// A connection's descriptor is closed. `partial` is the ID of the answer that had begun to come, if any.
     pub(crate) fn conn_closed(&mut self, key: ConnKey, reason: CloseReason, partial: Partial, now: Mono) {
+        let unopened = self.pool.get(key).is_some_and(|conn| conn.phase == Phase::Connecting);
         let Some(mut conn) = self.pool.remove(key) else { return };
         conn.out.give_back(&mut self.spares);
         let backend = conn.backend;
         if conn.last_received != Mono::ZERO {
             self.shared.health.connection_left(backend);
         }
+        self.suspects[usize::from(backend)].closed(key);
         // None of its queries was sent, but perhaps with the SYN: those that may be asked twice.
         let unsent = reason.is_before_queries();
-        if unsent {
-            self.stats.backends[usize::from(backend)].connect_failures.add(1);
-        }
-        let left = matches!(reason, CloseReason::PeerClosed | CloseReason::PeerReset);
-        if conn.was_spare && conn.last_received == Mono::ZERO && (unsent || left) {
-            self.spare_backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64(), None);
-        }
-        if unsent || reason == CloseReason::Unanswered {
-            let client = self.only_client(&conn).filter(|_| !unsent);
-            self.backoff[usize::from(backend)].failed(conn.opened, now, self.random.f64(), client);
-        }
+        self.book(&conn, reason, now);
         if let Some(owner) = conn.owner() {
             if let Some(session) = self.sessions.get_mut(owner.0) {
                 session.owned.retain(|owned| *owned != key);
@@ -213,46 +237,49 @@ impl Core {
         }
         let failed = match reason {
             reason if reason.is_before_queries() => FailReason::ConnectFailed,
+            CloseReason::HostShortage => FailReason::HostShortage,
             CloseReason::ProtocolViolation => FailReason::BadAnswer,
             _ => FailReason::BackendClosed,
         };
-        let alone = conn.pending.in_flight() == 1;
+        // By its peer: any of its queries may have brought that about.
+        let died = reason.is_by_peer() && !unsent;
+        // It was not even opened: that was no try.
+        let untried = reason == CloseReason::Reconfigured || reason == CloseReason::HostShortage && unopened;
+        let (alone, certain) = (conn.pending.in_flight() == 1, is_certain(&conn, reason));
+        let (mut suspects, mut again) = (Vec::new(), Vec::new());
         for (id, query) in conn.pending.drain() {
             let Some(entry) = self.queries.get_mut(query) else { continue };
             entry.place = Place::Nowhere;
             // A reload may have given its listener another pool.
             entry.pool = self.sessions[entry.session.0].pool;
-            if reason == CloseReason::Reconfigured {
-                // It was not even opened: that was no try.
-                self.reroute(query, now);
-                continue;
-            }
-            self.shared.health.query_failed(backend);
             let answer_began = match partial {
                 Partial::None => false,
                 // Which one it was is unknown; if only one was in flight, it was that one.
                 Partial::Unknown => alone,
                 Partial::Of(partial) => partial == id,
             };
-            let pool = entry.pool;
-            let place = self.plan.pools[usize::from(pool)].backends.iter().position(|other| *other == backend);
-            entry.tried.add(place.unwrap_or(usize::MAX));
-            let (tried, retries_left) = (entry.tried, entry.retries_left);
-            // What was not sent may be sent to another backend, whatever it is and however often.
-            let session = entry.session;
-            let moves_on = unsent && self.has_another_backend(session, pool, tried, now);
-            if !moves_on && (retries_left == 0 || answer_began) {
+            // It waits as at a cap, and no longer: each try in vain is no new beginning.
+            let waited =
+                reason == CloseReason::HostShortage && entry.arrived.after(self.plan.connections.max_wait) <= now;
+            if untried && waited {
                 self.fail(query, failed);
-                continue;
+            } else if untried {
+                again.push(query);
+            } else if died && !answer_began {
+                suspects.push(query);
+            } else if self.tries_again(query, backend, unsent, answer_began, failed, now) {
+                again.push(query);
             }
-            let Some(entry) = self.queries.get_mut(query) else { continue };
-            if !moves_on {
-                entry.retries_left -= 1;
-                entry.fresh_only = true;
-                self.stats.pools[usize::from(pool)].retries.add(1);
-            }
-            self.reroute(query, now);
         }
+        if conn.apart {
+            self.ask_apart(again, Duration::ZERO, now);
+        } else {
+            for query in again {
+                self.reroute(query, now);
+            }
+        }
+        let death = Death { backend, apart: conn.apart, certain: certain && alone, opened: conn.opened, failed };
+        self.accuse(&death, &suspects, now);
         // The place under the caps is free: for who waits here, else for who waits elsewhere.
         self.serve_all_waiting(now);
         let waiting = self.shared.waiting.load(std::sync::atomic::Ordering::Relaxed) as u64;
@@ -261,12 +288,78 @@ impl Core {
         }
     }
 
-    /// The client of all queries in flight on a connection, if it is one.
-    fn only_client(&self, conn: &Conn) -> Option<IpAddr> {
-        let session = |query| self.queries.get(query).map(|entry| entry.session);
-        let mut clients = conn.pending.queries().filter_map(session).map(|session| self.client_of(session));
-        let first = clients.next()?;
-        clients.all(|client| client == first).then_some(first)
+    /// What the end of a connection says of its backend, and of this host.
+    fn book(&mut self, conn: &Conn, reason: CloseReason, now: Mono) {
+        let at = usize::from(conn.backend);
+        let jitter = self.random.f64();
+        let client = only_client(conn, &self.queries, &self.sessions, &self.plan);
+        let unsent = reason.is_before_queries();
+        let left = matches!(reason, CloseReason::PeerClosed | CloseReason::PeerReset);
+        if conn.was_spare && conn.last_received == Mono::ZERO && (unsent || left) {
+            self.spare_backoff[at].failed(conn.opened, now, jitter);
+        }
+        let whose = match conn.kind {
+            ConnKind::Owned | ConnKind::OneShot => Whose::Own,
+            _ if conn.apart => Whose::Suspects,
+            _ => Whose::Shared,
+        };
+        if unsent {
+            self.stats.backends[at].connect_failures.add(1);
+        }
+        match reason {
+            CloseReason::HostShortage => {
+                self.stats.backends[at].shortages.add(1);
+                self.shortages[at].felt(now);
+            }
+            CloseReason::Unanswered => self.backoff[at].turned_away(client, whose, conn.opened, now, jitter),
+            // It knows the client before the handshake, and may not want it.
+            CloseReason::HandshakeFailed if self.plan.backends[at].header_in_clear() => {
+                self.backoff[at].turned_away(client, whose, conn.opened, now, jitter);
+            }
+            _ if unsent => self.backoff[at].failed(conn.opened, now, jitter),
+            _ => {}
+        }
+    }
+
+    /// A query whose connection ended. Whether it is asked again, on a fresh one; else it has failed.
+    pub(super) fn tries_again(
+        &mut self,
+        query: QueryKey,
+        backend: BackendIndex,
+        unsent: bool,
+        answer_began: bool,
+        failed: FailReason,
+        now: Mono,
+    ) -> bool {
+        let Some(entry) = self.queries.get_mut(query) else { return false };
+        if failed != FailReason::HostShortage {
+            self.shared.health.query_failed(backend);
+        }
+        let pool = entry.pool;
+        let place = self.plan.pools[usize::from(pool)].backends.iter().position(|other| *other == backend);
+        entry.tried.add(place.unwrap_or(usize::MAX));
+        let (session, tried, retries_left) = (entry.session, entry.tried, entry.retries_left);
+        // What was not sent may be sent to another backend, whatever it is and however often.
+        let moves_on = unsent && self.has_another_backend(session, pool, tried, now);
+        if !moves_on && (retries_left == 0 || answer_began) {
+            self.fail(query, failed);
+            return false;
+        }
+        if let Some(entry) = self.queries.get_mut(query).filter(|_| !moves_on) {
+            entry.retries_left -= 1;
+            entry.fresh_only = true;
+            self.stats.pools[usize::from(pool)].retries.add(1);
+        }
+        true
+    }
+
+    /// There was a descriptor, memory and a port for a connection.
+    pub(crate) fn conn_opened(&mut self, key: ConnKey, now: Mono) {
+        let Some(backend) = self.pool.get(key).map(|conn| conn.backend) else { return };
+        if self.shortages[usize::from(backend)].ends() {
+            self.serve_waiting(backend, now);
+            self.try_suspects(backend, now);
+        }
     }
 
     /// A query gets an answer of our own, or its connection ends, by `on_failure`.
@@ -296,6 +389,22 @@ impl Core {
             self.stop_transfers(session);
         }
     }
+}
+
+/// The client of all queries in flight on a connection, if it is one.
+fn only_client(conn: &Conn, queries: &Queries, sessions: &Slab<Session>, plan: &Plan) -> Option<IpAddr> {
+    let mut clients = conn.pending.queries().filter_map(|query| {
+        let session = &sessions[queries.get(query)?.session.0];
+        Some(plan.listeners[usize::from(session.listener)].client(session.client.ip()))
+    });
+    let first = clients.next()?;
+    clients.all(|client| client == first).then_some(first)
+}
+
+/// Whether the only query in flight on a connection must be what brought it down. Not if others were on it: a peer may
+/// close one that was idle for too long in the very moment in which it is used again, or after so many queries.
+fn is_certain(conn: &Conn, reason: CloseReason) -> bool {
+    reason == CloseReason::ProtocolViolation || (conn.carried == 1 && !conn.was_spare)
 }
 
 /// How much of an answer had come when a connection closed.

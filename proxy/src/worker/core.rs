@@ -1,6 +1,6 @@
 //! The worker's state, and what the tasks tell it. A pure state machine (I13): events in, wake-ups out, no I/O and no
 //! clock. `route.rs` finds a connection for a query, `place.rs` acts
-//! on what it found, `answer.rs` brings answers and failures back, `transfer.rs` the messages of zone transfers,
+//! on what it found, `answer.rs` brings answers and failures back, `apart.rs` asks again what a connection died with, `transfer.rs` the messages of zone transfers,
 //! `house.rs` sees to what only time brings about.
 
 use std::collections::HashMap;
@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use slab::Slab;
 
+use super::backoff::{Backoff, Pause, Shortage};
 use super::buffer::Spares;
-use super::house::Backoff;
 use super::plan::Plan;
 use super::queries::{NewQuery, Place, Queries, QueryKey};
+use super::suspects::Suspects;
 use super::timers::{TimerKey, Timers};
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
@@ -88,7 +89,11 @@ pub struct Core {
     pub(crate) waits: Vec<WaitQueue>,
     pub(crate) backoff: Vec<Backoff>,
     /// The same for spare connections that backends close unused.
-    pub(crate) spare_backoff: Vec<Backoff>,
+    pub(crate) spare_backoff: Vec<Pause>,
+    pub(crate) shortages: Vec<Shortage>,
+    pub(crate) suspects: Vec<Suspects>,
+    /// The backends at which suspects wait.
+    pub(crate) suspected: Vec<BackendIndex>,
     /// By backend: whether it works on the queries of one connection side by side.
     pub(crate) concurrency: Vec<Concurrency>,
     /// By pool.
@@ -122,7 +127,10 @@ impl Core {
             pool: Pool::new(backends),
             timers: Timers::default(),
             waits: (0..backends).map(|_| WaitQueue::default()).collect(),
-            spare_backoff: (0..backends).map(|_| Backoff::default()).collect(),
+            spare_backoff: (0..backends).map(|_| Pause::default()).collect(),
+            shortages: vec![Shortage::default(); backends],
+            suspects: (0..backends).map(|_| Suspects::default()).collect(),
+            suspected: Vec::new(),
             backoff: (0..backends).map(|_| Backoff::default()).collect(),
             concurrency: vec![Concurrency::default(); backends],
             opens: HashMap::default(),
@@ -252,7 +260,8 @@ impl Core {
         let treatment = treatment.unwrap_or_default();
         let question = question.and_then(Result::ok);
         let requested = requested.and_then(Result::ok);
-        let route = self.route(key, pool, question, requested.is_some(), super::route::How::First, now);
+        let unusual = super::apart::is_unusual(&peek);
+        let route = self.route(key, pool, question, requested.is_some(), super::route::How::First { unusual }, now);
         if route == super::route::Route::Blocked {
             let session = &mut self.sessions[key.0];
             session.blocked = true;

@@ -143,7 +143,7 @@ fn headers_that_never_return_leave_nothing_behind() {
 }
 
 #[test]
-fn a_query_is_retried_once_on_a_fresh_connection() {
+fn queries_whose_connection_died_are_asked_again_in_halves() {
     let mut sim = Sim::new(&configuration("", ""));
     let client = sim.connect_client("192.0.2.1:1000");
     for n in 0..10 {
@@ -155,15 +155,26 @@ fn a_query_is_retried_once_on_a_fresh_connection() {
     sim.hang_up(first);
     sim.answer_all();
     assert_eq!(sim.clients[&client].answers.len(), 10);
-    assert_eq!(sim.opened, 2, "all nine went to one fresh connection");
+    assert_eq!(sim.opened, 3, "the nine went to two fresh connections");
+    let repeats_and_retries = |sim: &Sim| {
+        let stats = &sim.core.stats.pools[0];
+        (stats.repeats.get(), stats.retries.get())
+    };
+    assert_eq!(repeats_and_retries(&sim), (9, 0));
     for n in 10..12 {
         sim.ask(client, n, "a.test");
     }
-    for _ in 0..2 {
+    // Together, each alone, and each once more as the one retry.
+    for _ in 0..6 {
         sim.accept_all();
-        let key = *sim.wires.keys().next().unwrap();
-        sim.hang_up(key);
+        for key in sim.wires.keys().copied().collect::<Vec<_>>() {
+            if sim.wires.get(&key).is_some_and(|wire| !wire.unanswered.is_empty()) {
+                sim.hang_up(key);
+            }
+        }
+        sim.pass(Duration::from_millis(10));
     }
+    assert_eq!(repeats_and_retries(&sim), (11, 2));
     let rcodes: Vec<u8> = sim.clients[&client].answers.iter().map(|answer| answer[3] & 15).collect();
     assert_eq!(rcodes[10..], [2, 2], "after one retry it is SERVFAIL");
     sim.assert_quiescent();

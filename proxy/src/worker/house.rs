@@ -1,6 +1,5 @@
 //! What only time brings about: deadlines, and the one clean-up that walks every connection of every kind.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,89 +9,15 @@ use super::timers::TimerKey;
 use crate::backend::pool::{ConnKey, Phase};
 use crate::clock::Mono;
 use crate::close::{CloseReason, FailReason};
-use crate::ledger::ConnKind;
-
-/// Failures in a row that make no pause: one lost connection must not fail the queries after it.
-const TOLERATED: u32 = 2;
-/// The first pause after a backend failed connections; doubled up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// Clients that may be turned away by a backend before it is taken for one that turns everybody away.
-const TURNED_AWAY: usize = 16;
-
-/// Keeps a backend that refuses connections, or closes them without an answer, from being stormed with them. A pure state
-/// machine: after a few failures in a row nothing is tried for a while, longer and longer; then one connection is, and
-/// what becomes of it decides. A few clients whose connections a backend closes without an answer, as it may not want to
-/// serve them, are held back alone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Backoff {
-    until: Mono,
-    pause: Duration,
-    /// Failures since the last success.
-    failures: u32,
-    failed: Mono,
-    /// Those that were turned away since the last success.
-    turned_away: Vec<IpAddr>,
-    /// Not only they are held back.
-    for_all: bool,
-}
-
-impl Backoff {
-    /// Whether no connection should be tried now, whoever it is for.
-    pub(crate) fn holds(&self, now: Mono) -> bool {
-        now < self.until && self.for_all
-    }
-
-    /// Whether no connection should be tried now for this client.
-    pub(crate) fn holds_back(&self, client: impl FnOnce() -> IpAddr, now: Mono) -> bool {
-        now < self.until && (self.for_all || self.turned_away.contains(&client()))
-    }
-
-    /// Whether it has failed too often, and has not been seen to work since.
-    pub(crate) fn is_failing(&self) -> bool {
-        self.failures > TOLERATED
-    }
-
-    /// A connection is being tried. The first one after a pause is tried alone.
-    pub(crate) fn tries(&mut self, now: Mono) {
-        if self.is_failing() {
-            self.until = now.after(self.pause);
-        }
-    }
-
-    /// A connection that was opened at this time has failed. `jitter` is between 0 and 1. If the backend closed it without an
-    /// answer, and only one client had something on it, that is `client`.
-    pub(crate) fn failed(&mut self, opened: Mono, now: Mono, jitter: f64, client: Option<IpAddr>) {
-        match client {
-            Some(client) if self.turned_away.contains(&client) => {}
-            Some(client) if self.turned_away.len() < TURNED_AWAY => self.turned_away.push(client),
-            _ => self.for_all = true,
-        }
-        if opened < self.failed {
-            // One of several that were under way together.
-            return;
-        }
-        self.failed = now;
-        self.failures = self.failures.saturating_add(1);
-        if self.failures <= TOLERATED {
-            return;
-        }
-        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-        self.until = now.after(self.pause.mul_f64(0.75 + 0.25 * jitter.clamp(0.0, 1.0)));
-    }
-
-    /// A connection has brought an answer.
-    pub(crate) fn succeeded(&mut self) {
-        *self = Self::default();
-    }
-}
+use crate::ledger::{BackendIndex, ConnKind};
 
 impl Core {
     /// When [`Self::tick`] has something to do next.
     pub(crate) fn next_deadline(&self) -> Mono {
         let others = [self.timers.next(), self.queries.next_deadline()];
         let next = others.into_iter().flatten().fold(self.next_cleanup, Mono::min);
+        let of_suspects = self.suspected.iter().filter_map(|at| self.suspects[usize::from(*at)].next_deadline());
+        let next = of_suspects.fold(next, Mono::min);
         if self.stats.waiting.get() == 0 {
             // There may be many backends, and each task that has run asks.
             return next;
@@ -109,12 +34,20 @@ impl Core {
             while let Some(query) = self.waits[backend].expired(now) {
                 if self.queries.get(query).is_some_and(|entry| entry.place == Place::Waiting) {
                     self.stop_waiting(query);
-                    self.fail(query, FailReason::NoCapacity);
+                    let short = self.shortages[backend].is_felt();
+                    self.fail(query, if short { FailReason::HostShortage } else { FailReason::NoCapacity });
                 }
             }
             if self.waits[backend].is_due(now) {
                 // As many as there are backends in the configuration, which are fewer than 65,535.
                 self.serve_waiting(backend as u16, now);
+            }
+        }
+        for at in (0..self.suspected.len()).rev() {
+            let backend = self.suspected.get(at).copied();
+            let due = |at: &BackendIndex| self.suspects[usize::from(*at)].next_deadline().is_some_and(|at| at <= now);
+            if let Some(backend) = backend.filter(due) {
+                self.try_suspects(backend, now);
             }
         }
         while let Some((deadline, key)) = self.timers.pop(now) {

@@ -2,9 +2,14 @@
 //! Nothing in it is shared with other workers but the counters of the caps.
 
 pub(crate) mod answer;
+mod apart;
+#[cfg(test)]
+mod apart_tests;
 #[cfg(test)]
 mod backends_tests;
+mod backoff;
 pub mod buffer;
+mod by_client;
 pub mod core;
 #[cfg(test)]
 mod core_tests;
@@ -26,6 +31,7 @@ pub(crate) mod shell;
 mod sim;
 #[cfg(test)]
 mod spares_tests;
+mod suspects;
 mod timers;
 pub(crate) mod transfer;
 #[cfg(test)]

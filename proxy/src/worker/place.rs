@@ -33,10 +33,13 @@ impl Core {
             return Route::Fail(FailReason::ConnectFailed);
         }
         // Who came later does not overtake who waits.
-        if !matches!(how, How::FromQueue { .. }) && !self.waits[usize::from(backend)].is_empty() {
+        if !matches!(how, How::FromQueue { .. } | How::Apart { .. }) && !self.waits[usize::from(backend)].is_empty() {
             return Route::Wait(backend);
         }
-        if !self.may_open(key, now) {
+        if self.shortages[usize::from(backend)].holds(now) {
+            return Route::Wait(backend);
+        }
+        if !how.is_apart() && !self.may_open(key, now) {
             return Route::Fail(FailReason::NoCapacity);
         }
         let session = &self.sessions[key.0];
@@ -47,6 +50,7 @@ impl Core {
             owner_serial: if owner { session.serial } else { 0 },
             header_digest: wanted.digest,
             header: wanted.header,
+            apart: how.is_apart(),
             max_in_flight: if wanted.kind == ConnKind::OneShot {
                 1
             } else {
@@ -60,6 +64,8 @@ impl Core {
                 return Route::Wait(backend);
             }
         };
+        let client = self.client_of(key);
+        self.backoff[usize::from(backend)].tries(client, now);
         self.count_open(key);
         let session = &mut self.sessions[key.0];
         if owner {
@@ -110,17 +116,28 @@ impl Core {
             return Ok(spare);
         }
         let permit = self.shared.caps.acquire(backend)?;
-        self.backoff[usize::from(backend)].tries(now);
+        self.shortages[usize::from(backend)].tries(now);
         Ok(self.begin(backend, assigned, permit, now))
     }
 
     /// Decides to open a connection.
     fn begin(&mut self, backend: BackendIndex, assigned: Assigned, permit: Permit, now: Mono) -> ConnKey {
-        let Assigned { kind, owner, owner_serial, header_digest, header, max_in_flight } = assigned;
+        let Assigned { kind, owner, owner_serial, header_digest, header, apart, max_in_flight } = assigned;
         let seed = self.random.u32(..);
         let max_age = self.plan.connections.max_age;
-        let new =
-            NewConn { backend, kind, owner, owner_serial, header_digest, header, permit, max_in_flight, seed, max_age };
+        let new = NewConn {
+            backend,
+            kind,
+            owner,
+            owner_serial,
+            header_digest,
+            header,
+            apart,
+            permit,
+            max_in_flight,
+            seed,
+            max_age,
+        };
         let conn = self.pool.open(new, now);
         // Its task arms the deadline of connecting, unless that is over at once.
         self.wakes.open.push(conn);
@@ -131,7 +148,8 @@ impl Core {
     /// that nobody waits for. Without need none is opened, so a backend that is not asked is left alone.
     fn keep_spares(&mut self, backend: BackendIndex, now: Mono) {
         let at = usize::from(backend);
-        if self.draining || self.backoff[at].is_failing() || self.spare_backoff[at].holds(now) {
+        let fails = self.backoff[at].is_failing() || self.shortages[at].is_felt();
+        if self.draining || fails || self.spare_backoff[at].holds(now) {
             return;
         }
         while self.pool.spares(backend) < self.plan.connections.spares_per_backend {
@@ -143,6 +161,7 @@ impl Core {
                 owner_serial: 0,
                 header_digest: 0,
                 header: Rc::default(),
+                apart: false,
                 max_in_flight: 1,
             };
             self.begin(backend, spare, permit, now);
@@ -160,6 +179,7 @@ impl Core {
         has_place
             && self.waits[at].is_empty()
             && self.sessions[key.0].owned.len() + 1 < self.plan.connections.max_owned_per_client
+            && !self.shortages[at].holds(now)
             && !self.backoff[at].holds_back(|| self.client_of(key), now)
             && self.may_open(key, now)
     }
@@ -226,6 +246,7 @@ impl Core {
         match route {
             Route::Use(conn) => self.send(query, conn, now),
             Route::Wait(backend) => self.wait(query, backend, now),
+            Route::Apart(backend) => self.set_apart(query, backend, now),
             Route::Blocked => {
                 if let Some(entry) = self.queries.get(query) {
                     let session = entry.session;
@@ -241,7 +262,7 @@ impl Core {
         }
     }
 
-    fn send(&mut self, query: QueryKey, key: ConnKey, now: Mono) {
+    pub(super) fn send(&mut self, query: QueryKey, key: ConnKey, now: Mono) {
         let Some(id) = self.pool.assign(key, query, now) else {
             // The route was found in this very step: only a connection without IDs left can refuse.
             self.fail(query, FailReason::NoCapacity);

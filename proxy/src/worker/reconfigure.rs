@@ -2,9 +2,10 @@
 
 use std::rc::Rc;
 
+use super::backoff::{Backoff, Pause, Shortage};
 use super::core::Core;
-use super::house::Backoff;
 use super::plan::{Plan, PoolPlan};
+use super::suspects::Suspects;
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::ConnKey;
@@ -25,14 +26,18 @@ impl Core {
         self.pool.grow(backends);
         self.waits.resize_with(backends, WaitQueue::default);
         self.backoff.resize_with(backends, Backoff::default);
-        self.spare_backoff.resize_with(backends, Backoff::default);
+        self.spare_backoff.resize_with(backends, Pause::default);
+        self.shortages.resize_with(backends, Shortage::default);
+        self.suspects.resize_with(backends, Suspects::default);
         self.concurrency.resize_with(backends, Concurrency::default);
         self.choosers = plan.pools.iter().map(|pool| Chooser::new(pool.policy, pool.backends.len())).collect();
         self.lines = self.queries.lines(plan.pools.iter().map(|pool| pool.query_timeout));
         for (backend, (old, new)) in old.backends.iter().zip(&plan.backends).enumerate() {
             if old.address != new.address {
                 self.backoff[backend] = Backoff::default();
-                self.spare_backoff[backend] = Backoff::default();
+                self.spare_backoff[backend] = Pause::default();
+                self.shortages[backend] = Shortage::default();
+                self.suspects[backend].forget_marks();
                 self.concurrency[backend] = Concurrency::default();
             }
         }
@@ -41,6 +46,8 @@ impl Core {
         self.change_sessions();
         for backend in 0..backends {
             self.requeue(backend, now);
+            // Fewer than 65,535, as all backends have numbers.
+            self.try_suspects(backend as u16, now);
         }
         self.count_under_way();
         // What is idle for too long by the new limits goes now.

@@ -24,6 +24,8 @@ pub(crate) enum Route {
     Use(ConnKey),
     /// Into the queue of this backend.
     Wait(BackendIndex),
+    /// Apart from the queries of others, at this backend.
+    Apart(BackendIndex),
     /// Nowhere until one of its client's connections is idle.
     Blocked,
     /// Nowhere.
@@ -33,22 +35,36 @@ pub(crate) enum Route {
 /// The circumstances of a search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
-    /// A query that just came.
-    First,
+    /// A query that just came; what is `unusual` goes on no connection of others.
+    First { unusual: bool },
     /// A query that comes from the queue of a cap: those behind it do not matter.
     FromQueue { fresh_only: bool, tried: Tried },
     /// A query whose connection died: only a connection that has carried nothing yet will do.
     Again { tried: Tried },
+    /// A suspect: only a new connection to this backend will do, which nobody else gets.
+    Apart { backend: BackendIndex },
 }
 
 impl How {
+    /// The backend that the connection must be to.
+    fn backend(self) -> Option<BackendIndex> {
+        match self {
+            Self::Apart { backend } => Some(backend),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_apart(self) -> bool {
+        matches!(self, Self::Apart { .. })
+    }
+
     pub(super) fn fresh_only(self) -> bool {
-        matches!(self, Self::Again { .. } | Self::FromQueue { fresh_only: true, .. })
+        matches!(self, Self::Again { .. } | Self::Apart { .. } | Self::FromQueue { fresh_only: true, .. })
     }
 
     fn tried(self) -> Tried {
         match self {
-            Self::First => Tried::default(),
+            Self::First { .. } | Self::Apart { .. } => Tried::default(),
             Self::FromQueue { tried, .. } | Self::Again { tried } => tried,
         }
     }
@@ -82,11 +98,15 @@ impl Core {
         if let Some(proxy) = proxy.filter(|proxy| proxy.owned) {
             return self.route_owned(session, (pool, proxy), question, alone, how, now);
         }
-        let Some(backend) = self.choose_backend(session, pool, question, how, now) else {
+        let Some(backend) = how.backend().or_else(|| self.choose_backend(session, pool, question, how, now)) else {
             return Route::Fail(FailReason::NoBackend);
         };
+        let apart = !alone && self.goes_apart(session, backend, how, now);
         let Some(proxy) = proxy else {
-            let found = self.pool.shared(backend).filter(|_| !alone);
+            if apart {
+                return self.own_survivor(session, backend, None, now);
+            }
+            let found = self.pool.shared(backend).filter(|_| !alone && !how.is_apart());
             let least = |core: &Self| core.pool.least_shared(backend);
             return match self.place(session, found, least, how, now) {
                 Some(conn) => Route::Use(conn),
@@ -102,7 +122,10 @@ impl Core {
             Err(reason) => return Route::Fail(reason),
         };
         let one_shot = proxy.unique || alone;
-        let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !one_shot);
+        if apart && !one_shot {
+            return self.own_survivor(session, backend, Some(digest), now);
+        }
+        let found = self.pool.keyed(backend, digest, &self.header).filter(|_| !one_shot && !how.is_apart());
         let least = |core: &Self| core.pool.least_keyed(backend, digest, &core.header);
         match self.place(session, found, least, how, now) {
             Some(conn) => Route::Use(conn),
@@ -140,8 +163,30 @@ impl Core {
         (!adds).then_some(least)
     }
 
+    /// Whether a query may not be on a connection of others: its client was convicted, or it is unusual itself.
+    fn goes_apart(&self, session: SessionKey, backend: BackendIndex, how: How, now: Mono) -> bool {
+        match how {
+            How::First { unusual: true } => true,
+            How::First { .. } | How::FromQueue { .. } => self.is_asked_apart(|| self.client_of(session), backend, now),
+            How::Again { .. } | How::Apart { .. } => false,
+        }
+    }
+
+    /// A connection that only this client's queries are on, with the header that has just been written, if there is one.
+    fn own_survivor(&self, session: SessionKey, backend: BackendIndex, digest: Option<u64>, now: Mono) -> Route {
+        let fits = |key: &ConnKey| {
+            let conn = self.pool.get(*key).filter(|conn| conn.has_room());
+            conn.is_some_and(|conn| match digest {
+                Some(digest) => conn.header_digest == digest && *conn.header == *self.header,
+                None => conn.kind == ConnKind::Shared,
+            })
+        };
+        let mut survivors = self.suspects[usize::from(backend)].survivors(self.client_of(session), now);
+        survivors.find(fits).map_or(Route::Apart(backend), Route::Use)
+    }
+
     /// The backend that the pool's policy chooses.
-    fn choose_backend(
+    pub(super) fn choose_backend(
         &mut self,
         session: SessionKey,
         pool: u16,
@@ -149,14 +194,15 @@ impl Core {
         how: How,
         now: Mono,
     ) -> Option<BackendIndex> {
-        let Self { plan, pool: conns, sessions, backoff, choosers, random, shared, .. } = self;
+        let Self { plan, pool: conns, sessions, backoff, shortages, choosers, random, shared, .. } = self;
         let session = &sessions[session.0];
         let client = || plan.listeners[usize::from(session.listener)].client(session.client.ip());
         let backends = plan.pools[usize::from(pool)].backends.as_slice();
         let chooser = &mut choosers[usize::from(pool)];
         let name = question.filter(|_| chooser.needs_question()).map_or(0, |question| digest(question.name_wire));
         let of = |at: usize| {
-            let held_back = backoff[usize::from(backends[at])].holds_back(client, now);
+            let backend = usize::from(backends[at]);
+            let held_back = shortages[backend].holds(now) || backoff[backend].holds_back(client, now);
             candidate(plan, conns, &shared.health, (at, backends[at]), held_back, how)
         };
         let chosen = chooser.choose(of, name, random)?;
@@ -176,7 +222,7 @@ impl Core {
 
     /// Writes the query's header into `self.header`; returns its digest. A header that is the same for all queries of
     /// the client connection is rendered once.
-    fn write_header(
+    pub(super) fn write_header(
         &mut self,
         key: SessionKey,
         backend: BackendIndex,
@@ -248,9 +294,10 @@ impl Core {
         let backends = &self.plan.pools[usize::from(pool)].backends;
         let Some(first) = backends.first().copied() else { return Route::Fail(FailReason::NoBackend) };
         // Where the header does not depend on the backend, what the client has already decides.
-        let stays = backends.len() > 1 && !proxy.per_backend && self.choosers[usize::from(pool)].is_sticky();
-        let mut chosen = None;
-        if !stays {
+        let stays =
+            !how.is_apart() && backends.len() > 1 && !proxy.per_backend && self.choosers[usize::from(pool)].is_sticky();
+        let mut chosen = how.backend();
+        if !stays && chosen.is_none() {
             chosen = self.choose_backend(key, pool, question, how, now);
             if chosen.is_none() {
                 return Route::Fail(FailReason::NoBackend);
@@ -264,7 +311,7 @@ impl Core {
         let mut seen = 1;
         if proxy.per_query && !proxy.unique {
             let history = session.history.get_or_insert_default();
-            seen = if how == How::First && !session.recorded {
+            seen = if matches!(how, How::First { .. }) && !session.recorded {
                 history.record(digest)
             } else {
                 history.frequency(digest).saturating_sub(1)
@@ -280,8 +327,9 @@ impl Core {
                 && conn.kind == ConnKind::Owned
                 && *conn.header == *core.header
                 && (!how.fresh_only() || conn.phase == Phase::Connecting)
+                && !conn.apart
         };
-        if !proxy.unique && !alone {
+        if !proxy.unique && !alone && !how.is_apart() {
             let mut owned = self.sessions[key.0].owned.iter().filter_map(|key| Some((*key, self.pool.get(*key)?)));
             if let Some((found, conn)) = owned.find(|(_, conn)| fits(self, conn) && here(conn)) {
                 let backend = conn.backend;

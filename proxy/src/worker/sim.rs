@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::answer::Partial;
 use super::core::{Core, Shared};
 use super::plan::Plan;
+use super::suspects::AT_A_TIME;
 use crate::backend::pool::{ConnKey, Phase};
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
@@ -288,11 +289,20 @@ impl Sim {
         self.core.conn_closed(key, reason, partial, self.now);
     }
 
+    /// This host has no means for a connection that was to be opened.
+    pub(crate) fn starve(&mut self, key: ConnKey) {
+        if self.wires.get(&key).is_some_and(|wire| !wire.connected) {
+            self.close_wire(key, CloseReason::HostShortage, Partial::None);
+            self.settle();
+        }
+    }
+
     pub(crate) fn accept(&mut self, key: ConnKey) {
         if let Some(wire) = self.wires.get_mut(&key)
             && !wire.connected
         {
             wire.connected = true;
+            self.core.conn_opened(key, self.now);
             self.core.conn_connected(key, self.now);
             self.run_conn(key);
         }
@@ -399,6 +409,11 @@ impl Sim {
                 "more than the backend may have to do"
             );
         }
+        for suspects in &self.core.suspects {
+            assert!(suspects.trials(self.now) <= AT_A_TIME, "more connections for suspects than at a time");
+        }
+        let waiting = self.core.suspects.iter().filter(|suspects| suspects.waiting() > 0).count();
+        assert_eq!(self.core.suspected.len(), waiting, "backends at which suspects wait");
         for (_, session) in &self.core.sessions {
             assert!(session.owned.len() <= self.max_owned, "a client owns more than it may");
             assert!(session.in_flight() <= session.limits.max_in_flight);
@@ -427,6 +442,9 @@ impl Sim {
         }
         self.core.close_all(self.now);
         self.settle();
+        // Groups of which nobody is left go when their turn comes.
+        self.pass(Duration::from_millis(100));
+        assert!(self.core.suspected.is_empty());
         assert!(self.wires.is_empty() && self.core.pool.is_empty() && self.core.sessions.is_empty());
         assert_eq!(self.core.queries.len(), 0);
         assert_eq!(self.core.shared.caps.total().1, 0);

@@ -33,6 +33,15 @@ impl Recursor {
     /// If it does not start.
     #[track_caller]
     pub fn start(log_queries: bool) -> Self {
+        Self::start_for(log_queries, "0.0.0.0/0")
+    }
+
+    /// The same; it closes the connections of clients that are not in `allow_from`.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start_for(log_queries: bool, allow_from: &str) -> Self {
         let dir = TempDir::new("recursor");
         let zone = dir.write(
             "zone",
@@ -42,7 +51,7 @@ impl Recursor {
         let (process, port, ()) = process::start_on_free_port("pdns_recursor", |port| {
             // `dont-query`: it would look for the root servers on the internet.
             let mut config = format!(
-                "local-address=127.0.0.1\nlocal-port={port}\nproxy-protocol-from=127.0.0.0/8\nallow-from=0.0.0.0/0\n\
+                "local-address=127.0.0.1\nlocal-port={port}\nproxy-protocol-from=127.0.0.0/8\nallow-from={allow_from}\n\
                  auth-zones={ZONE}={zone}\ndaemon=no\nsocket-dir={dir}\nsecurity-poll-suffix=\nquiet=yes\nloglevel=6\n\
                  disable-syslog=yes\ndont-query=0.0.0.0/0\n",
                 zone = zone.display(),

@@ -35,6 +35,21 @@ impl Unbound {
         Self { process, address: super::loopback(port), _dir: dir }
     }
 
+    /// Starts it with these lines more below `server:`; with `proxy` it wants a PROXY header.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn start_with(proxy: bool, more: &str) -> Self {
+        let dir = TempDir::new("unbound");
+        let (process, port, ()) = process::start_on_free_port("unbound", |port| {
+            let more = if proxy { proxy_port(port) + more } else { more.to_owned() };
+            let file = dir.write("unbound.conf", &config(Ipv4Addr::LOCALHOST, port, false, &more));
+            (Process::start("unbound", "unbound", &["-d".as_ref(), "-c".as_ref(), file.as_os_str()]), ())
+        });
+        Self { process, address: super::loopback(port), _dir: dir }
+    }
+
     /// Starts it with DNS over TLS alone; with `proxy` it also wants a PROXY header.
     ///
     /// # Panics
