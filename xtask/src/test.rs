@@ -39,8 +39,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(filter) = filter {
         cargo.require_a_test(filter, &[])?;
     }
-    command::run(cargo.test().args(["--no-fail-fast", "--"]).args(filter).args(&arguments.args))?;
-    if arguments.is_all() { kernels::boot(&KERNELS_IN_CI, false) } else { Ok(()) }
+    let here = command::run(cargo.test().args(["--no-fail-fast", "--"]).args(filter).args(&arguments.args));
+    // Whatever became of those.
+    if arguments.is_all() { kernels::boot(&KERNELS_IN_CI, false).and(here) } else { here }
 }
 
 /// How to call cargo once everything that the tests need is here.
