@@ -46,7 +46,7 @@ reasons! {
         Checked = "checked",
         /// The client connection that owned it ended.
         OwnerGone = "owner_gone",
-        /// Idle, and its place was needed for another header.
+        /// Its place was needed for another header or client: it was idle, or it was given no more queries until it was.
         Evicted = "evicted",
         /// Idle, and more idle connections than `max_idle_per_backend`.
         ExcessIdle = "excess_idle",
@@ -139,7 +139,7 @@ reasons! {
         BackendClosed = "backend_closed",
         /// No connection could be opened.
         ConnectFailed = "connect_failed",
-        /// It waited `max_wait` at a cap, or `max_waiting` queries waited already.
+        /// It waited `max_wait` at a cap, or `max_waiting` queries waited already and none of them made way.
         NoCapacity = "no_capacity",
         /// This host had no descriptor, no memory or no local port for a connection all the time that it waited.
         HostShortage = "host_shortage",

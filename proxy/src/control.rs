@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::close::CloseReason;
 use crate::config::{Config, Numbers};
+use crate::ledger::caps::AtCap;
 use crate::ledger::{BackendIndex, RowId};
 
 /// A request to the owner of a shard.
@@ -21,11 +22,18 @@ pub enum Control {
         /// Why.
         reason: CloseReason,
     },
-    /// Another worker waits at this backend's cap (or at the total cap, if none): close an idle connection of yours.
-    EvictIdle {
-        /// Which backend; none: any.
-        backend: Option<BackendIndex>,
+    /// Somebody waits at a cap: close an idle connection of yours, or give up busy ones if another worker waits and you have
+    /// more than your share.
+    MakeRoom {
+        /// The backend at which it waits.
+        backend: BackendIndex,
+        /// The cap.
+        cap: AtCap,
+        /// Which worker waits, and for how many clients; none: a health check.
+        worker: Option<(usize, usize)>,
     },
+    /// More queries wait than may, and another worker has less than its share of them: give up what you have more.
+    Shed,
     /// A place under a cap became free: serve who waits.
     CapacityFreed,
     /// Another configuration is in force.

@@ -8,11 +8,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::certificates::Authority;
 use crate::config::Config;
 use crate::counterfoil::Counterfoil;
-use crate::driver::{Client, Tls};
+use crate::driver::{Client, Received, Tls};
 use crate::message::{self, qtype, rcode};
 use crate::servers::ZONE;
 
@@ -194,6 +195,70 @@ impl Neighbours {
 }
 
 impl Drop for Neighbours {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Clients that always have as much in flight as they may, until they are dropped; what becomes of their queries is no
+/// matter.
+#[derive(Debug)]
+pub struct Flood {
+    threads: Vec<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Scene {
+    /// A [`Flood`] from these addresses, a connection from each, with so many queries in flight; the names begin with
+    /// `label`, and none comes twice.
+    ///
+    /// # Panics
+    /// If one is not let in.
+    #[track_caller]
+    pub fn flood(
+        &self,
+        counterfoil: &Counterfoil,
+        sources: impl IntoIterator<Item = IpAddr>,
+        in_flight: u16,
+        label: &str,
+    ) -> Flood {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = sources.into_iter().enumerate().map(|(number, source)| {
+            let mut client = self.connect(counterfoil.address, source);
+            let (stop, label) = (Arc::clone(&stop), format!("{label}{number}"));
+            std::thread::spawn(move || {
+                // The ID of an answer is that of the next query.
+                let mut free: Vec<u16> = (0..in_flight).collect();
+                let mut asked = 0;
+                while !stop.load(Ordering::SeqCst) {
+                    let mut batch = Vec::new();
+                    for id in free.drain(..) {
+                        asked += 1;
+                        let name = format!("{label}-{asked}.{ZONE}");
+                        batch.extend_from_slice(&message::framed(&message::query(id, &name, qtype::A)));
+                    }
+                    if client.send_raw(&batch).is_err() {
+                        return;
+                    }
+                    match client.receive(FLOOD_POLL) {
+                        Received::Message(answer) => free.push(message::id(&answer)),
+                        Received::Nothing => {}
+                        Received::Closed | Received::Reset | Received::Cut => return,
+                    }
+                }
+            })
+        });
+        Flood { threads: threads.collect(), stop }
+    }
+}
+
+/// How often a [`Flood`] looks whether it is to end.
+const FLOOD_POLL: Duration = Duration::from_millis(100);
+
+impl Drop for Flood {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         for thread in self.threads.drain(..) {

@@ -70,6 +70,8 @@ impl App {
         let limits = backends.iter().map(|backend| backend.max_connections);
         let caps = Arc::new(
             Caps::new(limits, config.connections.max_total)
+                .at(backends.iter().map(|backend| backend.address))
+                .shared_by(count)
                 .with_drill(numbers.drill().unwrap_or(BackendIndex::MAX), drill::AT_ONCE),
         );
         let slots = config.connections.max_total + drill::AT_ONCE;

@@ -113,6 +113,7 @@ impl Reloader {
         for backend in config.pools.iter().flat_map(|pool| &pool.backends) {
             if let Some(number) = numbers.backend(&backend.name) {
                 caps.set_backend(number, backend.max_connections);
+                caps.place(number, backend.address);
             }
         }
         caps.set_total(config.connections.max_total);

@@ -6,6 +6,7 @@
 //! ones in their session's short list.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::num::NonZero;
 use std::rc::Rc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use slab::Slab;
 
 use super::concurrency::Answers;
 use super::pending::{IDS, Pending};
+use super::wait::WaitQueue;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::CloseReason;
@@ -24,6 +26,8 @@ use crate::worker::buffer::OutBuf;
 use crate::worker::core::ROOM;
 use crate::worker::links::{Links, List, Maybe};
 use crate::worker::queries::QueryKey;
+
+mod places;
 
 /// Index of a connection in its worker's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,6 +95,12 @@ pub struct Conn {
     /// Place in its group's list of connections with room.
     at: Option<u32>,
     idle: Links,
+    /// The client that its place counts for; none: it is of use to everybody.
+    pub(crate) holder: Option<IpAddr>,
+    /// It is not on its way to be closed.
+    stays: bool,
+    turn: Links,
+    turn_began: Mono,
 }
 
 /// So many queries at a time, as far as there are IDs.
@@ -105,6 +115,7 @@ pub(crate) struct NewConn {
     pub(crate) kind: ConnKind,
     pub(crate) owner: Option<SessionKey>,
     pub(crate) owner_serial: u64,
+    pub(crate) holder: Option<IpAddr>,
     pub(crate) header_digest: u64,
     pub(crate) header: Rc<[u8]>,
     pub(crate) apart: bool,
@@ -120,6 +131,7 @@ pub(crate) struct Assigned {
     pub(crate) kind: ConnKind,
     pub(crate) owner: Option<SessionKey>,
     pub(crate) owner_serial: u64,
+    pub(crate) holder: Option<IpAddr>,
     pub(crate) header_digest: u64,
     pub(crate) header: Rc<[u8]>,
     pub(crate) apart: bool,
@@ -201,6 +213,13 @@ struct PerBackend {
     outstanding: usize,
     /// Connections that are about to close: their places come free soon.
     closing: usize,
+    conns: usize,
+    /// Those that are neither about to close nor to close when all is answered.
+    staying: usize,
+    /// Those whose places can be had while they are busy, the one whose turn began first in front.
+    turns: List,
+    /// Who has places, and who waits for one.
+    line: WaitQueue,
 }
 
 impl Pool {
@@ -292,25 +311,22 @@ impl Pool {
             woken: false,
             at: None,
             idle: Links::default(),
+            holder: new.holder,
+            stays: true,
+            turn: Links::default(),
+            turn_began: now,
         }));
+        let per_backend = &mut self.backends[usize::from(new.backend)];
+        per_backend.conns += 1;
+        per_backend.staying += 1;
+        if let Some(holder) = new.holder {
+            per_backend.line.took(holder);
+        }
         if new.kind == ConnKind::Spare {
             self.backends[usize::from(new.backend)].spares.push(key);
         }
         self.update(key, now);
         key
-    }
-
-    /// Spare connections to a backend, connected or on their way.
-    pub fn spares(&self, backend: BackendIndex) -> usize {
-        self.backends[usize::from(backend)].spares.len()
-    }
-
-    /// A spare connection that can be given to somebody: one that is connected if there is one.
-    pub(crate) fn ready_spare(&self, backend: BackendIndex) -> Option<ConnKey> {
-        let spares = &self.backends[usize::from(backend)].spares;
-        let conn = |key: &&ConnKey| self.conns.get(key.0).filter(|conn| conn.has_room());
-        let open = spares.iter().find(|key| conn(key).is_some_and(|conn| conn.phase == Phase::Open));
-        open.or_else(|| spares.iter().find(|key| conn(key).is_some())).copied()
     }
 
     /// A spare connection is given to somebody.
@@ -323,6 +339,10 @@ impl Pool {
         conn.kind = to.kind;
         conn.owner = Maybe::new(to.owner.map(|owner| owner.0));
         conn.owner_serial = to.owner_serial;
+        conn.holder = to.holder;
+        if let Some(holder) = to.holder {
+            per_backend.line.took(holder);
+        }
         conn.header_digest = to.header_digest;
         conn.header = to.header;
         conn.max_in_flight = at_most(to.max_in_flight);
@@ -422,16 +442,6 @@ impl Pool {
         }
     }
 
-    /// Connections to a backend whose places come free soon.
-    pub(crate) fn closing(&self, backend: BackendIndex) -> usize {
-        self.backends[usize::from(backend)].closing
-    }
-
-    /// The same, to all backends.
-    pub(crate) fn all_closing(&self) -> usize {
-        self.backends.iter().map(|backend| backend.closing).sum()
-    }
-
     /// A connection whose task must be told that it has to close.
     pub(crate) fn next_closing(&mut self) -> Option<ConnKey> {
         self.closing.pop()
@@ -445,6 +455,10 @@ impl Pool {
             self.backends[backend].closing -= 1;
         }
         conn.phase = Phase::Closing(CloseReason::Dropped);
+        self.backends[backend].conns -= 1;
+        if let Some(holder) = conn.holder {
+            self.backends[backend].line.gave(holder);
+        }
         self.backends[backend].outstanding -= conn.pending.in_flight();
         self.update(key, Mono::ZERO);
         self.conns.try_remove(key.0)
@@ -482,23 +496,6 @@ impl Pool {
         keys.copied().min_by_key(|key| self.conns.get(key.0).map_or(usize::MAX, Conn::unanswered))
     }
 
-    /// The connection to this backend that is missed least: a spare one, else the one that has been idle longest.
-    pub(crate) fn longest_idle(&self, backend: BackendIndex) -> Option<ConnKey> {
-        let backend = &self.backends[usize::from(backend)];
-        let closing = |key: &&ConnKey| self.conns.get(key.0).is_none_or(Conn::is_closing);
-        backend.spares.iter().find(|key| !closing(key)).copied().or_else(|| backend.idle.front().map(ConnKey))
-    }
-
-    /// The same for any backend.
-    pub(crate) fn longest_idle_of_all(&self) -> Option<ConnKey> {
-        let mut spares = self.backends.iter().flat_map(|backend| &backend.spares);
-        if let Some(spare) = spares.find(|key| self.conns.get(key.0).is_some_and(|conn| !conn.is_closing())) {
-            return Some(*spare);
-        }
-        let fronts = self.backends.iter().filter_map(|backend| backend.idle.front());
-        fronts.min_by_key(|at| self.conns[*at].idle_since).map(ConnKey)
-    }
-
     /// Idle connections to a backend that any client could use.
     pub fn idle_common(&self, backend: BackendIndex) -> usize {
         self.backends[usize::from(backend)].idle_common
@@ -515,7 +512,11 @@ impl Pool {
             self.backends[usize::from(conn.backend)].closing += 1;
             self.closing.push(key);
         }
-        let (idle, room) = (conn.is_idle(), conn.has_room());
+        if conn.stays && (conn.is_closing() || conn.retire.is_some()) {
+            conn.stays = false;
+            self.backends[usize::from(conn.backend)].staying -= 1;
+        }
+        let (idle, room, takes_turns) = (conn.is_idle(), conn.has_room(), conn.takes_turns());
         let (backend, common, apart) = (usize::from(conn.backend), conn.kind.is_common(), conn.apart);
         if conn.kind == ConnKind::Spare && conn.is_closing() {
             self.backends[backend].spares.retain(|spare| *spare != key);
@@ -530,6 +531,16 @@ impl Pool {
             } else {
                 per_backend.idle_common -= usize::from(common);
                 per_backend.idle.remove(&mut self.conns, key.0, |conn: &mut Conn| &mut conn.idle);
+            }
+        }
+        let Some(conn) = self.conns.get_mut(key.0) else { return };
+        if takes_turns != conn.turn.is_linked() {
+            let turns = &mut self.backends[backend].turns;
+            if takes_turns {
+                conn.turn_began = now;
+                turns.push_back(&mut self.conns, key.0, |conn: &mut Conn| &mut conn.turn);
+            } else {
+                turns.remove(&mut self.conns, key.0, |conn: &mut Conn| &mut conn.turn);
             }
         }
         if common {

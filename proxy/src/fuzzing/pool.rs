@@ -1,5 +1,6 @@
 //! The pool against a naive model: a list of connections, searched from one end to the other for every answer.
 
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,9 @@ const MOST: usize = 64;
 /// Headers with their digests. Two have the same: the header decides, not the digest.
 const HEADERS: [(&[u8], u64); 3] = [(b"one", 1), (b"two", 1), (b"three", 3)];
 
+/// Clients that places count for.
+const CLIENTS: u8 = 3;
+
 /// As long as the model needs a difference to tell `max_age` from the rest.
 const MAX_AGE: Duration = Duration::from_secs(60);
 
@@ -37,6 +41,10 @@ struct Known {
     /// For suspects: found by nobody.
     apart: bool,
     max_in_flight: usize,
+    /// The client that its place counts for.
+    holder: Option<IpAddr>,
+    /// Since when its place can be had, counted in events.
+    turn_since: Option<u64>,
     in_flight: Vec<(u16, QueryKey)>,
     quarantined: Vec<u16>,
     /// When it became idle, counted in events.
@@ -51,6 +59,11 @@ impl Known {
     fn has_room(&self) -> bool {
         let unanswered = self.in_flight.len() + self.quarantined.len();
         !self.is_closing() && self.retire.is_none() && unanswered < self.max_in_flight
+    }
+
+    /// Its place is not on its way to be free.
+    fn stays(&self) -> bool {
+        !self.is_closing() && self.retire.is_none()
     }
 
     fn is_common(&self) -> bool {
@@ -89,6 +102,11 @@ impl Model {
         }
         let idle = conn.phase == Phase::Open && conn.in_flight.is_empty();
         conn.idle_since = idle.then(|| conn.idle_since.unwrap_or(self.events));
+        let takes_turns = conn.stays()
+            && !conn.apart
+            && conn.phase == Phase::Open
+            && matches!(conn.kind, ConnKind::Shared | ConnKind::Keyed | ConnKind::Owned);
+        conn.turn_since = takes_turns.then(|| conn.turn_since.unwrap_or(self.events));
     }
 
     fn check(&self, pool: &Pool) {
@@ -117,6 +135,7 @@ impl Model {
         let ready = || spares().filter(|conn| conn.has_room());
         let open = ready().find(|conn| conn.phase == Phase::Open);
         assert_eq!(pool.ready_spare(backend), open.or_else(|| ready().next()).map(|conn| conn.key));
+        self.check_places(pool, backend);
         let with_room = |kind| self.at(backend).filter(move |conn| conn.kind == kind && conn.has_room() && !conn.apart);
         let found = pool.shared(backend);
         let mut fitting = with_room(ConnKind::Shared);
@@ -141,6 +160,61 @@ impl Model {
             }
         }
     }
+}
+
+impl Model {
+    /// Who holds how many places, and whose can be had.
+    fn check_places(&self, pool: &Pool, backend: BackendIndex) {
+        let staying = || self.at(backend).filter(|conn| conn.stays());
+        assert_eq!(pool.leaving(Some(backend)), self.at(backend).count() - staying().count());
+        let held = |client| self.at(backend).filter(|conn| conn.holder == Some(client)).count();
+        let clients: Vec<IpAddr> = (0..CLIENTS).map(client).collect();
+        let holders = pool.line(backend).holders();
+        for client in &clients {
+            assert_eq!(holders.of(*client) as usize, held(*client));
+        }
+        let most = clients.iter().map(|client| held(*client)).max().unwrap_or(0);
+        assert_eq!(holders.most() as usize, most);
+        assert_eq!(holders.clients(), clients.iter().filter(|client| held(**client) > 0).count());
+        let turns = || self.at(backend).filter(|conn| conn.turn_since.is_some());
+        for client in clients {
+            let first = turns().filter(|conn| conn.holder == Some(client)).min_by_key(|conn| conn.turn_since);
+            let found = pool.in_turn(backend, |conn| conn.holder == Some(client));
+            assert_eq!(found, first.map(|conn| conn.key).ok_or(turns().count()));
+            let held = held(client);
+            let mut way: Vec<&Known> = self.at(backend).filter(|conn| conn.idle_since.is_some()).collect();
+            way.sort_by_key(|conn| conn.idle_since);
+            let all = self.at(backend).count();
+            let (others, share) = (all - held, holders.clients());
+            let own = way.iter().find(|conn| conn.holder == Some(client));
+            let expected = match own.filter(|_| held * share > all) {
+                Some(own) => Some(own.key),
+                None if others > 0 && held >= 3 * others => None,
+                None => {
+                    let spare = self.at(backend).find(|conn| conn.is_spare());
+                    let counts = |conn: &Known| {
+                        conn.holder.map_or(0, |of| self.at(backend).filter(|conn| conn.holder == Some(of)).count())
+                    };
+                    let fullest = way.iter().take(16).min_by_key(|conn| usize::MAX - counts(conn));
+                    // What is idle here has been so for some nanoseconds.
+                    let rests =
+                        |conn: &&&Known| conn.holder.is_none() || conn.holder == Some(client) || counts(conn) > held;
+                    spare.or(fullest.filter(rests).copied()).map(|conn| conn.key)
+                }
+            };
+            assert_eq!(pool.makes_way(backend, client, Mono(1_000_000_000_000 + self.events)), expected);
+        }
+    }
+}
+
+fn client(number: u8) -> IpAddr {
+    IpAddr::from([192, 0, 2, number])
+}
+
+/// The client that a place of this kind counts for.
+fn holder(script: &mut Script<'_>, kind: ConnKind) -> Option<IpAddr> {
+    let counts = !matches!(kind, ConnKind::Shared | ConnKind::Spare);
+    counts.then(|| client(script.octet().unwrap_or(0) % CLIENTS))
 }
 
 fn check_conn(known: &Known, conn: &Conn) {
@@ -227,6 +301,7 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
     // Spare connections are nobody's, so they are not for suspects.
     let apart = kind != ConnKind::Spare && script.octet().unwrap_or(0) & 3 == 0;
     let permit = caps.acquire(backend).ok()?;
+    let holder = holder(script, kind);
     let (bytes, header_digest) = HEADERS[header];
     let key = pool.open(
         NewConn {
@@ -234,6 +309,7 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
             kind,
             owner: None,
             owner_serial: 0,
+            holder,
             header_digest,
             header: Rc::from(bytes),
             apart,
@@ -255,6 +331,8 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
         retire: None,
         apart,
         max_in_flight,
+        holder,
+        turn_since: None,
         in_flight: Vec::new(),
         quarantined: Vec::new(),
         idle_since: None,
@@ -266,15 +344,25 @@ fn give_spare(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, now: 
     let shape = script.octet()?;
     let key = pool.ready_spare(BackendIndex::from(shape & 1))?;
     let (_, kind) = script.pick(&KINDS[..4])?;
+    let holder = holder(script, kind);
     let header = usize::from(shape >> 1) % HEADERS.len();
     let (bytes, header_digest) = HEADERS[header];
     let max_in_flight = 1 + usize::from(shape >> 4);
     let bytes = Rc::from(bytes);
-    let to = Assigned { kind, owner: None, owner_serial: 0, header_digest, header: bytes, apart: false, max_in_flight };
+    let to = Assigned {
+        kind,
+        owner: None,
+        owner_serial: 0,
+        holder,
+        header_digest,
+        header: bytes,
+        apart: false,
+        max_in_flight,
+    };
     pool.give_spare(key, to, now);
     let at = model.known.iter().position(|conn| conn.key == key).expect("the model has it");
     let conn = &mut model.known[at];
-    (conn.kind, conn.header, conn.max_in_flight) = (kind, header, max_in_flight);
+    (conn.kind, conn.header, conn.max_in_flight, conn.holder) = (kind, header, max_in_flight, holder);
     if script.octet().unwrap_or(0) & 1 == 1 {
         // A handshake comes first.
         pool.reconnects(key, now);

@@ -286,10 +286,10 @@ impl Checks {
         }
     }
 
-    /// Workers are asked to close an idle connection to this backend; none: to any.
-    fn make_room(&self, backend: Option<BackendIndex>) {
+    /// Workers are asked to close an idle connection: to this backend or, at the total cap, to any.
+    fn make_room(&self, cap: AtCap) {
         for worker in 0..self.count {
-            self.workers.send(worker, Control::EvictIdle { backend });
+            self.workers.send(worker, Control::MakeRoom { backend: self.target.backend, cap, worker: None });
         }
     }
 
@@ -309,7 +309,7 @@ impl Checks {
             Outcome::Passed => (CheckResult::Passed, None),
             Outcome::Failed(failure) if failure.is_for_want_of_a_place() => {
                 // It may be us who hold all places, with connections that nobody needs now.
-                self.make_room(Some(self.target.backend));
+                self.make_room(AtCap::Backend);
                 let contradicted = place.has_answered();
                 (if contradicted { CheckResult::Contradicted } else { CheckResult::Failed }, Some(failure))
             }
@@ -317,7 +317,7 @@ impl Checks {
             Outcome::NoPlace(cap) => {
                 place.count(CheckResult::Skipped);
                 tracing::debug!(backend = name, ?cap, "health check skipped: no place for a connection");
-                self.make_room((cap == AtCap::Backend).then_some(self.target.backend));
+                self.make_room(cap);
                 return;
             }
             Outcome::NoMeans(error) => {

@@ -186,9 +186,7 @@ impl Core {
         if idle && apart {
             self.trial_is_over(key, now);
         }
-        if !self.waits[usize::from(backend)].is_empty() {
-            self.serve_waiting(backend, now);
-        }
+        self.share_places(key, backend, now);
     }
 
     /// A connection of a session has room again, or a place for another one.

@@ -20,7 +20,6 @@ use super::timers::{TimerKey, Timers};
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::{ConnKey, Pool};
-use crate::backend::wait::WaitQueue;
 use crate::client::preface;
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
@@ -31,7 +30,7 @@ use crate::dns::message::{self, OPCODE_DSO, OPCODE_QUERY, Peek};
 use crate::dns::{records, transfer};
 use crate::health::Board;
 use crate::ledger::BackendIndex;
-use crate::ledger::caps::Caps;
+use crate::ledger::caps::{AtCap, Caps};
 use crate::stats::{Acquired, WorkerStats};
 
 /// Entries for which a worker's tables have room from the beginning. That takes addresses and no memory until they are
@@ -60,8 +59,10 @@ pub(crate) struct Wakes {
     pub(crate) conns: Vec<ConnKey>,
     /// Connections to open: each needs a task.
     pub(crate) open: Vec<ConnKey>,
-    /// Other workers are asked to close an idle connection to this backend.
-    pub(crate) ask_eviction: Vec<Option<BackendIndex>>,
+    /// Other workers are asked to make room at this backend, at this cap, for so many clients.
+    pub(crate) ask_for_room: Vec<(BackendIndex, AtCap, usize)>,
+    /// Other workers are asked to have no more wait than is their share.
+    pub(crate) ask_to_shed: bool,
     /// Other workers may have somebody who waits for the place that became free.
     pub(crate) tell_capacity: bool,
 }
@@ -86,7 +87,6 @@ pub struct Core {
     /// By pool: where its queries wait for their deadlines.
     pub(crate) lines: Vec<u16>,
     pub(crate) timers: Timers,
-    pub(crate) waits: Vec<WaitQueue>,
     pub(crate) backoff: Vec<Backoff>,
     /// The same for spare connections that backends close unused.
     pub(crate) spare_backoff: Vec<Pause>,
@@ -108,6 +108,12 @@ pub struct Core {
     pub(crate) next_cleanup: Mono,
     pub(crate) random: fastrand::Rng,
     pub(crate) draining: bool,
+    /// Its number, which its places are counted by.
+    pub(crate) worker: usize,
+    /// By backend: how often it had moved when it came to where the plan has it.
+    pub(crate) moves: Vec<u32>,
+    /// The backend whose line was served first.
+    pub(crate) first_line: usize,
 }
 
 impl Core {
@@ -122,11 +128,9 @@ impl Core {
             next_cleanup: now.after(plan.connections.cleanup_interval),
             plan,
             stats,
-            shared,
             sessions: Slab::with_capacity(ROOM),
             pool: Pool::new(backends),
             timers: Timers::default(),
-            waits: (0..backends).map(|_| WaitQueue::default()).collect(),
             spare_backoff: (0..backends).map(|_| Pause::default()).collect(),
             shortages: vec![Shortage::default(); backends],
             suspects: (0..backends).map(|_| Suspects::default()).collect(),
@@ -140,7 +144,16 @@ impl Core {
             wakes: Wakes::default(),
             random: fastrand::Rng::with_seed(seed),
             draining: false,
+            worker: 0,
+            moves: (0..backends).map(|backend| shared.caps.moves(backend as BackendIndex)).collect(),
+            first_line: 0,
+            shared,
         }
+    }
+
+    /// The same as the worker of this number, of those that share the places.
+    pub(crate) fn numbered(self, worker: usize) -> Self {
+        Self { worker, ..self }
     }
 
     /// A number for a client connection, which no other has.
@@ -421,9 +434,7 @@ impl Core {
         }
         entry.place = Place::Nowhere;
         let session = entry.session;
-        for queue in &mut self.waits {
-            queue.remove(session, query);
-        }
+        self.pool.lines_mut().for_each(|line| line.remove(session, query));
         self.waited();
     }
 

@@ -22,7 +22,7 @@ impl Core {
             // There may be many backends, and each task that has run asks.
             return next;
         }
-        self.waits.iter().filter_map(crate::backend::wait::WaitQueue::next_deadline).fold(next, Mono::min)
+        self.pool.lines().filter_map(crate::backend::wait::WaitQueue::next_deadline).fold(next, Mono::min)
     }
 
     /// Time has passed.
@@ -30,17 +30,17 @@ impl Core {
         while let Some(query) = self.queries.expired(now) {
             self.timed_out(query, now);
         }
-        for backend in 0..self.waits.len() {
-            while let Some(query) = self.waits[backend].expired(now) {
+        // As many as there are backends in the configuration, which are fewer than 65,535.
+        for backend in 0..self.plan.backends.len() as u16 {
+            while let Some(query) = self.pool.line_mut(backend).expired(now) {
                 if self.queries.get(query).is_some_and(|entry| entry.place == Place::Waiting) {
                     self.stop_waiting(query);
-                    let short = self.shortages[backend].is_felt();
+                    let short = self.shortages[usize::from(backend)].is_felt();
                     self.fail(query, if short { FailReason::HostShortage } else { FailReason::NoCapacity });
                 }
             }
-            if self.waits[backend].is_due(now) {
-                // As many as there are backends in the configuration, which are fewer than 65,535.
-                self.serve_waiting(backend as u16, now);
+            if self.pool.line(backend).is_due(now) {
+                self.serve_waiting(backend, now);
             }
         }
         for at in (0..self.suspected.len()).rev() {
@@ -156,7 +156,7 @@ impl Core {
     fn keep_caps(&mut self, now: Mono) {
         let caps = Arc::clone(&self.shared.caps);
         let excess = |(limit, used): (usize, usize)| used.saturating_sub(limit);
-        for backend in 0..self.waits.len() as u16 {
+        for backend in 0..self.plan.backends.len() as u16 {
             let excess = caps.backend(backend).map_or(0, excess).saturating_sub(self.pool.closing(backend));
             for _ in 0..excess {
                 let Some(idle) = self.pool.longest_idle(backend) else { break };

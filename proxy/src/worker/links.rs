@@ -65,6 +65,13 @@ impl List {
         self.len as usize
     }
 
+    /// From the front to the back, given the `links` of an entry.
+    pub(crate) fn iter(&self, links: impl Fn(usize) -> Links) -> impl Iterator<Item = usize> {
+        std::iter::successors(self.front(), move |at| {
+            Some(links(*at).next).filter(|next| *next != NONE).map(|next| next as usize)
+        })
+    }
+
     /// Appends an entry that is not in the list.
     pub(crate) fn push_back<S, T>(&mut self, slab: &mut S, index: usize, links: impl Fn(&mut T) -> &mut Links)
     where

@@ -34,6 +34,9 @@ mod spares_tests;
 mod suspects;
 mod timers;
 pub(crate) mod transfer;
+mod turns;
+#[cfg(test)]
+mod turns_tests;
 #[cfg(test)]
 mod waits_tests;
 
@@ -111,6 +114,7 @@ impl Worker {
         let plan = Rc::new(Plan::new(&self.config, crate::backend::connect::own_side));
         let seed = fastrand::u64(..);
         let core = Core::new(plan, Arc::clone(&self.stats), Arc::clone(&self.shared), seed, clock::now());
+        let core = core.numbered(self.index);
         let shell = Shell::new(core, self.stats, ledger, self.index, self.workers, self.controls);
         let (stop, stopped) = watch::channel(false);
         // Who starts the workers has gone if it hears nothing.
@@ -198,7 +202,10 @@ impl Keeper {
                     self.shell.core.borrow_mut().close_conn(key, reason, now);
                 }
             }
-            Control::EvictIdle { backend } => self.shell.core.borrow_mut().evict_for_other(backend, now),
+            Control::MakeRoom { backend, cap, worker } => {
+                self.shell.core.borrow_mut().asked_for_room(backend, cap, worker, now);
+            }
+            Control::Shed => self.shell.core.borrow_mut().shed_excess(),
             Control::CapacityFreed => self.shell.core.borrow_mut().capacity_freed(now),
             Control::Reconfigure { config, numbers, done } => {
                 self.shell.ledger.use_new_slots();

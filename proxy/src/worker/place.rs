@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 
 use super::core::Core;
 use super::links::Maybe;
@@ -12,7 +11,7 @@ use crate::backend::pool::{Assigned, ConnKey, NewConn, Phase};
 use crate::backend::wait::{WaitQueue, Waiter};
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
-use crate::close::{CloseReason, FailReason};
+use crate::close::FailReason;
 use crate::ledger::caps::{AtCap, Permit};
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::proxy_protocol::seal;
@@ -33,7 +32,7 @@ impl Core {
             return Route::Fail(FailReason::ConnectFailed);
         }
         // Who came later does not overtake who waits.
-        if !matches!(how, How::FromQueue { .. } | How::Apart { .. }) && !self.waits[usize::from(backend)].is_empty() {
+        if !matches!(how, How::FromQueue { .. } | How::Apart { .. }) && !self.pool.line(backend).is_empty() {
             return Route::Wait(backend);
         }
         if self.shortages[usize::from(backend)].holds(now) {
@@ -44,10 +43,12 @@ impl Core {
         }
         let session = &self.sessions[key.0];
         let owner = matches!(wanted.kind, ConnKind::Owned | ConnKind::OneShot);
+        let digest = wanted.digest;
         let assigned = Assigned {
             kind: wanted.kind,
             owner: owner.then_some(key),
             owner_serial: if owner { session.serial } else { 0 },
+            holder: self.holder_of(key, wanted.kind),
             header_digest: wanted.digest,
             header: wanted.header,
             apart: how.is_apart(),
@@ -60,7 +61,7 @@ impl Core {
         let conn = match self.obtain(backend, assigned, wanted.fresh || how.fresh_only(), now) {
             Ok(conn) => conn,
             Err(cap) => {
-                self.evict(backend, cap, now);
+                self.find_place((key, digest), backend, cap, now);
                 return Route::Wait(backend);
             }
         };
@@ -115,14 +116,14 @@ impl Core {
             }
             return Ok(spare);
         }
-        let permit = self.shared.caps.acquire(backend)?;
+        let permit = self.permit(backend, now)?;
         self.shortages[usize::from(backend)].tries(now);
         Ok(self.begin(backend, assigned, permit, now))
     }
 
     /// Decides to open a connection.
     fn begin(&mut self, backend: BackendIndex, assigned: Assigned, permit: Permit, now: Mono) -> ConnKey {
-        let Assigned { kind, owner, owner_serial, header_digest, header, apart, max_in_flight } = assigned;
+        let Assigned { kind, owner, owner_serial, holder, header_digest, header, apart, max_in_flight } = assigned;
         let seed = self.random.u32(..);
         let max_age = self.plan.connections.max_age;
         let new = NewConn {
@@ -130,6 +131,7 @@ impl Core {
             kind,
             owner,
             owner_serial,
+            holder,
             header_digest,
             header,
             apart,
@@ -153,12 +155,13 @@ impl Core {
             return;
         }
         while self.pool.spares(backend) < self.plan.connections.spares_per_backend {
-            let Ok(permit) = self.shared.caps.acquire(backend) else { return };
+            let Ok(permit) = self.permit(backend, now) else { return };
             self.spare_backoff[at].tries(now);
             let spare = Assigned {
                 kind: ConnKind::Spare,
                 owner: None,
                 owner_serial: 0,
+                holder: None,
                 header_digest: 0,
                 header: Rc::default(),
                 apart: false,
@@ -175,9 +178,10 @@ impl Core {
     /// connections, the last place is for another header.
     pub(super) fn may_add(&mut self, key: SessionKey, backend: BackendIndex, now: Mono) -> bool {
         let at = usize::from(backend);
-        let has_place = self.shared.caps.has_place(backend) || self.pool.ready_spare(backend).is_some();
+        let is_free = self.shared.caps.has_place_for(self.worker, backend, now);
+        let has_place = is_free || self.pool.ready_spare(backend).is_some();
         has_place
-            && self.waits[at].is_empty()
+            && self.pool.line(backend).is_empty()
             && self.sessions[key.0].owned.len() + 1 < self.plan.connections.max_owned_per_client
             && !self.shortages[at].holds(now)
             && !self.backoff[at].holds_back(|| self.client_of(key), now)
@@ -209,36 +213,6 @@ impl Core {
     pub(super) fn client_of(&self, key: SessionKey) -> IpAddr {
         let session = &self.sessions[key.0];
         self.plan.listeners[usize::from(session.listener)].client(session.client.ip())
-    }
-
-    /// A cap is reached: an idle connection of this worker goes, or another worker is asked for one of its own.
-    fn evict(&mut self, backend: BackendIndex, cap: AtCap, now: Mono) {
-        if self.pool.closing(backend) > 0 {
-            // A place is about to come free; whoever else waits then asks again.
-            return;
-        }
-        let (victim, scope) = match cap {
-            AtCap::Backend => (self.pool.longest_idle(backend), Some(backend)),
-            AtCap::Total => (self.pool.longest_idle_of_all(), None),
-        };
-        match victim {
-            Some(victim) => {
-                self.pool.close(victim, CloseReason::Evicted, now);
-            }
-            None if self.waits[usize::from(backend)].asks(now) => self.wakes.ask_eviction.push(scope),
-            None => {}
-        }
-    }
-
-    /// Another worker waits for a place.
-    pub(crate) fn evict_for_other(&mut self, backend: Option<BackendIndex>, now: Mono) {
-        let victim = match backend {
-            Some(backend) => self.pool.longest_idle(backend),
-            None => self.pool.longest_idle_of_all(),
-        };
-        if let Some(victim) = victim {
-            self.pool.close(victim, CloseReason::Evicted, now);
-        }
     }
 
     /// Sends a query where its route leads.
@@ -292,78 +266,84 @@ impl Core {
     }
 
     fn wait(&mut self, query: QueryKey, backend: BackendIndex, now: Mono) {
-        let limit = self.plan.connections.max_waiting;
-        let counted = self
-            .shared
-            .waiting
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| (waiting < limit).then_some(waiting + 1));
-        let Some(entry) = self.queries.get_mut(query) else {
-            if counted.is_ok() {
-                self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
-            }
-            return;
-        };
-        let pool = entry.pool;
-        if counted.is_err() {
+        let Some((session, pool)) = self.queries.get(query).map(|entry| (entry.session, entry.pool)) else { return };
+        let client = self.party_of(session);
+        if !self.may_wait(client, backend) {
             self.count_acquired(pool, Acquired::Refused);
             self.fail(query, FailReason::NoCapacity);
             return;
         }
-        entry.place = Place::Waiting;
+        if let Some(entry) = self.queries.get_mut(query) {
+            entry.place = Place::Waiting;
+        }
         let until = now.after(self.plan.connections.max_wait);
-        self.waits[usize::from(backend)].push(Waiter { session: entry.session, query, until }, now);
+        self.pool.line_mut(backend).push(Waiter { client, session, query, until }, now);
         self.stats.waiting.add(1);
         self.count_acquired(pool, Acquired::Wait);
     }
 
     /// Another worker has closed a connection, or a health check is over: serves those that wait.
     pub(crate) fn capacity_freed(&mut self, now: Mono) {
-        self.waits.iter_mut().for_each(WaitQueue::was_heard);
+        self.pool.lines_mut().for_each(WaitQueue::was_heard);
         self.serve_all_waiting(now);
     }
 
-    /// A place may have become free: serves those that wait, in turn.
+    /// A place may have become free: serves those that wait, in turn; of the backends, too, each is the first in turn.
     pub(super) fn serve_all_waiting(&mut self, now: Mono) {
         if self.stats.waiting.get() == 0 {
             return;
         }
-        for backend in 0..self.waits.len() {
-            if !self.waits[backend].is_empty() {
-                // As many as there are backends in the configuration, which are fewer than 65,535.
-                self.serve_waiting(backend as u16, now);
+        let backends = self.plan.backends.len();
+        let first = self.first_line;
+        for backend in (first..backends).chain(0..first.min(backends)) {
+            // As many as there are backends in the configuration, which are fewer than 65,535.
+            let number = backend as u16;
+            if !self.pool.line(number).is_empty() {
+                self.first_line = backend + 1;
+                self.serve_waiting(number, now);
             }
         }
     }
 
     /// The same for this backend.
     pub(crate) fn serve_waiting(&mut self, backend: BackendIndex, now: Mono) {
-        while let Some(waiter) = self.waits[usize::from(backend)].pop() {
-            let Waiter { session, query, .. } = waiter;
-            let Some((message, pool, alone, how)) = self.queries.get_mut(query).map(|entry| {
-                let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
-                // A reload may have given its listener another pool.
-                entry.pool = self.sessions[session.0].pool;
-                (std::mem::take(&mut entry.message), entry.pool, entry.transfer.is_some(), how)
-            }) else {
-                continue;
-            };
-            let question = crate::dns::message::first_question(&message).and_then(Result::ok);
-            let route = self.route(session, pool, question, alone, how, now);
-            let Some(entry) = self.queries.get_mut(query) else { continue };
-            entry.message = message;
-            if let Route::Wait(still) = route {
-                if still == backend {
-                    self.waits[usize::from(backend)].put_back(waiter, now);
-                    return;
-                }
-                // Another backend has become the better choice, and is at its cap as well. The place is for the next one.
-                self.waits[usize::from(still)].push(waiter, now);
-                continue;
+        while let Some(next) = self.pool.line_mut(backend).pop() {
+            if !self.serve(backend, next, now) {
+                return;
             }
-            entry.place = Place::Nowhere;
-            self.waited();
-            self.follow(query, route, now);
         }
+        self.shared.caps.withdraw(self.worker, backend);
+    }
+
+    /// Serves a query that waited, with the turn that its client had. False: it waits on.
+    pub(super) fn serve(&mut self, backend: BackendIndex, next: (Waiter, u64), now: Mono) -> bool {
+        let (waiter, _) = next;
+        let Waiter { session, query, .. } = waiter;
+        let Some((message, pool, alone, how)) = self.queries.get_mut(query).map(|entry| {
+            let how = How::FromQueue { fresh_only: entry.fresh_only, tried: entry.tried };
+            // A reload may have given its listener another pool.
+            entry.pool = self.sessions[session.0].pool;
+            (std::mem::take(&mut entry.message), entry.pool, entry.transfer.is_some(), how)
+        }) else {
+            return true;
+        };
+        let question = crate::dns::message::first_question(&message).and_then(Result::ok);
+        let route = self.route(session, pool, question, alone, how, now);
+        let Some(entry) = self.queries.get_mut(query) else { return true };
+        entry.message = message;
+        if let Route::Wait(still) = route {
+            if still == backend {
+                self.pool.line_mut(backend).put_back(next, now);
+                return false;
+            }
+            // Another backend has become the better choice, and is at its cap as well. The place is for the next one.
+            self.pool.line_mut(still).push(waiter, now);
+            return true;
+        }
+        entry.place = Place::Nowhere;
+        self.waited();
+        self.follow(query, route, now);
+        true
     }
 
     /// Looks for another connection for a query that has none any more.

@@ -9,7 +9,6 @@ use super::suspects::Suspects;
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::ConnKey;
-use crate::backend::wait::WaitQueue;
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
 use crate::close::CloseReason;
@@ -24,7 +23,8 @@ impl Core {
         let old = std::mem::replace(&mut self.plan, Rc::clone(&plan));
         let backends = plan.backends.len();
         self.pool.grow(backends);
-        self.waits.resize_with(backends, WaitQueue::default);
+        // As many as there are backends in the configuration, which are fewer than 65,535.
+        self.moves = (0..backends as u16).map(|backend| self.shared.caps.moves(backend)).collect();
         self.backoff.resize_with(backends, Backoff::default);
         self.spare_backoff.resize_with(backends, Pause::default);
         self.shortages.resize_with(backends, Shortage::default);
@@ -110,7 +110,7 @@ impl Core {
         let number = backend as u16;
         self.serve_waiting(number, now);
         // Each round moves one at least: no route leads to a backend that is in no use.
-        while !self.plan.backends[backend].in_use && !self.waits[backend].is_empty() {
+        while !self.plan.backends[backend].in_use && !self.pool.line(number).is_empty() {
             self.serve_waiting(number, now);
         }
     }

@@ -167,8 +167,11 @@ impl Shell {
                 tokio::task::spawn_local(ConnTask::new(shell, key));
             }
         }
-        for backend in core.wakes.ask_eviction.drain(..) {
-            self.tell_others(|| Control::EvictIdle { backend });
+        for (backend, cap, clients) in core.wakes.ask_for_room.drain(..) {
+            self.tell_others(|| Control::MakeRoom { backend, cap, worker: Some((self.index, clients)) });
+        }
+        if std::mem::take(&mut core.wakes.ask_to_shed) {
+            self.tell_others(|| Control::Shed);
         }
         if std::mem::take(&mut core.wakes.tell_capacity) {
             self.tell_others(|| Control::CapacityFreed);

@@ -37,6 +37,8 @@ pub(crate) struct Wire {
     pub(crate) unanswered: VecDeque<Arrived>,
     bytes: Vec<u8>,
     connected: bool,
+    /// How often the backend had moved when it was opened.
+    moves: u32,
     _permit: Option<Permit>,
 }
 
@@ -79,6 +81,8 @@ pub(crate) struct Sim {
     max_per_backend: Vec<usize>,
     /// What may have been in flight on a connection before a reload.
     max_in_flight: usize,
+    /// There is no other worker.
+    is_alone: bool,
     config: Config,
     numbers: Numbers,
 }
@@ -87,13 +91,24 @@ impl Sim {
     pub(crate) fn new(configuration: &str) -> Self {
         let config: Config = config::from_str("test", configuration).expect("a good configuration");
         let caps = config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.max_connections);
+        let addresses = config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.address);
+        let caps = Caps::new(caps, config.connections.max_total).at(addresses).shared_by(config.server.workers);
         let shared = Arc::new(Shared {
-            caps: Arc::new(Caps::new(caps, config.connections.max_total)),
+            caps: Arc::new(caps),
             waiting: AtomicUsize::new(0),
             health: Arc::new(Board::new(&config)),
             digests: foldhash::fast::RandomState::default(),
             serial: AtomicU64::new(0),
         });
+        Self::on(config, shared, 0)
+    }
+
+    /// Another worker of the same process.
+    pub(crate) fn beside(other: &Self, worker: usize) -> Self {
+        Self::on(other.config.clone(), Arc::clone(&other.core.shared), worker)
+    }
+
+    fn on(config: Config, shared: Arc<Shared>, worker: usize) -> Self {
         let plan = Rc::new(Plan::new(&config, |_, _| SocketAddr::from(([127, 0, 0, 9], 0))));
         let stats = Arc::new(WorkerStats::new(plan.listeners.len(), plan.pools.len(), plan.backends.len()));
         let now = Mono(1_000_000_000);
@@ -101,7 +116,8 @@ impl Sim {
             max_owned: config.connections.max_owned_per_client,
             max_per_backend: config.pools[0].backends.iter().map(|backend| backend.max_connections).collect(),
             header: config.pools[0].proxy_protocol.is_some(),
-            core: Core::new(plan, stats, shared, 7, now),
+            core: Core::new(plan, stats, shared, 7, now).numbered(worker),
+            is_alone: config.server.workers == 1,
             now,
             clients: BTreeMap::new(),
             wires: BTreeMap::new(),
@@ -134,6 +150,7 @@ impl Sim {
             let limit = &mut self.max_per_backend[usize::from(number)];
             *limit = backend.max_connections.max(*limit);
             self.core.shared.caps.set_backend(number, backend.max_connections);
+            self.core.shared.caps.place(number, backend.address);
         }
         self.core.shared.caps.set_total(config.connections.max_total);
         self.core.shared.health.adopt(&self.config, &config, &self.numbers);
@@ -229,7 +246,8 @@ impl Sim {
                 assert!(permit.is_some(), "a connection is opened under the caps");
                 let backend = permit.as_ref().map_or(0, Permit::backend);
                 assert!(self.core.shared.health.is_usable(backend), "none is opened to a backend that is down");
-                self.wires.insert(key, Wire { _permit: permit, ..Wire::default() });
+                let moves = self.core.moves[usize::from(backend)];
+                self.wires.insert(key, Wire { moves, _permit: permit, ..Wire::default() });
                 self.opened += 1;
                 // As its task does while it connects.
                 self.core.settle_conn(key);
@@ -420,9 +438,13 @@ impl Sim {
             self.most_owned = self.most_owned.max(session.owned.len());
         }
         for (backend, limit) in self.max_per_backend.iter().enumerate() {
-            assert!(self.to_backend(backend).len() <= *limit, "more connections than the backend's limit");
+            // Those to where it was before a reload do not count.
+            let moves = self.core.moves[backend];
+            let here = |key: &&ConnKey| self.wires[*key].moves == moves;
+            let open = self.to_backend(backend);
+            assert!(open.iter().filter(here).count() <= *limit, "more connections than the backend's limit");
         }
-        assert_eq!(self.core.shared.caps.total().1, self.core.pool.len() + self.elsewhere.len());
+        self.check_places();
         let stats = &self.core.stats.listeners[0];
         let failed: u64 = stats.failed.iter().map(crate::stats::Counter::get).sum();
         assert_eq!(
@@ -432,7 +454,26 @@ impl Sim {
         );
         assert_eq!(stats.in_flight.get(), self.core.queries.len() as u64);
         let waiting = self.core.stats.waiting.get() as usize + self.waiting_elsewhere;
-        assert_eq!(self.core.shared.waiting.load(Ordering::Relaxed), waiting);
+        assert!(!self.is_alone || self.core.shared.waiting.load(Ordering::Relaxed) == waiting);
+    }
+
+    /// Each place counts for who holds it until its connection is closed.
+    fn check_places(&self) {
+        let (pool, caps) = (&self.core.pool, &self.core.shared.caps);
+        assert!(!self.is_alone || caps.total().1 == pool.len() + self.elsewhere.len());
+        for backend in 0..self.core.plan.backends.len() as u16 {
+            let (mut held, mut leaving) = (BTreeMap::new(), 0);
+            for (_, conn) in pool.iter().filter(|(_, conn)| conn.backend == backend) {
+                leaving += usize::from(conn.is_closing() || conn.retire.is_some());
+                if let Some(holder) = conn.holder {
+                    *held.entry(holder).or_insert(0_u32) += 1;
+                }
+            }
+            assert_eq!(pool.leaving(Some(backend)), leaving);
+            let holders = pool.line(backend).holders();
+            assert_eq!((holders.clients(), holders.most()), (held.len(), held.values().max().copied().unwrap_or(0)));
+            assert!(held.iter().all(|(client, count)| holders.of(*client) == *count));
+        }
     }
 
     /// Everybody leaves: nothing may be left.
@@ -447,9 +488,9 @@ impl Sim {
         assert!(self.core.suspected.is_empty());
         assert!(self.wires.is_empty() && self.core.pool.is_empty() && self.core.sessions.is_empty());
         assert_eq!(self.core.queries.len(), 0);
-        assert_eq!(self.core.shared.caps.total().1, 0);
+        assert!(!self.is_alone || self.core.shared.caps.total().1 == 0);
         assert_eq!(self.core.stats.waiting.get(), 0);
-        assert!(self.core.waits.iter().all(crate::backend::wait::WaitQueue::is_empty));
+        assert!(self.core.pool.lines().all(crate::backend::wait::WaitQueue::is_empty));
     }
 }
 

@@ -12,6 +12,7 @@ use crate::backend::pool::{ConnKey, Phase};
 use crate::client::session::SessionKey;
 use crate::close::CloseReason;
 use crate::ledger::ConnKind;
+use crate::ledger::caps::AtCap;
 use crate::stats::Acquired;
 
 const OWNED: &str = "[pool.proxy_protocol]\nidentity = \"connection\"\n";
@@ -102,7 +103,7 @@ fn they_stay_below_the_caps_and_make_room_first() {
     ask_once(&mut sim, 1011);
     let before = spares(&sim);
     assert!(!before.is_empty());
-    sim.core.evict_for_other(None, sim.now);
+    sim.core.asked_for_room(0, AtCap::Total, None, sim.now);
     sim.settle();
     assert_eq!(spares(&sim).len(), before.len() - 1);
     assert_eq!(sim.closed[&CloseReason::Evicted], 1);

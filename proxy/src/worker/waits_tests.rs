@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::sim::Sim;
 use crate::client::session::SessionKey;
 use crate::close::{ClientCloseReason, CloseReason};
+use crate::ledger::caps::AtCap;
 
 const CONNECTION: &str = "[pool.proxy_protocol]\nidentity = \"connection\"";
 const ADDRESS: &str = "[pool.proxy_protocol]\nidentity = \"address\"";
@@ -43,14 +44,14 @@ fn a_place_that_comes_free_elsewhere_is_found() {
     sim.elsewhere.push(sim.core.shared.caps.acquire(0).unwrap());
     let clients = askers(&mut sim, 2);
     assert_eq!(sim.core.stats.waiting.get(), 2);
-    assert_eq!(sim.core.wakes.ask_eviction, [Some(0)]);
+    assert_eq!(sim.core.wakes.ask_for_room, [(0, AtCap::Backend, 1)]);
     // However much happens here, others are not asked at every turn, or they would give up all that they have.
     for _ in 0..1000 {
         sim.core.serve_waiting(0, sim.now);
     }
-    assert_eq!(sim.core.wakes.ask_eviction, [Some(0)]);
+    assert_eq!(sim.core.wakes.ask_for_room, [(0, AtCap::Backend, 1)]);
     sim.pass(Duration::from_millis(100));
-    assert!((3..=6).contains(&sim.core.wakes.ask_eviction.len()), "{:?}", sim.core.wakes.ask_eviction);
+    assert!((3..=6).contains(&sim.core.wakes.ask_for_room.len()), "{:?}", sim.core.wakes.ask_for_room);
     // Nobody tells.
     sim.elsewhere.clear();
     sim.pass(Duration::from_millis(20));
@@ -69,7 +70,7 @@ fn one_place_after_the_other_is_asked_for() {
     }
     askers(&mut sim, 5);
     for made in 1..=5 {
-        assert_eq!((sim.core.wakes.ask_eviction.len(), sim.opened), (made, made - 1));
+        assert_eq!((sim.core.wakes.ask_for_room.len(), sim.opened), (made, made - 1));
         sim.elsewhere.pop();
         sim.core.capacity_freed(sim.now);
         sim.settle();
