@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
@@ -29,6 +29,10 @@ fn checked(config: Config, mode: &str, timeout: &str) -> Config {
         .backend_key("health.name", format!("\"{CHECKED}\""))
 }
 
+fn flag() -> Arc<AtomicBool> {
+    Arc::new(AtomicBool::new(false))
+}
+
 fn checks(metrics: &Metrics, result: &str) -> f64 {
     metrics.sum("backend_health_checks_total", &[("result", result)])
 }
@@ -37,14 +41,13 @@ fn downs(metrics: &Metrics) -> f64 {
     metrics.sum("backend_health_changes_total", &[("to", "down")])
 }
 
-/// Unbound takes ten TCP clients. Twelve, of whom each has a connection of its own, leave none for a check.
-fn is_never_down(setting: Setting) {
-    const CLIENTS: u8 = 12;
+/// Unbound takes ten TCP clients. More, of whom each has a connection of its own, leave none for a check.
+fn is_never_down(setting: Setting, clients: u8) {
     let unbound = Unbound::start(false);
     let scene = Scene::new(setting);
     let counterfoil = Counterfoil::start(&checked(scene.config(unbound.address), "auto", "500ms"));
     counterfoil.wait_metrics("the first check passes", SOON, |metrics| checks(metrics, "passed") >= 1.0);
-    let neighbours = scene.neighbours(&counterfoil, CLIENTS, &Arc::default());
+    let neighbours = scene.neighbours(&counterfoil, clients, &Arc::default());
     // As many checks as it takes to go down ten times.
     let all = |metrics: &Metrics| metrics.sum("backend_health_checks_total", &[]);
     let metrics = counterfoil.wait_metrics("thirty checks", LATER, |metrics| all(metrics) >= 30.0);
@@ -56,20 +59,26 @@ fn is_never_down(setting: Setting) {
 
 #[test]
 fn a_backend_that_serves_as_many_as_it_takes_is_not_down() {
-    is_never_down(Setting::identity("connection"));
+    is_never_down(Setting::identity("connection"), 12);
+}
+
+/// Those whose connections it does not take wait here and have their turn there: it is found out how many it takes.
+#[test]
+fn three_times_as_many_as_a_backend_takes_are_all_served() {
+    is_never_down(Setting::identity("connection"), 30);
 }
 
 #[test]
 #[ignore = "soak"]
 fn soak_isolation_backend_health() {
     // Without a header all share one connection, and there is always a place.
-    Setting::all().filter(|setting| setting.identity.is_some()).for_each(is_never_down);
+    Setting::all().filter(|setting| setting.identity.is_some()).for_each(|setting| is_never_down(setting, 30));
 }
 
 /// It would be refused as a check's answer, so it is no evidence either.
 #[test]
 fn servfail_to_others_is_no_evidence() {
-    let is_over = Arc::new(AtomicBool::new(false));
+    let is_over = flag();
     let over = Arc::clone(&is_over);
     let backend = FakeBackend::start(move |connection| {
         while let Some(query) = connection.query() {
@@ -99,16 +108,26 @@ fn servfail_to_others_is_no_evidence() {
 /// The check was answered, and the answer says that the name cannot be resolved: that is the word of the backend.
 #[test]
 fn servfail_to_a_check_stands_against_good_answers() {
-    let backend = FakeBackend::start(|connection| {
+    let (is_broken, is_over, others) = (flag(), flag(), Arc::new(AtomicUsize::new(0)));
+    let (broken, over, answered) = (Arc::clone(&is_broken), Arc::clone(&is_over), Arc::clone(&others));
+    let backend = FakeBackend::start(move |connection| {
         while let Some(query) = connection.query() {
             let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            if message::question_name(&query).unwrap() == CHECKED {
+            if message::question_name(&query).unwrap() != CHECKED {
+                answered.fetch_add(1, Ordering::SeqCst);
+            } else if broken.load(Ordering::SeqCst) {
+                // Somebody else is answered first. The first one may have been asked before the check.
+                let before = answered.load(Ordering::SeqCst);
+                let is_due = || over.load(Ordering::SeqCst) || answered.load(Ordering::SeqCst) > before + 1;
+                wait::until("others are answered", SOON, is_due);
                 answer[3] |= rcode::SERVFAIL;
             }
             connection.send(&answer);
         }
     });
-    let counterfoil = Counterfoil::start(&checked(Config::new(backend.address).settles_soon(), "auto", "500ms"));
+    let counterfoil = Counterfoil::start(&checked(Config::new(backend.address).settles_soon(), "auto", "20s"));
+    counterfoil.wait_metrics("a check passes", SOON, |metrics| checks(metrics, "passed") >= 1.0);
+    is_broken.store(true, Ordering::SeqCst);
     let mut client = counterfoil.client();
     let mut id = 0;
     counterfoil.wait_metrics("it is down", SOON, |metrics| {
@@ -116,14 +135,17 @@ fn servfail_to_a_check_stands_against_good_answers() {
         client.exchange(id, "n.example.test", qtype::A);
         downs(metrics) > 0.0
     });
+    assert_eq!(checks(&counterfoil.metrics(), "contradicted"), 0.0);
     drop(client);
+    is_over.store(true, Ordering::SeqCst);
+    is_broken.store(false, Ordering::SeqCst);
     counterfoil.assert_quiescent();
 }
 
 /// Under `lazy` a check comes after failures. What is answered meanwhile speaks for the backend all the same.
 #[test]
 fn answers_during_a_lazy_check_are_evidence() {
-    let is_checked = Arc::new(AtomicBool::new(false));
+    let is_checked = flag();
     let seen = Arc::clone(&is_checked);
     let backend = FakeBackend::start(move |connection| {
         while let Some(query) = connection.query() {
