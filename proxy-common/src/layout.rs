@@ -85,7 +85,7 @@ pub struct PassHeader {
     pub records: u32,
     /// Sockets that found no room.
     pub overflowed: u32,
-    /// 1 when the kernel said that there are no more sockets.
+    /// How many walks have come to their end: the kernel said that there are no more sockets.
     pub complete: u32,
 }
 
@@ -103,8 +103,8 @@ pub struct Owner {
     pub max_records: u32,
     /// 1: not this process, but those in the map of targets, and their sockets towards the peers only.
     pub beside: u32,
-    /// Zero.
-    pub _pad: u32,
+    /// 1: tags are kept by cookie, as this kernel lets no program walk the storage of sockets.
+    pub by_cookie: u32,
 }
 
 /// A peer of watched processes.
@@ -179,6 +179,8 @@ pub struct FieldOffsets {
     pub rcv_nxt: u32,
     /// `tcp_sock.copied_seq`
     pub copied_seq: u32,
+    /// `sock.__sk_common.skc_cookie`
+    pub cookie: u32,
 }
 
 /// Index of a counter. Each program has its own: two programs can interleave on one CPU, and an unsynchronised
@@ -241,7 +243,7 @@ impl SocketRecord {
 
 impl Owner {
     /// Before loading: nobody.
-    pub const UNSET: Self = Self { pidns_device: 0, pidns_inode: 0, tgid: 0, max_records: 0, beside: 0, _pad: 0 };
+    pub const UNSET: Self = Self { pidns_device: 0, pidns_inode: 0, tgid: 0, max_records: 0, beside: 0, by_cookie: 0 };
 }
 
 impl FieldOffsets {
@@ -270,6 +272,7 @@ impl FieldOffsets {
         bytes_received: 0,
         rcv_nxt: 0,
         copied_seq: 0,
+        cookie: 0,
     };
 }
 
@@ -280,8 +283,8 @@ layout!(SocketRecord, size 96,
     owner @ 88, inode @ 92);
 layout!(PassHeader, size 32, started_ns @ 0, started_ticks @ 8, abi @ 16, records @ 20, overflowed @ 24, complete @ 28);
 layout!(Owner, size 32,
-    pidns_device @ 0, pidns_inode @ 8, tgid @ 16, max_records @ 20, beside @ 24, _pad @ 28);
+    pidns_device @ 0, pidns_inode @ 8, tgid @ 16, max_records @ 20, beside @ 24, by_cookie @ 28);
 layout!(Peer, size 20, address @ 0, port @ 16, _pad @ 18);
 layout!(Walk, size 8, wanted @ 0, tgid @ 4);
-layout!(FieldOffsets, size 92, family @ 0, copied_seq @ 88);
+layout!(FieldOffsets, size 96, family @ 0, copied_seq @ 88, cookie @ 92);
 const _: () = assert!(Counter::FailedAdopt as u32 + 1 == COUNTERS);

@@ -15,7 +15,7 @@ pub use layout::{COUNTERS, Counter, FieldOffsets, Owner, PassHeader, Peer, Socke
 
 /// Version of everything in this crate. The eBPF program writes its own into every [`PassHeader`], and user space refuses
 /// another one.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// `AF_INET`, as in [`SocketRecord::family`].
 pub const AF_INET: u16 = 2;

@@ -12,6 +12,13 @@ pub const TAG_TRACEPOINT: &str = "inet_sock_set_state";
 pub const SWEEP_PROGRAM: &str = "sweep";
 /// Its kind, without the kernel's prefix `bpf_iter_`.
 pub const SWEEP_ITERATOR: &str = "bpf_sk_storage_map";
+/// Iterators that together find the tagged sockets where tags are kept by cookie, and their kinds: over all descriptors, and
+/// over the TCP tables.
+pub const SWEEP_IN_PARTS: [(&str, &str); 2] = [("sweep_files", "task_file"), ("sweep_tables", "tcp")];
+/// The program that forgets the tag of a socket that is no more, where tags are kept by cookie.
+pub const FORGET_PROGRAM: &str = "forget";
+/// The tracepoint that it attaches to.
+pub const FORGET_TRACEPOINT: &str = "tcp_destroy_sock";
 /// Iterator over the descriptors of one process.
 pub const DESCRIPTORS_PROGRAM: &str = "descriptors";
 /// Its kind.
@@ -19,6 +26,8 @@ pub const DESCRIPTORS_ITERATOR: &str = "task_file";
 
 /// Socket storage: a [`SocketTag`](crate::SocketTag) on each socket that the process, or a watched one, connected.
 pub const TAGS: &str = "TAGS";
+/// Hash map of the same tags by cookie, where the kernel lets no program walk socket storage.
+pub const COOKIES: &str = "COOKIES";
 /// Array that a sweep fills with [`SocketRecord`](crate::SocketRecord)s.
 pub const RECORDS: &str = "RECORDS";
 /// Array of one [`PassHeader`](crate::PassHeader).

@@ -24,6 +24,10 @@ struct Meta {
     seq: *mut seq_file,
 }
 
+/// What marks the end. A static, as a constant of zeros may be taken for one that user space fills in when it loads the
+/// program: to the compiler [`FIELD_OFFSETS`](crate::maps::FIELD_OFFSETS) are zeros, too.
+static END: SocketRecord = SocketRecord::EMPTY;
+
 #[inline(always)]
 pub fn on_descriptor(ctx: *mut c_void) {
     let ctx = ctx.cast::<Context>();
@@ -31,7 +35,7 @@ pub fn on_descriptor(ctx: *mut c_void) {
     let (seq, task, file) = unsafe { ((*(*ctx).meta).seq, (*ctx).task, (*ctx).file) };
     if task.is_null() || file.is_null() {
         // The end, which a record without a cookie marks: without it user space would take a part for the whole.
-        write(seq, &SocketRecord::EMPTY);
+        write(seq, &END);
         return;
     }
     let beside = constant!(OWNER.beside) != 0;
@@ -56,6 +60,10 @@ pub fn on_descriptor(ctx: *mut c_void) {
         return;
     }
     let mut record = sock.record();
+    if record.cookie == 0 {
+        // Nobody has asked for it yet, nor can this program on such a kernel.
+        return;
+    }
     let adopted = ADOPT.get_ptr(record.cookie).is_some();
     let owner = if beside { tgid } else { 0 };
     if adopted {

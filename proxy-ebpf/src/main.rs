@@ -3,7 +3,8 @@
 //! * `tag_first`, `tag_second`: when the process that loaded them, or one that it watches, connects a TCP socket, a tag is
 //!   stored on that socket. The tag dies with the socket, so that there is no event of closing to miss, no table to fill up
 //!   and no address to be reused.
-//! * `sweep`: reads all tagged sockets, each with its live state.
+//! * `sweep`: reads all tagged sockets, each with its live state; `sweep_files`, `sweep_tables` and `forget` where the kernel
+//!   does not let it.
 //! * `descriptors`: reads the TCP sockets behind the descriptors of a process: the witness, and the way to sockets that were
 //!   opened before the programs were attached.
 //!
@@ -45,6 +46,31 @@ pub fn tag_second(ctx: BtfTracePointContext) -> i32 {
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
 pub extern "C" fn sweep(ctx: *mut c_void) -> i32 {
     sweep::on_socket(ctx);
+    0
+}
+
+/// Where tags are kept by cookie: one call for each descriptor, and a last one without a file.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+pub extern "C" fn sweep_files(ctx: *mut c_void) -> i32 {
+    sweep::on_descriptor(ctx);
+    0
+}
+
+/// With `sweep_files`: one call for each socket in the TCP tables, and a last one without a socket.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn sweep_tables(ctx: *mut c_void) -> i32 {
+    sweep::on_hashed(ctx);
+    0
+}
+
+/// Where tags are kept by cookie: a socket is destroyed. A run that the kernel skips leaves a tag that nobody looks for.
+#[btf_tracepoint(function = "tcp_destroy_sock")]
+pub fn forget(ctx: BtfTracePointContext) -> i32 {
+    if let Some(sock) = sock::Sock::new(ctx.arg(0)) {
+        sock.forget();
+    }
     0
 }
 

@@ -16,6 +16,11 @@ const MAX_TARGETS: u32 = 4096;
 #[btf_map]
 pub static TAGS: SkStorage<SocketTag> = SkStorage::new();
 
+/// The tags by cookie, in place of [`TAGS`] where the kernel lets no program walk socket storage. Written by the tag programs
+/// and by `descriptors`; `forget` takes out what is destroyed. Resized when loaded; when it is full, a counter says so.
+#[map]
+pub static COOKIES: HashMap<u64, SocketTag> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
 /// What a sweep found. Written by `sweep`, mapped and read by user space between sweeps. Resized when loaded; sockets
 /// without room are counted in the header.
 ///

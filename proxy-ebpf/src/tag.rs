@@ -39,7 +39,7 @@ pub fn on_set_state(ctx: &BtfTracePointContext, tagged: Counter, failed: Counter
     let opened_ns = unsafe { bpf_ktime_get_ns() };
     let tag =
         SocketTag { opened_ns, remote: sock.remote(), remote_port: sock.remote_port(), owner, ..SocketTag::EMPTY };
-    if sock.put_tag(tag) {
+    if sock.put_first_tag(tag) {
         count(tagged);
     } else if count(failed).is_power_of_two() {
         // The first failure on a CPU, the second, the fourth: the log must not fill up when memory is short.

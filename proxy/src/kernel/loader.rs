@@ -38,7 +38,10 @@ pub(super) struct Loaded {
     /// Keeps the programs attached.
     _ebpf: Ebpf,
     pub(super) logger: EbpfLogger<ToTracing>,
-    pub(super) sweep: OwnedFd,
+    /// The walks that find the tagged sockets: one, or several that only together do.
+    pub(super) sweeps: Vec<OwnedFd>,
+    /// Tags are kept by cookie.
+    pub(super) by_cookie: bool,
     /// The program that walks descriptors.
     pub(super) descriptors: OwnedFd,
     /// The kernel can walk the descriptors of one task only (Linux 6.1), and need not walk those of all.
@@ -58,13 +61,45 @@ pub(super) struct Loaded {
 /// # Errors
 /// Each says which privilege or which feature of the kernel is missing.
 pub(super) fn load(subject: Subject<'_>, max_sockets: u32) -> Result<Loaded, ViewError> {
+    match load_with(subject, max_sockets, Tags::InStorage) {
+        // Some hardened kernels let no program walk the storage of sockets, whatever its privileges.
+        Err(refused @ ViewError::NotOffered { .. }) => match load_with(subject, max_sockets, Tags::ByCookie) {
+            Ok(loaded) => {
+                tracing::info!(%refused, "tags are kept by cookie, and found by walking all descriptors, which costs more");
+                Ok(loaded)
+            }
+            Err(error) => {
+                tracing::debug!(%error, "keeping tags by cookie is not possible either");
+                Err(refused)
+            }
+        },
+        loaded => loaded,
+    }
+}
+
+/// Where the programs keep the tags of sockets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tags {
+    /// With the socket itself: they die with it.
+    InStorage,
+    /// In a table of their own.
+    ByCookie,
+}
+
+/// Room for tags: more than a sweep has for sockets, as one too many there is counted, and one too many here is lost.
+fn cookies(max_sockets: u32) -> u32 {
+    const AT_LEAST: u32 = 4096;
+    max_sockets.saturating_mul(2).max(AT_LEAST)
+}
+
+fn load_with(subject: Subject<'_>, max_sockets: u32, tags: Tags) -> Result<Loaded, ViewError> {
     let object = OBJECT.ok_or(ViewError::NotBuilt)?;
     let raw = fs::read(VMLINUX).map_err(|source| ViewError::NoBtf { path: VMLINUX, source })?;
     let offsets = field_offsets(&KernelTypes::parse(&raw)?)?;
     let btf = Btf::parse(&raw, Default::default())
         .map_err(|error| failed("reading the kernel's type information", &error))?;
     drop(raw);
-    let owner = owner(subject, max_sockets)?;
+    let owner = owner(subject, max_sockets, tags)?;
     let peers = match subject {
         Subject::Itself => 1,
         // A map of none is refused.
@@ -76,12 +111,19 @@ pub(super) fn load(subject: Subject<'_>, max_sockets: u32) -> Result<Loaded, Vie
         .override_global(names::OWNER, &owner, true)
         .map_max_entries(names::RECORDS, max_sockets)
         .map_max_entries(names::ADOPT, max_sockets)
+        .map_max_entries(names::COOKIES, if tags == Tags::ByCookie { cookies(max_sockets) } else { 1 })
         .map_max_entries(names::PEERS, peers)
         .load(object)
         .map_err(object_error)?;
     // The logger's map must be taken before the programs are loaded, and live as long as they do.
     let logger = EbpfLogger::init_with_logger(&mut ebpf, ToTracing).map_err(|error| abi(&error))?;
-    let sweep = load_iterator(&mut ebpf, names::SWEEP_PROGRAM, names::SWEEP_ITERATOR, &btf)?;
+    let sweeps: &[(&str, &str)] = match tags {
+        Tags::InStorage => &[(names::SWEEP_PROGRAM, names::SWEEP_ITERATOR)],
+        Tags::ByCookie => &names::SWEEP_IN_PARTS,
+    };
+    for (name, iterator) in sweeps {
+        load_iterator(&mut ebpf, name, iterator, &btf)?;
+    }
     let descriptors = load_iterator(&mut ebpf, names::DESCRIPTORS_PROGRAM, names::DESCRIPTORS_ITERATOR, &btf)?;
     // Before the programs that read them are attached.
     if let Subject::Others(peers) = subject {
@@ -91,12 +133,17 @@ pub(super) fn load(subject: Subject<'_>, max_sockets: u32) -> Result<Loaded, Vie
             map.insert(peer, 1, 0).map_err(|error| abi(&chain(&error)))?;
         }
     }
-    let tag_programs =
-        [attach_tag(&mut ebpf, names::TAG_PROGRAMS[0], &btf)?, attach_tag(&mut ebpf, names::TAG_PROGRAMS[1], &btf)?];
+    let by_cookie = tags == Tags::ByCookie;
+    if by_cookie {
+        attach_tracepoint(&mut ebpf, names::FORGET_PROGRAM, names::FORGET_TRACEPOINT, &btf)?;
+    }
+    let mut tag = |name| attach_tracepoint(&mut ebpf, name, names::TAG_TRACEPOINT, &btf);
+    let tag_programs = [tag(names::TAG_PROGRAMS[0])?, tag(names::TAG_PROGRAMS[1])?];
 
-    let tags = take(&mut ebpf, names::TAGS)?;
-    let Map::SkStorage(tags) = tags else { return Err(abi(&"TAGS is no socket storage")) };
-    let sweep = iterator_link(&ebpf, sweep, Walk::Map(tags.fd().as_fd()))?;
+    let storage = take(&mut ebpf, names::TAGS)?;
+    let Map::SkStorage(storage) = storage else { return Err(abi(&"TAGS is no socket storage")) };
+    let walk = if by_cookie { Walk::Everything } else { Walk::Map(storage.fd().as_fd()) };
+    let sweeps = sweeps.iter().map(|(name, _)| iterator_link(&ebpf, name, walk)).collect::<Result<_, _>>()?;
     let walks_one = iterator_link(&ebpf, descriptors, Walk::Task(std::process::id())).is_ok();
     if !walks_one {
         iterator_link(&ebpf, descriptors, Walk::Everything)?;
@@ -111,7 +158,8 @@ pub(super) fn load(subject: Subject<'_>, max_sockets: u32) -> Result<Loaded, Vie
         .map_err(ViewError::io("mapping the array of sockets"))?;
     Ok(Loaded {
         logger,
-        sweep,
+        sweeps,
+        by_cookie,
         descriptors,
         walks_one,
         records,
@@ -153,11 +201,12 @@ fn field_offsets(types: &KernelTypes<'_>) -> Result<FieldOffsets, ViewError> {
         bytes_received: tcp("bytes_received", 8)?,
         rcv_nxt: tcp("rcv_nxt", 4)?,
         copied_seq: tcp("copied_seq", 4)?,
+        cookie: common("skc_cookie", 8)?,
     })
 }
 
 /// Whose sockets these are, as the eBPF program recognises them: this process by its id in its own pid namespace.
-fn owner(subject: Subject<'_>, max_records: u32) -> Result<Owner, ViewError> {
+fn owner(subject: Subject<'_>, max_records: u32, tags: Tags) -> Result<Owner, ViewError> {
     let namespace = fs::metadata("/proc/self/ns/pid").map_err(ViewError::io("reading /proc/self/ns/pid"))?;
     let (major, minor) = (rustix::fs::major(namespace.dev()), rustix::fs::minor(namespace.dev()));
     Ok(Owner {
@@ -167,17 +216,22 @@ fn owner(subject: Subject<'_>, max_records: u32) -> Result<Owner, ViewError> {
         tgid: std::process::id(),
         max_records,
         beside: u32::from(matches!(subject, Subject::Others(_))),
-        _pad: 0,
+        by_cookie: u32::from(tags == Tags::ByCookie),
     })
 }
 
-fn attach_tag(ebpf: &mut Ebpf, name: &'static str, btf: &Btf) -> Result<RawFd, ViewError> {
+fn attach_tracepoint(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    tracepoint: &'static str,
+    btf: &Btf,
+) -> Result<RawFd, ViewError> {
     let program: &mut BtfTracePoint = ebpf
         .program_mut(name)
         .ok_or_else(|| abi(&format!("no program {name}")))?
         .try_into()
         .map_err(|error: ProgramError| abi(&error))?;
-    program.load(names::TAG_TRACEPOINT, btf).map_err(|error| program_error(name, &error))?;
+    program.load(tracepoint, btf).map_err(|error| program_error(name, &error))?;
     program.attach().map_err(|error| program_error(name, &error))?;
     Ok(program.fd().map_err(|error| program_error(name, &error))?.as_fd().as_raw_fd())
 }

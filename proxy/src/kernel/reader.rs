@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 use aya::maps::MapError;
 use counterfoil_common::{ABI_VERSION, Counter, PassHeader, SocketRecord, Walk as Whom};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::time::{ClockId, clock_getres, clock_gettime};
 
 use super::convert::Ticks;
@@ -70,18 +71,21 @@ impl Reader {
         self.loaded.logger.flush();
     }
 
-    /// Walks all tagged sockets in one system call.
+    /// Walks all tagged sockets, in one system call if the kernel has a walk for them.
     pub(super) fn sweep(&mut self) -> Result<Sweep, ViewError> {
         let map = map_error("the header");
         let taken_ns = now_ns();
         self.loaded.pass.set(0, PassHeader::default(), 0).map_err(&map)?;
-        // The walk happens inside this one read, which has nothing to return: the records are in the array.
-        let output = sys::iterator_open(self.loaded.sweep.as_fd())
-            .and_then(|mut iterator| iterator.read(&mut [0; 8]))
-            .map_err(ViewError::io("sweeping the sockets"))?;
+        let mut output = 0;
+        for sweep in &self.loaded.sweeps {
+            // The walk happens inside this one read, which has nothing to return: the records are in the array.
+            output += sys::iterator_open(sweep.as_fd())
+                .and_then(|mut iterator| iterator.read(&mut [0; 8]))
+                .map_err(ViewError::io("sweeping the sockets"))?;
+        }
         let pass = self.loaded.pass.get(&0, 0).map_err(map)?;
         let incomplete = |detail: &str| ViewError::Incomplete { what: "the sockets", detail: detail.to_owned() };
-        if pass.complete != 1 {
+        if pass.complete as usize != self.loaded.sweeps.len() {
             return Err(incomplete("the walk did not reach its end"));
         }
         if pass.abi != ABI_VERSION {
@@ -91,7 +95,7 @@ impl Reader {
             return Err(incomplete("the walk was interrupted"));
         }
         let mut records = self.loaded.records.copy(pass.records as usize);
-        // The walk can meet a socket again if it is tagged anew during it; the later record is as good.
+        // A walk can meet a socket again: tagged anew, or behind another descriptor. One record is as good as the other.
         let mut seen = HashSet::with_capacity(records.len());
         records.retain(|record| seen.insert(record.cookie));
         #[cfg(feature = "test-hooks")]
@@ -129,6 +133,9 @@ impl Reader {
     }
 
     fn behind(&self, task: u32) -> Result<Vec<SocketRecord>, ViewError> {
+        if self.loaded.by_cookie {
+            ask_cookies(task);
+        }
         let mut records =
             self.walk_descriptors(task).map_err(ViewError::io("walking the descriptors"))?.ok_or_else(|| {
                 ViewError::Incomplete { what: "the descriptors", detail: "the walk did not reach its end".to_owned() }
@@ -203,6 +210,25 @@ impl Reader {
     fn counter(&self, counter: Counter) -> Result<u64, ViewError> {
         let per_cpu = self.loaded.counters.get(&(counter as u32), 0).map_err(map_error("the counters"))?;
         Ok(per_cpu.iter().sum())
+    }
+}
+
+/// Has the kernel choose the cookies of a process's sockets that have none yet, as the programs cannot where tags are kept by
+/// cookie. What may not be asked, or is closed meanwhile, stays without.
+fn ask_cookies(task: u32) {
+    let Some(pid) = i32::try_from(task).ok().and_then(Pid::from_raw) else { return };
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+    let descriptors = fs::read_dir(format!("/proc/{task}/fd")).into_iter().flatten().flatten();
+    for entry in descriptors {
+        let is_socket = fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
+        let number = entry.file_name().to_string_lossy().parse();
+        if is_socket
+            && let Ok(number) = number
+            && let Ok(socket) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())
+        {
+            // It is for the kernel to remember.
+            let _ = rustix::net::sockopt::socket_cookie(socket);
+        }
     }
 }
 
