@@ -162,14 +162,16 @@ fn messages_after_the_end_are_not_passed_on() {
 #[test]
 fn an_ixfr_whose_soa_cannot_be_read_opens_nothing() {
     let mut sim = Sim::new(&configuration(""));
-    let client = sim.connect_client("192.0.2.1:1000");
     let good = transfer(7, IXFR);
-    for cut in transfer(7, AXFR).len()..good.len() {
+    let cuts = transfer(7, AXFR).len()..good.len();
+    for cut in cuts.clone() {
+        // One each: a client that sends nothing else is let go.
+        let client = sim.connect_client("192.0.2.1:1000");
         sim.say(client, &good[..cut]);
+        let answers = &sim.clients[&client].answers;
+        assert!(answers.len() == 1 && rcode(&answers[0]) == 1, "cut at {cut}");
     }
-    let answers = &sim.clients[&client].answers;
-    assert!(!answers.is_empty() && answers.iter().all(|answer| rcode(answer) == 1));
-    assert_eq!(failed(&sim, FailReason::Malformed), answers.len() as u64);
+    assert_eq!(failed(&sim, FailReason::Malformed), cuts.len() as u64);
     assert_eq!(sim.opened, 0);
     sim.assert_quiescent();
 }
