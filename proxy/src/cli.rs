@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -12,6 +12,7 @@ use crate::ctl::CtlArgs;
 use crate::demo::Demo;
 use crate::logging::{self, Format};
 use crate::query::QueryArgs;
+use crate::stdout::Stdout;
 use crate::watch::WatchArgs;
 
 /// The exit code for a bad configuration or command line (EX_USAGE of sysexits.h).
@@ -100,17 +101,23 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run(&args),
         Command::CheckConfig { file } => config::check::run(&file),
-        Command::Drill { order, socket } => match crate::drill::client(&order, &socket, &mut std::io::stdout()) {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => ExitCode::FAILURE,
-            Err(error) => {
-                complain(&format_args!("error: {error:#}\n"));
-                ExitCode::FAILURE
-            }
-        },
+        Command::Drill { order, socket } => drill(&order, &socket),
         Command::Ctl(args) => crate::ctl::run(&args),
         Command::Watch { args, log } => watch(&args, &log),
         Command::Query(args) => crate::query::run(&args),
+    }
+}
+
+fn drill(order: &crate::drill::Order, socket: &Path) -> ExitCode {
+    let mut output = Stdout::lock();
+    let done = crate::drill::client(order, socket, &mut output);
+    match done.and_then(|done| Ok(output.flush().map(|()| done)?)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            complain(&format_args!("error: {error:#}\n"));
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -144,7 +151,9 @@ fn run(args: &RunArgs) -> ExitCode {
     if let Err(code) = args.log.start(&config.server.log) {
         return code;
     }
-    for note in config::check::warnings(&config, config::check::Limits::read()) {
+    let notes = config::check::warnings(&config, config::check::Limits::read());
+    let later = args.config.iter().flat_map(|file| config::check::unreadable_later(file, &config));
+    for note in notes.into_iter().chain(later) {
         tracing::warn!(%note, "configuration");
     }
     ended(serve(config, args.config.clone(), demo, signals))
@@ -183,7 +192,9 @@ fn serve(config: config::Config, file: Option<PathBuf>, demo: Option<Demo>, sign
             let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("counterfoil"));
             let instructions = demo.instructions(&program);
             let running = demo.responder.start()?;
-            let _ = std::io::stdout().write_all(instructions.as_bytes());
+            // It runs all the same if they cannot be shown.
+            let mut output = Stdout::lock();
+            let _ = output.write_all(instructions.as_bytes()).and_then(|()| output.flush());
             Some(running)
         }
         None => None,

@@ -1,5 +1,7 @@
 //! Counterfoil.
 #![deny(unsafe_code)]
+// They panic when their reader is gone: stdout.rs and the log do not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod admin;
 pub mod app;
@@ -17,6 +19,7 @@ pub mod demo;
 pub mod distinct;
 pub mod dns;
 pub mod drill;
+pub mod file;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod health;
@@ -31,6 +34,7 @@ pub mod responder;
 pub mod scope;
 pub mod stats;
 mod stderr;
+mod stdout;
 pub mod systemd;
 pub mod table;
 mod tcp;

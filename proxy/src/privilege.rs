@@ -104,6 +104,17 @@ pub fn drop_all() -> Result<()> {
     limit(CapabilitySet::empty(), CapabilitySet::empty())
 }
 
+/// Does something as a thread does that has given up all capabilities.
+///
+/// # Errors
+/// No thread can be started, or the kernel or a seccomp filter refuses.
+pub fn without<T: Send>(done: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, || drop_all().map(|()| done()))?;
+        thread.join().map_err(|_| anyhow::anyhow!("a thread without capabilities has panicked"))?
+    })
+}
+
 /// The least of [`VIEW`], with `always`, with which the view can be read.
 fn needed_to_read(view: &mut dyn KernelView, permitted: CapabilitySet, always: CapabilitySet) -> Result<CapabilitySet> {
     let mut needed = CapabilitySet::empty();
@@ -206,6 +217,14 @@ mod tests {
             assert_eq!(after, CapabilitySets { effective: keeps, permitted: keeps, inheritable: none });
             assert_eq!(last, CapabilitySets { effective: none, permitted: none, inheritable: none });
         }
+    }
+
+    #[test]
+    fn what_is_done_without_capabilities_leaves_them_to_others() {
+        let before = capabilities(None).unwrap();
+        let meanwhile = without(|| capabilities(None).unwrap()).unwrap();
+        assert!(meanwhile.effective.is_empty() && meanwhile.permitted.is_empty());
+        assert_eq!(capabilities(None).unwrap(), before);
     }
 
     #[test]

@@ -73,6 +73,33 @@ impl Authority {
         self.keep(stem, &certificate.pem(), &key)
     }
 
+    /// The same, but as an authority has one.
+    ///
+    /// # Panics
+    /// If a name is none, or its files cannot be written.
+    pub fn issue_for_authority(&self, stem: &str, names: &[&str]) -> Certificate {
+        let mut params = Self::params(names);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        self.sign(stem, params)
+    }
+
+    /// The same by an authority between, named `between`, whose certificate comes behind it and was valid in the year 2000
+    /// only.
+    ///
+    /// # Panics
+    /// If a name is none, or its files cannot be written.
+    pub fn issue_below_expired(&self, stem: &str, names: &[&str]) -> Certificate {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "between");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        (params.not_before, params.not_after) = (date_time_ymd(2000, 1, 1), date_time_ymd(2000, 12, 31));
+        let key = KeyPair::generate().expect("a random number");
+        let between = params.signed_by(&key, &self.issuer).expect("a certificate").pem();
+        let (issuer, key) = (Issuer::new(params, key), KeyPair::generate().expect("a random number"));
+        let own = Self::params(names).signed_by(&key, &issuer).expect("a certificate").pem();
+        self.keep(stem, &(own + &between), &key)
+    }
+
     fn params(names: &[&str]) -> CertificateParams {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names).expect("names or addresses");

@@ -126,6 +126,11 @@ impl Counterfoil {
         self.dir.write("counterfoil.toml", text);
     }
 
+    /// Its configuration's file.
+    pub fn file(&self) -> PathBuf {
+        self.dir.path().join("counterfoil.toml")
+    }
+
     /// Replaces the configuration's file by this one's.
     pub fn rewrite_with(&self, config: &Config) {
         self.rewrite(&config.text(&self.socket.display().to_string()));

@@ -1,7 +1,7 @@
 //! `counterfoil check-config` from outside: what it prints is a configuration again, and its forecast goes by this machine.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use counterfoil_tests::config::Config;
@@ -61,6 +61,39 @@ fn a_header_that_differs_per_query_is_forecast() {
     assert_said(&lines, &format!("# forecast: pool \"resolvers\": one-shot connections: {sentence}"));
 }
 
+/// Files of nearly the greatest length that are made to cost more: 24,000 backends, 110,000 keys that are unknown, 300,000
+/// tables with nothing in them. Looking each one up among the others takes minutes of the processor; the limit ends that.
+#[test]
+fn a_large_file_takes_no_minutes() {
+    let backend = |number: u16| {
+        let [high, low] = number.to_be_bytes();
+        format!("{{name='{number}',address='10.0.{high}.{low}:1'}},")
+    };
+    let backends: String = (0..24_000).map(backend).collect();
+    let keys: String = (0..110_000).map(|number| format!("k{number}=1\n")).collect();
+    let listener = "listener=[{name='l',address='127.0.0.1:0',pool='p'}]";
+    let dir = TempDir::new("large");
+    let program = program().display().to_string();
+    for (text, good, errors) in [
+        (format!("{listener}\npool=[{{name='p',backend=[{backends}]}}]"), true, 0),
+        (format!("[server]\n{keys}"), false, 110_002),
+        (format!("pool=[{}]", "{},".repeat(300_000)), false, 600_001),
+    ] {
+        let file = dir.write("counterfoil.toml", &text).display().to_string();
+        let (ok, output) = process::run("prlimit", &["--cpu=60", "--", &program, "check-config", &file], SOON * 10);
+        assert_eq!(ok, good, "{}", output.lines().last().unwrap_or_default());
+        let said: Vec<&str> = output.lines().filter(|line| line.starts_with("error: ")).collect();
+        if errors > 0 {
+            assert_eq!(said.len(), 101);
+            assert!(
+                said[100].ends_with(&format!(" {} more errors; they are not listed", errors - 100)),
+                "{}",
+                said[100]
+            );
+        }
+    }
+}
+
 /// Descriptors by RLIMIT_NOFILE, ports by the kernel's range.
 #[test]
 fn descriptors_and_ports_are_those_of_this_machine() {
@@ -114,4 +147,26 @@ fn the_soft_limit_of_descriptors_is_raised() {
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.pid())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().collect::<Vec<_>>(), ["Max", "open", "files", "5000", "5000", "files"]);
+}
+
+/// What the system says is in the last line of a start that fails, and once.
+#[test]
+fn a_start_that_fails_says_why_once() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let dir = TempDir::new("taken");
+    let program = program().display().to_string();
+    let in_use = "Address already in use (os error 98)";
+    let nowhere = dir.write("file", "").join("admin.sock").display().to_string();
+    for (config, socket, words) in [
+        (config().listen(address), "", "listens there already"),
+        (config().set("admin", "http", format!("\"{address}\"")), "", in_use),
+        (config(), nowhere.as_str(), "File exists (os error 17)"),
+    ] {
+        let file = dir.write("counterfoil.toml", &config.text(socket)).display().to_string();
+        let (ok, output) = process::run(&program, &["run", "--config", &file], SOON);
+        let last = output.lines().last().unwrap();
+        assert!(!ok && last.contains("stopped"), "{output}");
+        assert_eq!(last.matches(words).count(), 1, "{last}");
+    }
 }

@@ -1,12 +1,14 @@
 //! `counterfoil ctl` as an operator runs it: what it shows is what is there, and what it reaps is gone.
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests panic")]
 
+use std::fs::File;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use counterfoil_tests::config::Config;
-use counterfoil_tests::counterfoil::Counterfoil;
+use counterfoil_tests::counterfoil::{Counterfoil, program};
 use counterfoil_tests::driver::{Client, Load};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::wait;
@@ -254,4 +256,55 @@ fn errors_say_which_socket_and_usage_is_64() {
     assert!(!ok && output.contains("/nonexistent/admin.sock: is counterfoil running"), "{output}");
     let mut usage = counterfoil_tests::process::Process::start("usage", &program, &["ctl", "show", "everything"]);
     assert_eq!(usage.wait_exit(SOON).code(), Some(64));
+}
+
+/// How a command ends, and what it says of errors, when nobody reads its output (`reader` is gone, as `head` is when it has
+/// seen enough) or the disk is full.
+fn ended(arguments: &[&str], output: Stdio) -> (Option<i32>, String) {
+    let mut command = Command::new(program());
+    let output = command.args(arguments).stdin(Stdio::null()).stdout(output).stderr(Stdio::piped()).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+fn unread() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+/// Every command that prints does what it does, says nothing of its reader, and ends with the status that it has anyway.
+#[test]
+fn a_reader_that_has_seen_enough_changes_nothing() {
+    let backend = FakeBackend::answering(false);
+    let mut counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
+    let (socket, file) = (counterfoil.socket().display().to_string(), counterfoil.file().display().to_string());
+    let server = counterfoil.address.to_string();
+    let silent = (Some(0), String::new());
+    let ctl = |arguments: &[&str]| ended(&[&["ctl", "--socket", &socket], arguments].concat(), unread());
+    for list in ["backends", "connections", "clients", "tlvs", "leaks", "view"] {
+        assert_eq!(ctl(&["show", list]), silent, "{list}");
+        assert_eq!(ctl(&["show", list, "-o", "json"]), silent, "{list}");
+    }
+    assert_eq!(ctl(&["reload"]), silent);
+    assert_eq!(ctl(&["reap", "1"]).0, Some(1), "there is no such socket");
+    assert_eq!(ctl(&["drill", "zombie"]), silent, "followed to its end");
+    assert_eq!(ended(&["drill", "zombie", "--socket", &socket], unread()), silent);
+    assert_eq!(ended(&["query", "a.example.test", "A", "--server", &server], unread()), silent);
+    assert_eq!(ended(&["--help"], unread()), silent);
+    let (status, said) = ended(&["check-config", &file], unread());
+    assert!(status == Some(0) && said.lines().all(|line| line.starts_with("warning: ")), "{status:?} {said}");
+    // A disk that is full is another thing.
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    let no_space = "error: standard output: No space left on device (os error 28)\n";
+    for arguments in [&["check-config", &file][..], &["ctl", "--socket", &socket, "show", "view"]] {
+        let (status, said) = ended(arguments, full());
+        assert!(status == Some(1) && said.ends_with(no_space), "{arguments:?}: {status:?} {said}");
+    }
+    counterfoil.rewrite("nonsense");
+    assert_eq!(ctl(&["reload"]), (Some(1), String::new()));
+    let (status, said) = ended(&["check-config", &file], unread());
+    assert!(status == Some(64) && said.starts_with(&format!("error: {file}:1:")), "{status:?} {said}");
+    counterfoil.assert_quiescent();
+    assert_eq!(ctl(&["drain"]), silent, "waited for to the end");
+    assert_eq!(counterfoil.process.wait_exit(SOON).code(), Some(0));
 }

@@ -192,6 +192,16 @@ fn refused(authority: &Authority, other: &Authority) -> Vec<Refused> {
     vec![
         refused("another name", authority.issue("name", &["other.example.test"]), "other.example.test"),
         refused("expired", authority.issue_expired("expired", &[NAME]), "it expired"),
+        refused(
+            "one behind it has expired",
+            authority.issue_below_expired("between", &[NAME]),
+            "certificate 2 (\\\"between\\\"), which the backend sends behind its own, expired",
+        ),
+        refused(
+            "that of an authority",
+            authority.issue_for_authority("authority", &[NAME]),
+            "it is that of an authority (CA:TRUE): issue it with CA:FALSE",
+        ),
         refused("another authority", other.issue("issuer", &[NAME]), "its issuer is not one of those that are trusted"),
         refused(
             "signed by itself",

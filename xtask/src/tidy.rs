@@ -22,6 +22,7 @@ const EXCEPTIONS_ALLOWED: &[(&str, &str)] = &[
     ("proxy/src/drill/leak.rs", "leaks on purpose, in bounds"),
     ("proxy/src/query/mod.rs", "a client of its own"),
     ("proxy/src/scope.rs", "asks the kernel for interfaces on a socket that is never connected"),
+    ("proxy/src/stdout.rs", "writes to standard output"),
     ("proxy/src/systemd/mod.rs", "reads what the service manager says in the environment"),
     ("proxy/src/watch/userspace.rs", "reads another process's metrics"),
 ];
@@ -52,6 +53,7 @@ fn check(name: &str, source: &str, findings: &mut Vec<String>) {
     if !source.is_empty() && !source.ends_with('\n') {
         findings.push(format!("{name}:{lines}: no newline at the end"));
     }
+    doubled(name, source, findings);
     let unsafe_allowed = UNSAFE_ALLOWED.iter().any(|it| name == *it || (it.ends_with('/') && name.starts_with(it)));
     let mut exceptions_allowed = is_test(name) || EXCEPTIONS_ALLOWED.iter().any(|(it, _)| name == *it);
     for (index, line) in source.lines().enumerate() {
@@ -64,6 +66,25 @@ fn check(name: &str, source: &str, findings: &mut Vec<String>) {
         if !exceptions_allowed && has_word(&code, "disallowed_methods") {
             findings.push(format!(
                 "{name}:{number}: an exception from clippy.toml; xtask/src/tidy.rs lists those that are"
+            ));
+        }
+    }
+}
+
+/// Errors whose text has that of their cause, and which hand the cause on besides: whoever prints the chain (`{:#}`) prints
+/// it twice.
+fn doubled(name: &str, source: &str, findings: &mut Vec<String>) {
+    for (at, _) in source.match_indices("#[error(") {
+        let Some((text, rest)) = source[at..].split_once(")]\n") else { continue };
+        // Up to the next variant, or the end of the type.
+        let variant = rest.split("#[error(").next().unwrap_or_default();
+        let variant = variant.split("\n}\n").next().unwrap_or_default();
+        let hands_on = ["#[from]", "#[source]", " source:"].iter().any(|mark| variant.contains(mark));
+        if hands_on && ["{0", "{source"].iter().any(|field| text.contains(field)) {
+            let number = source[..at].lines().count();
+            findings.push(format!(
+                "{name}:{number}: an error says its cause and hands it on: without `source`, `#[from]` and `#[source]` \
+                 it is said once"
             ));
         }
     }
@@ -156,6 +177,22 @@ mod tests {
         assert!(findings("proxy/src/backend/connect.rs", exception).is_empty());
         assert!(findings("proxy/src/pool/tests.rs", exception).is_empty());
         assert!(findings("proxy/src/pool.rs", &format!("#[cfg(test)]\nmod tests {{\n{exception}}}\n")).is_empty());
+    }
+
+    #[test]
+    fn errors_that_say_their_cause_twice_are_found() {
+        let error = |text: &str, variant: &str| format!("enum E {{\n    #[error({text})]\n    {variant},\n}}\n");
+        for (text, variant, count) in [
+            ("\"a: {0}\"", "A(#[from] io::Error)", 1),
+            ("\"a: {0}\"", "A(#[source] io::Error)", 1),
+            ("\"a: {source}\"", "A { source: io::Error }", 1),
+            ("\"a: {cause}\"", "A { cause: io::Error }", 0),
+            ("\"a\"", "A(#[from] io::Error)", 0),
+            ("transparent", "A(#[from] io::Error)", 0),
+            ("\"a: {0}\"", "A(String),\n    #[error(transparent)]\n    B(#[from] io::Error)", 0),
+        ] {
+            assert_eq!(findings("a.rs", &error(text, variant)).len(), count, "{text} {variant}");
+        }
     }
 
     #[test]

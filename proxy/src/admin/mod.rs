@@ -50,32 +50,38 @@ const FAREWELL: std::time::Duration = std::time::Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     /// The HTTP address cannot be bound.
-    #[error("admin.http {address}: {source}")]
+    #[error("admin.http {address}: {cause}")]
     Http {
         /// `[admin] http`
         address: SocketAddr,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The unix socket cannot be made.
-    #[error("admin.socket {}: {source}", .path.display())]
+    #[error("admin.socket {}: {cause}", .path.display())]
     Socket {
         /// `[admin] socket`
         path: PathBuf,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The token cannot be had.
-    #[error("admin.token_file {}: {source}", .path.display())]
+    #[error("admin.token_file {}: {cause}", .path.display())]
     Token {
         /// `[admin] token_file`
         path: PathBuf,
         /// What is wrong with it.
-        source: TokenError,
+        cause: TokenError,
     },
     /// The thread or its runtime cannot be started, or the drill's shard is taken.
     #[error("admin: {0}")]
-    Start(#[from] io::Error),
+    Start(io::Error),
+}
+
+impl From<io::Error> for AdminError {
+    fn from(error: io::Error) -> Self {
+        Self::Start(error)
+    }
 }
 
 /// The running admin side; ends, and removes its socket, when it is dropped.
@@ -144,12 +150,11 @@ impl Doors {
     /// An address or a path cannot be bound, or the token cannot be relied on.
     pub fn bind(config: &config::Admin) -> Result<Self, AdminError> {
         let http = config.http.map(bind_http).transpose()?;
-        let token =
-            |path: &PathBuf| Token::read(path).map_err(|source| AdminError::Token { path: path.clone(), source });
+        let token = |path: &PathBuf| Token::read(path).map_err(|cause| AdminError::Token { path: path.clone(), cause });
         let token = config.token_file.as_ref().map(token).transpose()?;
         let socket = match &config.socket {
             None => None,
-            Some(path) => Some(Bound::new(path).map_err(|source| AdminError::Socket { path: path.clone(), source })?),
+            Some(path) => Some(Bound::new(path).map_err(|cause| AdminError::Socket { path: path.clone(), cause })?),
         };
         Ok(Self { http, token, socket })
     }
@@ -176,7 +181,7 @@ pub fn start(served: Served, drill: Setup, doors: Doors) -> Result<Admin, AdminE
 fn bind_http(address: SocketAddr) -> Result<TcpListener, AdminError> {
     TcpListener::bind(address)
         .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-        .map_err(|source| AdminError::Http { address, source })
+        .map_err(|cause| AdminError::Http { address, cause })
 }
 
 /// Until `stopped` resolves. Everything that was spawned ends with the `LocalSet`.

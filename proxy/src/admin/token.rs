@@ -1,11 +1,12 @@
 //! The token of those who may change something over HTTP.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::Metadata;
 use std::hint::black_box;
-use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+
+use crate::file::{self, FileFault};
 
 /// A shorter token could be guessed, characters.
 const SHORTEST: usize = 16;
@@ -21,12 +22,13 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Why a file holds no token that can be relied on. Who reports it names the file.
-#[derive(Debug, thiserror::Error)]
+/// Why a file holds no token that can be relied on. Who reports it names the file. It is `Copy`, so that it carries nothing
+/// of the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// It cannot be read.
+    /// The file itself.
     #[error(transparent)]
-    Io(#[from] io::Error),
+    File(#[from] FileFault),
     /// Everybody on the machine may read or change it.
     #[error("others may access it (mode {0:04o}): `chmod o=` it")]
     Open(u32),
@@ -41,17 +43,11 @@ impl Token {
     /// # Errors
     /// See [`TokenError`].
     pub(crate) fn read(path: &Path) -> Result<Self, TokenError> {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file").into());
-        }
-        let mode = metadata.mode() & 0o7777;
-        if mode & 0o007 != 0 {
-            return Err(TokenError::Open(mode));
-        }
-        let mut octets = Vec::new();
-        file.take(LONGEST as u64 + 2).read_to_end(&mut octets)?;
+        let closed = |metadata: &Metadata| match metadata.mode() & 0o7777 {
+            mode if mode & 0o007 != 0 => Err(TokenError::Open(mode)),
+            _ => Ok(()),
+        };
+        let octets = file::read_if(path, LONGEST as u64 + 1, closed)?;
         let token = octets.strip_suffix(b"\n").unwrap_or(&octets);
         let has_form = (SHORTEST..=LONGEST).contains(&token.len()) && token.iter().all(u8::is_ascii_graphic);
         if has_form { Ok(Self(token.into())) } else { Err(TokenError::Form) }
@@ -139,7 +135,7 @@ mod tests {
             let file = Written::new("form", text, 0o600);
             assert!(matches!(Token::read(&file.0), Err(TokenError::Form)), "{text:?}");
         }
-        assert!(matches!(Token::read(Path::new("/no/such/file")), Err(TokenError::Io(_))));
-        assert!(matches!(Token::read(Path::new("/")), Err(TokenError::Io(_))));
+        assert!(matches!(Token::read(Path::new("/no/such/file")), Err(TokenError::File(FileFault::Unreadable(_)))));
+        assert!(matches!(Token::read(Path::new("/")), Err(TokenError::File(FileFault::Irregular(_)))));
     }
 }

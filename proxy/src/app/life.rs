@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
 use super::order::{Inbox, Order, Phase, Reloaded};
@@ -111,11 +112,25 @@ pub(super) struct Life {
     pub(super) status: String,
     pub(super) pulse: Pulse,
     pub(super) reloader: Reloader,
+    pub(super) waiting: Waiting,
     /// Who wants to connect waits for the next process, so this one should not take long to end.
     pub(super) all_inherited: bool,
     /// The next signal for the end says nothing new.
     pub(super) ignores_one: bool,
 }
+
+/// Who waits for a reload. One that is asked for while another is under way begins when that is over: what it is to read
+/// may have been written since.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    /// For the one that is under way.
+    now: Vec<Answer>,
+    /// For the next one.
+    then: Vec<Answer>,
+}
+
+/// Where to say how a reload went; none: nobody waits, the log tells.
+type Answer = Option<oneshot::Sender<Reloaded>>;
 
 impl Life {
     /// Until all workers have ended, which somebody must ask for.
@@ -125,6 +140,8 @@ impl Life {
             ended = &mut workers => return ended.and(Err(anyhow!("the workers ended without having been asked to"))),
             by = self.serve() => by,
         };
+        // Whoever waits for a reload hears that the process ends.
+        self.waiting = Waiting::default();
         self.announce(by).await;
         self.begin_to_drain();
         let timeout = self.live.now().config.server.drain_timeout;
@@ -143,6 +160,7 @@ impl Life {
     async fn serve(&mut self) -> EndedBy {
         let mut log = interval(logging::LOOK);
         loop {
+            let settled = self.reloader.settled();
             tokio::select! {
                 _ = log.tick() => {
                     logging::tell_held_back();
@@ -150,31 +168,50 @@ impl Life {
                 }
                 wish = self.signals.next() => match wish {
                     Wish::End(signal) => return EndedBy::Signal(signal),
-                    // The log tells how it went.
-                    Wish::Reload => drop(self.reload().await),
+                    Wish::Reload => self.reload(None),
                 },
                 Some(order) = self.inbox.orders.recv() => match order {
                     Order::Drain => return EndedBy::Order,
-                    // Who has asked may be gone; the log tells, too.
-                    Order::Reload(answer) => drop(answer.send(self.reload().await)),
+                    Order::Reload(answer) => self.reload(Some(answer)),
                 },
-                () = self.reloader.settled() => self.reloader.settle(),
+                reloaded = self.reloader.over() => self.reloaded(&reloaded),
+                () = settled => self.reloader.settle(),
                 () = self.pulse.next() => self.beat(),
             }
         }
     }
 
-    async fn reload(&mut self) -> Reloaded {
+    fn reload(&mut self, answer: Answer) {
+        self.waiting.then.push(answer);
+        if !self.reloader.is_under_way() {
+            self.begin_to_reload();
+        }
+    }
+
+    fn begin_to_reload(&mut self) {
+        self.waiting.now = std::mem::take(&mut self.waiting.then);
         self.notifier.reloading();
-        let reloaded = self.reloader.reload().await;
-        match &reloaded {
+        if let Err(errors) = self.reloader.begin() {
+            self.reloaded(&Err(errors));
+        }
+    }
+
+    /// A reload is over.
+    fn reloaded(&mut self, reloaded: &Reloaded) {
+        match reloaded {
             Ok(_) => self.notifier.ready(&self.status),
             Err(errors) => {
                 let first = errors.first().map_or("", String::as_str);
                 self.notifier.ready(&format!("{}; the last configuration was refused: {first}", self.status));
             }
         }
-        reloaded
+        for answer in self.waiting.now.drain(..).flatten() {
+            // Who has asked may be gone; the log tells, too.
+            let _ = answer.send(reloaded.clone());
+        }
+        if !self.waiting.then.is_empty() {
+            self.begin_to_reload();
+        }
     }
 
     fn beat(&mut self) {

@@ -28,7 +28,7 @@ use crate::worker::Worker;
 use crate::worker::core::Shared;
 use crate::{admin, drill, health, kernel, metrics, privilege, watchdog};
 pub use life::Caught;
-use life::{Life, Pulse};
+use life::{Life, Pulse, Waiting};
 use listen::{Accepting, Listening};
 use order::{Inbox, Orders};
 use reload::Reloader;
@@ -171,20 +171,22 @@ impl App {
             );
             notifier.ready(&status);
             let may_sever = config.watchdog.reap == ReapMode::On;
-            let reloader = Reloader {
-                file,
-                live: live.clone(),
-                watchdog: watchdog.handle(),
-                tls,
-                may_sever,
-                stricter: None,
-                taken: None,
-            };
+            let reloader = Reloader::new(file, live.clone(), watchdog.handle(), tls, may_sever);
             let pulse = Pulse::new(environment.watchdog, config.server.workers);
-            let ignores_one = false;
-            Life { live, inbox, signals, notifier, status, pulse, reloader, all_inherited, ignores_one }
-                .run(life::watch(threads))
-                .await?;
+            Life {
+                live,
+                inbox,
+                signals,
+                notifier,
+                status,
+                pulse,
+                reloader,
+                waiting: Waiting::default(),
+                all_inherited,
+                ignores_one: false,
+            }
+            .run(life::watch(threads))
+            .await?;
             drop((health, admin, watchdog));
             tracing::info!("drained");
             Ok(())

@@ -1,13 +1,16 @@
 //! Reading the configuration again: all of it is checked before any of it counts, and then all of it counts, or nothing.
+//!
+//! Files are read on a thread of their own, with a limit: whatever file system they are on, the main thread goes on to hear
+//! signals and to tell that it is alive.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::order::Reloaded;
@@ -15,15 +18,19 @@ use crate::clock;
 use crate::config::check::{self, warnings};
 use crate::config::choices::Choice as _;
 use crate::config::error::Problem;
-use crate::config::{Config, ConfigErrors, Numbered, Numbers, Place, ReapMode, Text};
+use crate::config::{Config, ConfigErrors, Listener, Numbered, Numbers, Place, ReapMode, Text};
 use crate::control::Control;
 use crate::drill;
+use crate::file;
 use crate::kernel::Source;
 use crate::ledger::BackendIndex;
 use crate::logging;
 use crate::stats::{BackendStats, PoolStats, WorkerStats};
 use crate::tls::server::ServerTls;
 use crate::watchdog::{Handle, Live, Observed, Policy};
+
+/// For the configuration and the files that it names to be read and checked.
+const READING: Duration = Duration::from_secs(10);
 
 /// For the workers to take a configuration: one that takes longer hangs, and takes it when it goes on.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -32,33 +39,117 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Reloader {
     /// Where the configuration comes from; none: it is the demo's.
-    pub(super) file: Option<PathBuf>,
-    pub(super) live: Live,
-    pub(super) watchdog: Handle,
-    pub(super) tls: Arc<ServerTls>,
+    file: Option<PathBuf>,
+    live: Live,
+    watchdog: Handle,
+    tls: Arc<ServerTls>,
     /// The watchdog has CAP_NET_ADMIN, as the reaper was to act when the process started.
-    pub(super) may_sever: bool,
+    may_sever: bool,
     /// The watchdog's thresholds, and from when on they count: connections of before are measured by the old ones, too.
-    pub(super) stricter: Option<(Instant, Arc<Policy>)>,
+    stricter: Option<(Instant, Arc<Policy>)>,
+    stage: Stage,
     /// Who has yet to take the configuration: each sends once, or drops its end.
-    pub(super) taken: Option<mpsc::UnboundedReceiver<()>>,
+    taken: Option<mpsc::UnboundedReceiver<()>>,
 }
 
+/// How far a reload is.
+#[derive(Debug, Default)]
+enum Stage {
+    /// None is under way.
+    #[default]
+    Idle,
+    /// A thread reads the files.
+    Reading { outcome: oneshot::Receiver<Checked>, deadline: Instant },
+    /// It did not come to an end in time, and the reload was refused.
+    Hanging { outcome: oneshot::Receiver<Checked> },
+    /// The configuration is in force, and so many threads have not taken it yet.
+    Taking { missing: usize, deadline: Instant, notes: Vec<String> },
+}
+
+/// A configuration that can be taken, with the numbers of its names; or all that is wrong with it.
+type Checked = Result<(Config, Numbers), Vec<String>>;
+
 impl Reloader {
-    /// Reads the file, and changes what can be changed if nothing is wrong. Returns what the operator should know.
+    pub(super) fn new(
+        file: Option<PathBuf>,
+        live: Live,
+        watchdog: Handle,
+        tls: Arc<ServerTls>,
+        may_sever: bool,
+    ) -> Self {
+        Self { file, live, watchdog, tls, may_sever, stricter: None, stage: Stage::Idle, taken: None }
+    }
+
+    /// Begins a reload; [`over`](Self::over) tells what came of it.
     ///
     /// # Errors
-    /// Everything that is wrong, each with its place; nothing was changed.
-    pub(super) async fn reload(&mut self) -> Reloaded {
-        let before = self.live.now();
-        let reloads = Arc::clone(&before.reloads);
-        let outcome = self.check(&before);
-        let outcome = match outcome {
-            Ok((config, numbers)) => Ok(self.apply(before, config, numbers).await),
-            Err(errors) => Err(errors),
+    /// The one before still reads its files.
+    pub(super) fn begin(&mut self) -> Result<(), Vec<String>> {
+        if let Stage::Hanging { outcome } = &mut self.stage
+            && matches!(outcome.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        {
+            let outcome = Err(vec![hangs()]);
+            self.tell(&outcome);
+            return outcome.map(drop);
+        }
+        let (answer, outcome) = oneshot::channel();
+        let (file, before) = (self.file.clone(), self.live.now());
+        // Nobody waits for one that takes too long.
+        let read = move || drop(answer.send(check(file.as_deref(), &before)));
+        // Where no thread can be started the answer is gone, which says so.
+        drop(std::thread::Builder::new().name("reload".to_owned()).spawn(read));
+        self.stage = Stage::Reading { outcome, deadline: Instant::now() + READING };
+        Ok(())
+    }
+
+    /// Whether one is under way, of which [`over`](Self::over) will tell.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self.stage, Stage::Reading { .. } | Stage::Taking { .. })
+    }
+
+    /// When a reload is over, what came of it: what the operator should know, or everything that is wrong with the
+    /// configuration, each with its place, and nothing was changed. Nothing is lost if this is dropped and called again.
+    pub(super) async fn over(&mut self) -> Reloaded {
+        let outcome = loop {
+            match &mut self.stage {
+                Stage::Idle | Stage::Hanging { .. } => std::future::pending().await,
+                Stage::Reading { outcome, deadline } => match timeout_at(*deadline, outcome).await {
+                    Ok(Ok(Ok((config, numbers)))) => self.stage = self.apply(config, numbers),
+                    Ok(Ok(Err(errors))) => break Err(errors),
+                    Ok(Err(_)) => break Err(vec!["no thread can be started to read the configuration".to_owned()]),
+                    Err(_) => {
+                        if let Stage::Reading { outcome, .. } = std::mem::take(&mut self.stage) {
+                            self.stage = Stage::Hanging { outcome };
+                        }
+                        break Err(vec![hangs()]);
+                    }
+                },
+                Stage::Taking { missing, deadline, notes } => {
+                    if let Some(taken) = &mut self.taken
+                        && let Ok(Some(())) = timeout_at(*deadline, taken.recv()).await
+                    {
+                        *missing -= 1;
+                        continue;
+                    }
+                    // All have answered, or those who have not take too long.
+                    if *missing > 0 {
+                        notes.push(format!("{missing} threads hang: they take the configuration when they go on"));
+                    }
+                    break Ok(std::mem::take(notes));
+                }
+            }
         };
+        if !matches!(self.stage, Stage::Hanging { .. }) {
+            self.stage = Stage::Idle;
+        }
+        self.tell(&outcome);
+        outcome
+    }
+
+    fn tell(&self, outcome: &Reloaded) {
+        let reloads = self.live.now().reloads;
         reloads.refused.store(outcome.is_err(), Ordering::Relaxed);
-        match &outcome {
+        match outcome {
             Ok(notes) => {
                 reloads.successes.fetch_add(1, Ordering::Relaxed);
                 reloads.taken.store(clock::unix_seconds() as u64, Ordering::Relaxed);
@@ -70,28 +161,11 @@ impl Reloader {
                 errors.iter().for_each(|error| tracing::error!(error, "configuration refused, nothing is changed"));
             }
         }
-        outcome
-    }
-
-    fn check(&self, before: &Observed) -> Result<(Config, Numbers), Vec<String>> {
-        let Some(file) = &self.file else {
-            return Err(vec!["there is no file to read again: the process runs the demo's configuration".to_owned()]);
-        };
-        let lines = |errors: ConfigErrors| errors.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let text = Text::read(file).map_err(lines)?;
-        let mut config = text.parse().map_err(lines)?;
-        text.refuse(needs_restart(&before.config, &config)).map_err(lines)?;
-        config.keep_sessions_of(&before.config);
-        // Listeners are numbered as at the start; they are the same ones.
-        let place = |name: &str| before.config.listeners.iter().position(|listener| listener.name == name);
-        config.listeners.sort_by_key(|listener| place(&listener.name));
-        let numbers = before.numbers.with(&config, clock::now());
-        let numbers = numbers.map_err(|error| vec![format!("{}: {error}", file.display())])?;
-        Ok((config, numbers))
     }
 
     /// From counters and limits to those who use them, so that nobody meets a number that is not there yet.
-    async fn apply(&mut self, before: Observed, config: Config, numbers: Numbers) -> Vec<String> {
+    fn apply(&mut self, config: Config, numbers: Numbers) -> Stage {
+        let before = self.live.now();
         let mut notes: Vec<String> =
             warnings(&config, check::Limits::read()).iter().map(|warning| warning.to_string()).collect();
         if !self.may_sever && self.watchdog.report().source == Source::Ebpf {
@@ -136,7 +210,7 @@ impl Reloader {
             ..before.clone()
         });
 
-        let (done, mut taken) = mpsc::unbounded_channel();
+        let (done, taken) = mpsc::unbounded_channel();
         // The workers, and who has the shard after theirs: the health checks.
         let owners = config.server.workers + 1;
         for owner in 0..owners {
@@ -144,16 +218,8 @@ impl Reloader {
             before.controls.send(owner, Control::Reconfigure { config, numbers, done });
         }
         drop(done);
-        let deadline = Instant::now() + PATIENCE;
-        let mut missing = owners;
-        while let Ok(Some(())) = timeout_at(deadline, taken.recv()).await {
-            missing -= 1;
-        }
         self.taken = Some(taken);
-        if missing > 0 {
-            notes.push(format!("{missing} threads hang: they take the configuration when they go on"));
-        }
-        notes
+        Stage::Taking { missing: owners, deadline: Instant::now() + PATIENCE, notes }
     }
 
     /// Everybody goes by the configuration in force, those too that hung when it came.
@@ -165,6 +231,10 @@ impl Reloader {
 
     /// Forgets the names that have had their time and where nothing is under way any more. Called once a second or so.
     pub(super) fn forget(&mut self) {
+        if self.is_under_way() {
+            // What it counts with must not change, and it waits itself for those who have yet to take it.
+            return;
+        }
         let before = self.live.now();
         let mut due = before.numbers.due(clock::now());
         if due.is_empty() || !self.all_have_taken() {
@@ -189,10 +259,13 @@ impl Reloader {
     }
 
     /// When no connection of before can be there any more that is healthy.
-    pub(super) async fn settled(&self) {
-        match &self.stricter {
-            Some((at, _)) => sleep_until(*at).await,
-            None => std::future::pending().await,
+    pub(super) fn settled(&self) -> impl Future<Output = ()> + use<> {
+        let at = self.stricter.as_ref().map(|(at, _)| *at);
+        async move {
+            match at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
         }
     }
 
@@ -248,9 +321,37 @@ fn begin_anew(observed: &Observed, number: Numbered) {
     }
 }
 
+/// Reads the configuration again. Everything in it counts, or nothing.
+fn check(file: Option<&Path>, before: &Observed) -> Checked {
+    let Some(file) = file else {
+        return Err(vec!["there is no file to read again: the process runs the demo's configuration".to_owned()]);
+    };
+    let lines = |errors: ConfigErrors| errors.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let text = Text::read(file).map_err(lines)?;
+    let mut config = text.parse().map_err(lines)?;
+    text.refuse(needs_restart(&before.config, &config)).map_err(lines)?;
+    config.keep_sessions_of(&before.config);
+    // Listeners are numbered as at the start; they are the same ones.
+    let places: HashMap<_, _> = before.config.listeners.iter().map(|it| it.name.as_str()).zip(0..).collect();
+    config.listeners.sort_by_key(|listener| places.get(listener.name.as_str()).copied().unwrap_or(usize::MAX));
+    // While this goes on nothing is forgotten.
+    let numbers = before.numbers.with(&config, clock::now());
+    let numbers = numbers.map_err(|error| vec![format!("{}: {error}", file.display())])?;
+    Ok((config, numbers))
+}
+
+/// What is said of files that cannot be read in time.
+fn hangs() -> String {
+    let file = file::under_way().map_or_else(|| "a file".to_owned(), |file| file.display().to_string());
+    format!(
+        "{file} could not be read within {} s, so nothing is changed: its file system hangs, or this host has too much to do",
+        READING.as_secs()
+    )
+}
+
 /// What cannot be changed while the process runs: sockets that only a start can bind (it gives up its privileges then),
 /// threads, and the kernel view.
-fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
+fn needs_restart<'a>(old: &'a Config, new: &'a Config) -> Vec<(Place, Problem)> {
     let mut found = Vec::new();
     let mut changed = |place: Place, old: &dyn Display, new: &dyn Display| {
         let (from, to) = (old.to_string(), new.to_string());
@@ -269,8 +370,12 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
     changed(key("admin", "socket"), &socket(old), &socket(new));
     let token = |config: &Config| config.admin.token_file.as_ref().map_or_else(off, |path| path.display().to_string());
     changed(key("admin", "token_file"), &token(old), &token(new));
+    let by_name = |config: &'a Config| -> HashMap<&'a str, &'a Listener> {
+        config.listeners.iter().map(|listener| (listener.name.as_str(), listener)).collect()
+    };
+    let (before, after) = (by_name(old), by_name(new));
     for (index, listener) in new.listeners.iter().enumerate() {
-        match old.listeners.iter().find(|old| old.name == listener.name) {
+        match before.get(listener.name.as_str()) {
             None => {
                 let place = Place::Listener { index, key: "name" };
                 found.push((place, Problem::ListenerIsNew(listener.name.clone())));
@@ -286,7 +391,7 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<(Place, Problem)> {
             Some(_) => {}
         }
     }
-    let gone = old.listeners.iter().filter(|old| !new.listeners.iter().any(|new| new.name == old.name));
+    let gone = old.listeners.iter().filter(|old| !after.contains_key(old.name.as_str()));
     found.extend(gone.map(|old| (Place::Listeners, Problem::ListenerIsGone(old.name.clone()))));
     found
 }

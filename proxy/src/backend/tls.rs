@@ -12,6 +12,7 @@ use rustls::{CertificateError, RootCertStore};
 use crate::close::CloseReason;
 use crate::config::BackendTls;
 use crate::tls::pem::{self, PemError};
+use crate::tls::verify::{self, Verifier};
 use crate::tls::{ALPN_DOT, TlsFault, TlsStream, provider};
 
 /// Sessions that are remembered for a backend: as many TLS 1.3 tickets as rustls keeps for one name, or one session of
@@ -44,44 +45,59 @@ pub enum TrustError {
     #[error(transparent)]
     Pem(#[from] PemError),
     /// A certificate that cannot have issued others.
-    #[error("certificate {number} of {} is of no use: {reason}", file.display())]
+    #[error("certificate {number} of {} is damaged, or none that can be trusted: it cannot be read", file.display())]
     Unusable {
         /// Where it is.
         file: PathBuf,
         /// Counted from 1.
         number: usize,
-        /// Why.
-        reason: String,
     },
     /// What encrypts does not go with any version of TLS.
-    #[error("TLS: {0}")]
-    Tls(String),
+    #[error("there is no version of TLS that goes with what encrypts")]
+    Tls,
 }
 
-impl Trust {
-    /// Trusts the certificates of this file, and those that they have issued.
+/// The certificates of a file of issuers.
+#[derive(Clone, Debug)]
+pub struct Issuers {
+    certificates: Arc<[CertificateDer<'static>]>,
+    verifier: Arc<Verifier>,
+}
+
+impl Issuers {
+    /// Reads them.
     ///
     /// # Errors
     ///
     /// The file cannot be read, has none, or one is broken.
     pub fn load(file: &Path) -> Result<Self, TrustError> {
-        let issuers = pem::certificates(file)?;
+        let certificates = pem::certificates(file)?;
         let mut roots = RootCertStore::empty();
-        for (index, issuer) in issuers.iter().enumerate() {
-            roots.add(issuer.clone()).map_err(|error| TrustError::Unusable {
-                file: file.to_owned(),
-                number: index + 1,
-                reason: error.to_string(),
-            })?;
+        for (index, issuer) in certificates.iter().enumerate() {
+            let unusable = |_| TrustError::Unusable { file: file.to_owned(), number: index + 1 };
+            roots.add(issuer.clone()).map_err(unusable)?;
         }
+        let verifier = Verifier::new(roots).ok_or(TrustError::Tls)?;
+        Ok(Self { certificates: certificates.into(), verifier: Arc::new(verifier) })
+    }
+}
+
+impl Trust {
+    /// Trusts these certificates, and those that they have issued.
+    ///
+    /// # Errors
+    ///
+    /// What encrypts does not go with TLS.
+    pub fn new(issuers: &Issuers) -> Result<Self, TrustError> {
         let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
         let mut config = builder
-            .map_err(|error| TrustError::Tls(error.to_string()))?
-            .with_root_certificates(roots)
+            .map_err(|_| TrustError::Tls)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::clone(&issuers.verifier) as _)
             .with_no_client_auth();
         config.alpn_protocols = vec![ALPN_DOT.to_vec()];
         config.resumption = Resumption::in_memory_sessions(SESSIONS);
-        Ok(Self { issuers: issuers.into(), config: Some(Arc::new(config)) })
+        Ok(Self { issuers: Arc::clone(&issuers.certificates), config: Some(Arc::new(config)) })
     }
 }
 
@@ -122,14 +138,7 @@ impl fmt::Display for Trouble<'_> {
         match self.fault {
             TlsFault::Tls(rustls::Error::InvalidCertificate(error)) => {
                 write!(f, "certificate refused, expected one for {name:?}: ")?;
-                match error {
-                    CertificateError::UnknownIssuer => f.write_str("its issuer is not one of those that are trusted"),
-                    CertificateError::ExpiredContext { time, not_after } => {
-                        let since = time.as_secs().saturating_sub(not_after.as_secs());
-                        write!(f, "it expired {since} s ago")
-                    }
-                    error => error.fmt(f),
-                }
+                f.write_str(&verify::words(error))
             }
             TlsFault::Tls(rustls::Error::AlertReceived(alert)) => {
                 write!(f, "the backend ended TLS (server name {name:?}) with the alert {alert:?}")

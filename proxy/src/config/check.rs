@@ -9,13 +9,20 @@ use rustix::process::{Resource, getrlimit};
 use rustls::pki_types::ServerName;
 
 use super::units::format_size;
-use super::{Backend, Config, HealthMode, OneShotClose, Pool, ProxyProtocol, View, defaults, forecast, load, print};
+use super::{
+    Backend, Config, HealthMode, Listener, OneShotClose, Pool, ProxyProtocol, View, defaults, forecast, load, print,
+};
 use crate::proxy_protocol::identity::Identity;
 use crate::proxy_protocol::template::Class;
 use crate::scope::IpWithZone;
+use crate::stdout::Stdout;
 
 #[path = "check_clients.rs"]
 pub(super) mod clients;
+#[path = "check_files.rs"]
+mod files;
+
+pub use files::unreadable_later;
 
 /// The exit code for a configuration that is not usable (EX_USAGE of sysexits.h).
 pub const EX_USAGE: u8 = 64;
@@ -66,7 +73,7 @@ impl Limits {
 /// Something that works, but perhaps not as hoped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
-    /// The key that decides it.
+    /// The key that decides it; empty: it is about the whole file.
     pub key: String,
     /// What will happen.
     pub message: String,
@@ -74,18 +81,21 @@ pub struct Warning {
 
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "key `{}`: {}", self.key, self.message)
+        match self.key.as_str() {
+            "" => f.write_str(&self.message),
+            key => write!(f, "key `{key}`: {}", self.message),
+        }
     }
 }
 
 /// Checks a file: the configuration in effect and the forecast go to standard output, warnings and errors to standard error.
 /// 0 if it can be used, else [`EX_USAGE`].
 pub fn run(path: &Path) -> ExitCode {
-    let (out, err) = (&mut io::stdout().lock(), &mut io::stderr().lock());
+    let (out, err) = (&mut Stdout::lock(), &mut io::stderr().lock());
     match load(path) {
         Ok(config) => {
             let limits = Limits::read();
-            for warning in warnings(&config, limits) {
+            for warning in warnings(&config, limits).into_iter().chain(unreadable_later(path, &config)) {
                 drop(writeln!(err, "warning: {}: {warning}", path.display()));
             }
             let mut text = print::to_toml(&config);
@@ -94,7 +104,10 @@ pub fn run(path: &Path) -> ExitCode {
             }
             match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
+                Err(error) => {
+                    drop(writeln!(err, "error: {error}"));
+                    ExitCode::FAILURE
+                }
             }
         }
         Err(errors) => {
@@ -113,16 +126,16 @@ pub fn warnings(config: &Config, limits: Limits) -> Vec<Warning> {
     clients::forecast(config, limits, &mut warnings);
     warnings.extend(fast_open(config, limits));
     warnings.extend(view(config));
-    for (index, pool) in config.pools.iter().enumerate() {
+    for (index, (pool, listeners)) in config.pools.iter().zip(config.by_pool()).enumerate() {
         let path = if config.pools.len() == 1 { "pool".to_owned() } else { format!("pool[{index}]") };
-        warnings.extend(usefulness(config, index, &path));
+        warnings.extend(usefulness(pool, &listeners, &path));
         for (index, backend) in pool.backends.iter().enumerate() {
             let index = if pool.backends.len() == 1 { String::new() } else { format!("[{index}]") };
             tls(config, pool, backend, &format!("{path}.backend{index}.tls"), &mut warnings);
         }
         if let Some(proxy) = &pool.proxy_protocol {
             headers(config, proxy, &path, &mut warnings);
-            warnings.extend(unsaid(config, index, proxy, &path));
+            warnings.extend(unsaid(proxy, &listeners, &path));
             for (index, backend) in pool.backends.iter().enumerate() {
                 let index = if pool.backends.len() == 1 { String::new() } else { format!("[{index}]") };
                 let path = format!("{path}.backend{index}");
@@ -147,7 +160,7 @@ fn to_backends(config: &Config) -> usize {
 
 /// Descriptors at most: for clients, to backends, others.
 pub(super) fn needed(config: &Config) -> [usize; 3] {
-    [clients::most(config, |_| true), to_backends(config), reserve(config)]
+    [clients::most(config, &config.listeners), to_backends(config), reserve(config)]
 }
 
 fn descriptors(config: &Config, limits: Limits) -> Option<Warning> {
@@ -199,9 +212,8 @@ pub(crate) fn fast_open(config: &Config, limits: Limits) -> Vec<Warning> {
 }
 
 /// A pool that nobody asks, or that cannot answer.
-fn usefulness(config: &Config, index: usize, path: &str) -> Option<Warning> {
-    let pool = config.pools.get(index)?;
-    if !config.listeners.iter().any(|listener| listener.pool == index) {
+fn usefulness(pool: &Pool, listeners: &[&Listener], path: &str) -> Option<Warning> {
+    if listeners.is_empty() {
         let message = "no listener uses this pool".to_owned();
         return Some(Warning { key: format!("{path}.name"), message });
     }
@@ -253,8 +265,8 @@ fn headers(config: &Config, proxy: &ProxyProtocol, path: &str, warnings: &mut Ve
 }
 
 /// `advertise_tls`, and no client comes over TLS.
-fn unsaid(config: &Config, index: usize, proxy: &ProxyProtocol, path: &str) -> Option<Warning> {
-    let over_tls = config.listeners.iter().any(|listener| listener.pool == index && listener.tls.is_some());
+fn unsaid(proxy: &ProxyProtocol, listeners: &[&Listener], path: &str) -> Option<Warning> {
+    let over_tls = listeners.iter().any(|listener| listener.tls.is_some());
     (proxy.advertise_tls && !over_tls).then(|| Warning {
         key: format!("{path}.proxy_protocol.advertise_tls"),
         message: "there is nothing to say: no listener of this pool has `[listener.tls]`".to_owned(),

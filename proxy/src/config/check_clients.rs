@@ -3,6 +3,7 @@
 use super::super::{Config, Listener, ListenerTls, Pool, units};
 use super::{Limits, Warning};
 use crate::clock;
+use crate::tls::x509;
 
 /// Before so many days are left a certificate should have been renewed, as the alert has it.
 const RENEWED: f64 = 7.0;
@@ -46,7 +47,7 @@ pub(super) fn forecast(config: &Config, limits: Limits, warnings: &mut Vec<Warni
         if let Some(message) = exposure(listener, config.pools.get(listener.pool)) {
             warn("pool", message);
         }
-        if let Some(message) = listener.tls.as_ref().and_then(|tls| certificate(tls, clock::unix_seconds())) {
+        for message in listener.tls.iter().flat_map(|tls| certificates(tls, clock::unix_seconds())) {
             warn("tls.certificate", message);
         }
     }
@@ -66,21 +67,41 @@ fn exposure(listener: &Listener, pool: Option<&Pool>) -> Option<String> {
     })
 }
 
-/// A certificate that is over, or soon will be.
-fn certificate(tls: &ListenerTls, now: f64) -> Option<String> {
-    let days = (tls.identity.as_ref()?.not_after()? as f64 - now) / 86_400.0;
-    let file = tls.certificate.display();
-    if days < 0.0 {
-        Some(format!("{file} is over since {:.0} days: clients that look at it do not connect", days.abs().floor()))
-    } else {
-        (days < RENEWED).then(|| format!("{file} is over in {:.0} days", days.floor()))
+/// Certificates of a chain that are over, or soon will be, or are not valid yet; and one that is none for a server.
+fn certificates(tls: &ListenerTls, now: f64) -> Vec<String> {
+    let Some(identity) = &tls.identity else { return Vec::new() };
+    let chain: Vec<&[u8]> = identity.certificates().collect();
+    let called = |index: usize, certificate: &[u8]| match chain.len() {
+        1 => tls.certificate.display().to_string(),
+        _ => format!("{} of {}", x509::called(index + 1, certificate), tls.certificate.display()),
+    };
+    let mut messages = Vec::new();
+    for (index, certificate) in chain.iter().enumerate() {
+        let Some(valid) = x509::validity(certificate) else { continue };
+        let [from, to] = [valid.start(), valid.end()].map(|at| (*at as f64 - now) / 86_400.0);
+        let when = match () {
+            () if to < 0.0 => format!("is over since {:.0} days: clients that look at it do not connect", -to.ceil()),
+            () if from > 0.0 => {
+                format!("is not valid for {:.0} days yet: clients that look at it do not connect", from.ceil())
+            }
+            () if to < RENEWED => format!("is over in {:.0} days", to.floor()),
+            () => continue,
+        };
+        messages.push(format!("{} {when}", called(index, certificate)));
     }
+    if let Some(own) = chain.first().filter(|own| x509::is_authority(own)) {
+        let own = called(0, own);
+        messages.push(format!(
+            "{own} is that of an authority (CA:TRUE), which many clients do not take for a server's: issue it with CA:FALSE"
+        ));
+    }
+    messages
 }
 
 /// Most client connections on all these listeners together.
-pub(in crate::config) fn most(config: &Config, of: impl Fn(&Listener) -> bool) -> usize {
+pub(in crate::config) fn most<'a>(config: &Config, listeners: impl IntoIterator<Item = &'a Listener>) -> usize {
     let total = config.server.max_connections;
-    let each = config.listeners.iter().filter(|listener| of(listener)).map(|listener| of_listener(listener, total));
+    let each = listeners.into_iter().map(|listener| of_listener(listener, total));
     each.fold(0, usize::saturating_add).min(total)
 }
 
@@ -186,24 +207,50 @@ mod tests {
     }
 
     #[test]
-    fn certificates_that_are_over_or_soon_will_be() {
+    fn certificates_that_are_not_valid_or_soon_will_not_be() {
+        use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, date_time_ymd};
         let directory = std::env::temp_dir().join(format!("counterfoil-over-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
-        let (certificate, key) = (directory.join("c.pem"), directory.join("k.pem"));
-        let made = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::new(["dns.example".to_owned()]).unwrap();
-        params.not_after = rcgen::date_time_ymd(2030, 1, 1);
-        std::fs::write(&certificate, params.self_signed(&made).unwrap().pem()).unwrap();
-        std::fs::write(&key, made.serialize_pem()).unwrap();
-        let identity = Identity::read(&certificate, &key);
-        std::fs::remove_dir_all(&directory).unwrap();
-        let tls = ListenerTls { certificate: "c.pem".into(), identity: identity.ok(), ..ListenerTls::default() };
+        let made = KeyPair::generate().unwrap();
+        let certificate = |name: &str, (from, to): (i32, i32), is_ca: IsCa| {
+            let mut params = CertificateParams::new(["dns.example".to_owned()]).unwrap();
+            params.distinguished_name.push(DnType::CommonName, name);
+            (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
+            params.is_ca = is_ca;
+            params.self_signed(&made).unwrap().pem()
+        };
+        let tls = |chain: &str| {
+            let (certificate, key) = (directory.join("c.pem"), directory.join("k.pem"));
+            std::fs::write(&certificate, chain).unwrap();
+            std::fs::write(&key, made.serialize_pem()).unwrap();
+            let identity = Identity::read(&certificate, &key).ok();
+            ListenerTls { certificate: "c.pem".into(), identity, ..ListenerTls::default() }
+        };
+        // The first day of 2030.
         let end = 1_893_456_000.0;
-        let said = |before: f64| super::certificate(&tls, end - before * 86_400.0);
-        assert_eq!(said(8.0), None);
-        assert_eq!(said(6.5).as_deref(), Some("c.pem is over in 6 days"));
-        let over = "c.pem is over since 2 days: clients that look at it do not connect";
-        assert_eq!(said(-2.5).as_deref(), Some(over));
-        assert_eq!(super::certificate(&ListenerTls::default(), end), None, "not read");
+        let said = |chain: &str, after: f64| certificates(&tls(chain), end + after * 86_400.0);
+        let own = certificate("own", (2000, 2030), IsCa::NoCa);
+        assert_eq!(said(&own, -8.0), [""; 0]);
+        assert_eq!(said(&own, -6.5), ["c.pem is over in 6 days"]);
+        let do_not = "clients that look at it do not connect";
+        assert_eq!(said(&own, 2.5), [format!("c.pem is over since 2 days: {do_not}")]);
+        let authority = IsCa::Ca(BasicConstraints::Unconstrained);
+        let between = certificate("between", (2029, 2030), authority);
+        let next = certificate("next", (2030, 2040), authority);
+        let own = certificate("own", (2000, 2050), IsCa::ExplicitNoCa);
+        assert_eq!(
+            said(&format!("{own}{between}{next}"), -1.5),
+            [
+                "certificate 2 (\"between\") of c.pem is over in 1 days".to_owned(),
+                format!("certificate 3 (\"next\") of c.pem is not valid for 2 days yet: {do_not}"),
+            ]
+        );
+        assert_eq!(
+            said(&certificate("own", (2000, 2050), authority), 0.0),
+            ["c.pem is that of an authority (CA:TRUE), which many clients do not take for a server's: issue it with \
+                 CA:FALSE"]
+        );
+        std::fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(certificates(&ListenerTls::default(), end), [""; 0], "not read");
     }
 }

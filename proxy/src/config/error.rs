@@ -8,13 +8,22 @@ use thiserror::Error;
 
 use super::network::NetworkError;
 use super::units::UnitError;
+use crate::admin::TokenError;
 use crate::backend::tls::TrustError;
 use crate::dns::name::NameError;
+use crate::file::FileFault;
 use crate::proxy_protocol::template::{TemplateError, TlvTypeError};
 use crate::scope::ScopeError;
 use crate::tls::pem::PemError;
 
-/// Everything that is wrong with a configuration, in the order of the file; at least one error.
+/// How many errors are told one by one. Nobody reads on, and a text can have a hundred thousand.
+pub const MOST: usize = 100;
+
+/// How much is said of one error, characters: it may quote a value, which can be as long as the text.
+const LONGEST: usize = 1000;
+
+/// Everything that is wrong with a configuration, in the order of the file; at least one error. Beyond [`MOST`] the last one
+/// tells how many more there are.
 ///
 /// Its text has one line per error. The caller puts `error: ` before each: see [`ConfigErrors::iter`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +33,12 @@ pub struct ConfigErrors {
 
 impl ConfigErrors {
     /// Sorts by position. Two problems of one key stay in the order in which they were found.
-    pub(super) fn new(mut errors: Vec<ConfigError>) -> Self {
+    pub(super) fn new(mut errors: Vec<ConfigError>, more: usize) -> Self {
         errors.sort_by_key(|error| error.position);
+        if let Some(first) = errors.first().filter(|_| more > 0) {
+            let (file, problem) = (first.file.clone(), Problem::More(more));
+            errors.push(ConfigError { file, position: None, key: None, problem });
+        }
         Self { errors }
     }
 
@@ -52,7 +65,7 @@ impl std::error::Error for ConfigErrors {}
 pub struct ConfigError {
     /// The file as the caller named it.
     pub file: String,
-    /// Where in the file; none if it could not be read.
+    /// Where in the file; none if it could not be read, or if it stands for many.
     pub position: Option<Position>,
     /// The full path of the key, such as `pool[1].backend[0].address`; an index is given only where a list has more
     /// than one element. None where the error belongs to no key.
@@ -68,9 +81,21 @@ impl fmt::Display for ConfigError {
             write!(f, "{line}:{column}:")?;
         }
         if let Some(key) = &self.key {
-            write!(f, " key `{key}`:")?;
+            write!(f, " key `{}`:", Cut(key))?;
         }
-        write!(f, " {}", self.problem)
+        write!(f, " {}", Cut(&self.problem.to_string()))
+    }
+}
+
+/// The beginning of a long text.
+struct Cut<'a>(&'a str);
+
+impl fmt::Display for Cut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.char_indices().nth(LONGEST) {
+            Some((end, _)) => write!(f, "{}...", self.0.get(..end).unwrap_or_default()),
+            None => f.write_str(self.0),
+        }
     }
 }
 
@@ -86,21 +111,24 @@ pub struct Position {
 /// The kinds of errors.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Problem {
-    /// The file cannot be opened or read.
-    #[error("cannot be read: {0}")]
-    Unreadable(String),
-    /// More bytes than a configuration can sensibly have.
-    #[error("is longer than {0} bytes")]
-    TooLong(u64),
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileFault),
     /// TOML is UTF-8.
     #[error("is not UTF-8 from here on")]
     NotUtf8,
-    /// Not TOML; the words are those of the TOML parser.
+    /// Not TOML; the words are those of the TOML parser, which are its own: it quotes nothing here.
     #[error("{0}")]
     Syntax(String),
     /// A key twice in one table.
     #[error("is given twice")]
     GivenTwice,
+    /// Another file than was meant, such as one with a key: nothing of it is quoted.
+    #[error("is no configuration of this program, which has the tables {0}")]
+    Foreign(String),
+    /// Those that are not told.
+    #[error("{0} more errors; they are not listed")]
+    More(usize),
     /// A key that the format does not have.
     #[error("unknown key{}", hint(suggestion.as_deref()))]
     UnknownKey {
@@ -205,6 +233,9 @@ pub enum Problem {
     /// A list that must not be.
     #[error("must not be empty{0}")]
     Empty(&'static str),
+    /// A long log filter.
+    #[error("is longer than any log filter must be: {0} bytes")]
+    LongLogFilter(usize),
     /// A log filter.
     #[error("{value:?} is no log filter: {reason}")]
     LogFilter {
@@ -240,12 +271,12 @@ pub enum Problem {
     #[error("{0}")]
     Template(TemplateError),
     /// The file of the token.
-    #[error("{}: {reason}", file.display())]
+    #[error("{}: {fault}", file.display())]
     Token {
         /// The file.
         file: PathBuf,
         /// What is wrong with it.
-        reason: String,
+        fault: TokenError,
     },
     /// A file of certificates or keys.
     #[error(transparent)]

@@ -515,7 +515,7 @@ fn files_that_cannot_be_read() {
     );
     assert_eq!(
         load(&scratch.0).unwrap_err().to_string(),
-        format!("{}: cannot be read: Is a directory (os error 21)", scratch.0.display())
+        format!("{}: is a directory, where a regular file must be", scratch.0.display())
     );
     assert_eq!(scratch.load(b"[server]\nlog = \"\xff\"\n"), "c.toml:2:8: is not UTF-8 from here on");
     assert_eq!(scratch.load(&[b'\n'; (1 << 20) + 1]), "c.toml: is longer than 1048576 bytes");
@@ -533,7 +533,7 @@ fn a_token_file_that_cannot_be_relied_on() {
         std::fs::write(&token, text).unwrap();
         std::fs::set_permissions(&token, std::fs::Permissions::from_mode(mode)).unwrap();
     };
-    assert_eq!(scratch.load(text.as_bytes()), format!("{place}No such file or directory (os error 2)"));
+    assert_eq!(scratch.load(text.as_bytes()), format!("{place}cannot be read: No such file or directory (os error 2)"));
     write("0123456789abcdef\n", 0o644);
     assert_eq!(scratch.load(text.as_bytes()), format!("{place}others may access it (mode 0644): `chmod o=` it"));
     write("short\n", 0o600);

@@ -8,9 +8,9 @@ use crate::proxy_protocol::template::Class;
 /// The forecast, line by line.
 pub fn lines(config: &Config, limits: Limits) -> Vec<String> {
     let mut lines = Vec::new();
-    for pool in &config.pools {
-        lines.push(format!("pool {:?}: {}", pool.name, sharing(config, pool)));
-        lines.push(format!("pool {:?}: {}", pool.name, most(config, pool)));
+    for (pool, listeners) in config.pools.iter().zip(config.by_pool()) {
+        lines.push(format!("pool {:?}: {}", pool.name, sharing(config, pool, &listeners)));
+        lines.push(format!("pool {:?}: {}", pool.name, most(config, pool, &listeners)));
         for backend in &pool.backends {
             lines.push(format!("backend {:?}: {}", backend.name, ports(config, pool, backend, limits)));
             lines.extend(places(config, backend).map(|places| format!("backend {:?}: {places}", backend.name)));
@@ -20,8 +20,8 @@ pub fn lines(config: &Config, limits: Limits) -> Vec<String> {
     lines
 }
 
-/// Who shares its connections.
-fn sharing(config: &Config, pool: &Pool) -> String {
+/// Who shares its connections. `listeners` are the pool's.
+fn sharing(config: &Config, pool: &Pool, listeners: &[&Listener]) -> String {
     let Some(proxy) = &pool.proxy_protocol else {
         return "shared connections: every client uses the same ones".to_owned();
     };
@@ -47,17 +47,12 @@ fn sharing(config: &Config, pool: &Pool) -> String {
         Class::PerClient if proxy.identity == Identity::Forwarder => ", where their TLVs are equal",
         _ => "",
     };
-    let over_tls = |listener: &Listener| listener.tls.is_some() && same_pool(config, listener, pool);
-    let tls = if proxy.advertise_tls && config.listeners.iter().any(over_tls) {
+    let tls = if proxy.advertise_tls && listeners.iter().any(|listener| listener.tls.is_some()) {
         "; not by clients that agreed on different things over TLS (`advertise_tls`)"
     } else {
         ""
     };
     format!("keyed connections: shared by {who}{condition}{tls}")
-}
-
-fn same_pool(config: &Config, listener: &Listener, pool: &Pool) -> bool {
-    config.pools.get(listener.pool).is_some_and(|of_listener| of_listener.name == pool.name)
 }
 
 fn is_owned(proxy: &ProxyProtocol) -> bool {
@@ -72,12 +67,12 @@ fn per_client(config: &Config, pool: &Pool, proxy: &ProxyProtocol) -> usize {
 }
 
 /// How many connections there can be, and what bounds them.
-fn most(config: &Config, pool: &Pool) -> String {
+fn most(config: &Config, pool: &Pool, listeners: &[&Listener]) -> String {
     let usable = pool.backends.iter().filter(|backend| backend.health.mode != HealthMode::Down);
     let backends = usable.map(|backend| backend.max_connections).fold(0, usize::saturating_add);
     let total = config.connections.max_total;
     let owned = pool.proxy_protocol.as_ref().filter(|proxy| is_owned(proxy));
-    let clients = clients::most(config, |listener| same_pool(config, listener, pool));
+    let clients = clients::most(config, listeners.iter().copied());
     let clients = owned.map(|proxy| clients.saturating_mul(per_client(config, pool, proxy)));
     let most = backends.min(total).min(clients.unwrap_or(usize::MAX));
     let (by, then) = if Some(most) == clients {

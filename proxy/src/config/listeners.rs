@@ -13,7 +13,6 @@ use super::units::MAX_SIZE;
 use super::{AcceptProxy, Listener, ListenerTls, Network, Pool, Refusable};
 use crate::proxy_protocol::{MAX_LEN, parse_v1};
 use crate::tls::pem::PemError;
-use crate::tls::server::Identity;
 
 /// The least that is kept for a client that does not read: what every answer may have (RFC 1035 section 4.2.1), bytes.
 const SHORTEST_ANSWER: usize = 512;
@@ -127,14 +126,13 @@ fn read_tls(section: &Section<'_, '_>) -> Option<ListenerTls> {
     let default = ListenerTls::default();
     let named = |key| section.required(key).and_then(|value| value.string());
     let (certificate, key) = (named("certificate"), named("key"));
-    let file = |named: Option<&str>| section.file(named?);
-    let identity = file(certificate).zip(file(key)).and_then(|(certificate, key)| {
-        let read = Identity::read(&certificate, &key);
+    let identity = certificate.zip(key).and_then(|(certificate, key)| {
+        let files = section.files()?;
+        let (read, certificate) = (files.identity(certificate, key), files.path(certificate));
         // One file may hold both.
-        let key = |error: &PemError| match error {
-            PemError::NoKey(_) | PemError::Unfit { .. } => "key",
-            error if error.file() == certificate => "certificate",
-            _ => "key",
+        let key = |error: &PemError| match error.fault.is_of_key() || error.file != certificate {
+            true => "key",
+            false => "certificate",
         };
         read.map_err(|error| section.fail(key(&error), Problem::Pem(error))).ok()
     });

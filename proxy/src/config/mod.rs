@@ -7,7 +7,9 @@
 pub mod check;
 pub mod choices;
 pub mod defaults;
+pub(crate) mod effort;
 pub mod error;
+mod files;
 pub mod forecast;
 mod listeners;
 pub mod network;
@@ -29,10 +31,13 @@ mod contract_tests;
 #[cfg(test)]
 mod error_tests;
 #[cfg(test)]
+mod growth_tests;
+#[cfg(test)]
 mod listener_tls_tests;
 #[cfg(test)]
 mod random_tests;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -79,13 +84,30 @@ impl Config {
     pub fn keep_sessions_of(&mut self, old: &Self) {
         let same =
             |new: &Backend, old: &Backend| (&new.name, new.address, &new.tls) == (&old.name, old.address, &old.tls);
+        let before = old.pools.iter().flat_map(|pool| &pool.backends);
+        let before: HashMap<&str, &Backend> = before.map(|backend| (backend.name.as_str(), backend)).collect();
         for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
-            let mut before = old.pools.iter().flat_map(|pool| &pool.backends);
-            if let Some(before) = before.find(|before| same(backend, before)) {
+            if let Some(before) = before.get(backend.name.as_str()).filter(|before| same(backend, before)) {
                 backend.tls.clone_from(&before.tls);
             }
         }
     }
+
+    /// The listeners of each pool, by the index of the pool.
+    pub(crate) fn by_pool(&self) -> Vec<Vec<&Listener>> {
+        group_by_pool(&self.listeners, self.pools.len())
+    }
+}
+
+fn group_by_pool(listeners: &[Listener], pools: usize) -> Vec<Vec<&Listener>> {
+    let mut by_pool = vec![Vec::new(); pools];
+    effort::spend(pools + listeners.len());
+    for listener in listeners {
+        if let Some(of_pool) = by_pool.get_mut(listener.pool) {
+            of_pool.push(listener);
+        }
+    }
+    by_pool
 }
 
 /// `[server]`

@@ -15,6 +15,7 @@ use super::source::{Path, Source};
 use super::text::{MAX_FILE, Text, without_mark};
 use super::{Admin, Class, Config, Connections, Kernel, Overload, Server, Watchdog, defaults, listeners, schema};
 use crate::admin::Token;
+use crate::file::FileFault;
 
 /// Most worker threads; more than any machine has cores.
 const MAX_WORKERS: usize = 1024;
@@ -31,6 +32,9 @@ pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
 
 /// The shortest interval of sweeps and clean-ups: they walk every connection.
 const SHORTEST_SWEEP: Duration = Duration::from_millis(10);
+
+/// The longest log filter, bytes: each of its directives is compared with the others.
+const MAX_LOG_FILTER: usize = 4096;
 
 /// `sun_path` of `sockaddr_un` without its closing zero byte (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
@@ -58,19 +62,24 @@ pub(super) fn parse(name: &str, text: &str, directory: Option<&FilePath>) -> Res
     let text = without_mark(text);
     let source = Source::new(name, text).reading_from(directory);
     if text.len() as u64 > MAX_FILE {
-        source.push(None, None, Problem::TooLong(MAX_FILE));
+        source.push(None, None, || FileFault::TooLong(MAX_FILE).into());
         source.result()?;
     }
     let (root, errors) = DeTable::parse_recoverable(text);
     for error in errors {
         let span = error.span().unwrap_or(text.len()..text.len());
-        match text.get(span.clone()) {
-            Some(key) if error.message() == "duplicate key" => {
-                source.fail(span.start, &Path::root().key(key), Problem::GivenTwice);
+        let is_twice = error.message() == "duplicate key";
+        // What is no TOML may be anything, a file with a key too: nothing of it is quoted but the words of the format.
+        match text.get(span.clone()).filter(|key| is_twice && schema::has_word(key)) {
+            Some(key) => source.fail(span.start, &Path::root().key(key), Problem::GivenTwice),
+            None if is_twice => {
+                source.push(Some(span.start), None, || Problem::Syntax("a key is given twice".to_owned()))
             }
-            _ => source.push(Some(span.start), None, Problem::Syntax(error.message().to_owned())),
+            None => source.push(Some(span.start), None, || Problem::Syntax(error.message().to_owned())),
         }
     }
+    source.result()?;
+    schema::check_root(&source, root.get_ref());
     source.result()?;
     schema::check(&source, root.get_ref());
     let config = read(&Section::root(&source, root.get_ref()));
@@ -126,6 +135,10 @@ fn read_overload(section: &Section<'_, '_>) -> Overload {
 
 fn log_filter(value: &Value<'_, '_>) -> Option<String> {
     let text = value.string()?;
+    if text.len() > MAX_LOG_FILTER {
+        value.fail(Problem::LongLogFilter(MAX_LOG_FILTER));
+        return None;
+    }
     match EnvFilter::builder().parse(text) {
         Ok(_) => Some(text.to_owned()),
         Err(error) => {
@@ -215,9 +228,9 @@ fn read_admin(section: &Section<'_, '_>) -> Admin {
 
 /// Where the file of the token is. Like all files that are named it is looked for where the configuration is, and looked at.
 fn token_file(section: &Section<'_, '_>, value: &Value<'_, '_>, named: &str) -> PathBuf {
-    let Some(path) = section.file(named) else { return PathBuf::from(named) };
-    if let Err(error) = Token::read(&path) {
-        value.fail(Problem::Token { file: path.clone(), reason: error.to_string() });
+    let Some(path) = section.files().map(|files| files.path(named)) else { return PathBuf::from(named) };
+    if let Err(fault) = Token::read(&path) {
+        value.fail(Problem::Token { file: path.clone(), fault });
     }
     // As it is printed: the same file wherever that is read again.
     std::path::absolute(&path).unwrap_or(path)

@@ -1,16 +1,18 @@
 //! `[[pool]]` and all that is in it.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
 
 use super::choices::IdentityWord;
+use super::effort;
 use super::error::Problem;
 use super::parse::{MAX_COUNT, MILLISECOND, Unique, is_host};
 use super::section::{Section, Value};
-use super::{Backend, BackendTls, Health, Listener, Pool, ProxyProtocol, defaults, units};
+use super::{Backend, BackendTls, Health, Listener, Pool, ProxyProtocol, defaults, group_by_pool, units};
 use crate::backend::tls::Trust;
 use crate::proxy_protocol::client_tls;
 use crate::proxy_protocol::identity::Identity;
@@ -45,6 +47,9 @@ const TRUST_STORES: [&str; 4] = [
     "/etc/ssl/cert.pem",
 ];
 
+/// How many pools are named where another one is asked for.
+const SUGGESTED: usize = 10;
+
 /// Names of backends that metrics use as labels for something else.
 const RESERVED_NAMES: [&str; 2] = ["drill", "unknown"];
 
@@ -52,6 +57,7 @@ const RESERVED_NAMES: [&str; 2] = ["drill", "unknown"];
 pub(super) struct Pools<'a, 'i> {
     sections: Vec<Section<'a, 'i>>,
     pools: Vec<Pool>,
+    by_name: HashMap<String, usize>,
     /// Addresses of all backends.
     addresses: Vec<(Value<'a, 'i>, SocketAddr)>,
 }
@@ -59,7 +65,8 @@ pub(super) struct Pools<'a, 'i> {
 impl<'a, 'i> Pools<'a, 'i> {
     /// Reads all pools.
     pub(super) fn read(root: &Section<'a, 'i>) -> Self {
-        let mut pools = Self { sections: root.tables("pool"), pools: Vec::new(), addresses: Vec::new() };
+        let mut pools =
+            Self { sections: root.tables("pool"), pools: Vec::new(), by_name: HashMap::new(), addresses: Vec::new() };
         if pools.sections.is_empty() {
             root.fail_empty("pool");
         }
@@ -68,6 +75,7 @@ impl<'a, 'i> Pools<'a, 'i> {
         for section in &pools.sections {
             let name = section.required("name").and_then(|value| names.name(&value)).unwrap_or_default();
             let backends = read_backends(section, &mut backend_names, &mut pools.addresses);
+            pools.by_name.entry(name.to_owned()).or_insert(pools.pools.len());
             let default = Pool::new(name, backends);
             pools.pools.push(Pool {
                 policy: section.choice("policy", default.policy),
@@ -84,25 +92,31 @@ impl<'a, 'i> Pools<'a, 'i> {
     /// The index of the pool that a listener names.
     pub(super) fn find(&self, value: &Value<'_, '_>) -> Option<usize> {
         let name = value.string()?;
-        let found = self.pools.iter().position(|pool| pool.name == name);
+        let found = self.by_name.get(name).copied();
         // Pools whose own names are wrong have none here. Without any there is nothing that could be named.
-        let named = self.pools.iter().filter(|pool| !pool.name.is_empty());
-        let names: Vec<String> = named.map(|pool| format!("{:?}", pool.name)).collect();
-        if found.is_none() && !names.is_empty() {
-            value.fail(Problem::UnknownPool { name: name.to_owned(), pools: names.join(", ") });
+        let named = || self.pools.iter().filter(|pool| !pool.name.is_empty());
+        if found.is_none() && named().next().is_some() {
+            value.fail_with(|| {
+                let some: Vec<String> = named().take(SUGGESTED).map(|pool| format!("{:?}", pool.name)).collect();
+                let more = if named().nth(SUGGESTED).is_some() { ", ..." } else { "" };
+                Problem::UnknownPool { name: name.to_owned(), pools: some.join(", ") + more }
+            });
         }
         found
     }
 
     /// Reports backends that are listeners of this very configuration.
     pub(super) fn check_loops(&self, listeners: &[Listener]) {
+        let mut at = HashMap::new();
+        for listener in listeners.iter().rev() {
+            at.insert((listener.address.ip(), listener.address.port()), listener);
+        }
+        effort::spend(listeners.len() + self.addresses.len());
         for (value, backend) in &self.addresses {
-            let is_backend = |listener: &&Listener| {
-                let everywhere = listener.address.ip().is_unspecified() && backend.ip().is_loopback();
-                let same_host = everywhere || listener.address.ip() == backend.ip();
-                same_host && listener.address.port() == backend.port()
-            };
-            if let Some(listener) = listeners.iter().find(is_backend) {
+            let everywhere = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+            let everywhere = everywhere.into_iter().filter(|_| backend.ip().is_loopback());
+            let mut places = std::iter::once(backend.ip()).chain(everywhere);
+            if let Some(listener) = places.find_map(|ip| at.get(&(ip, backend.port()))) {
                 value.fail(Problem::Loop(*backend, listener.name.clone()));
             }
         }
@@ -110,10 +124,16 @@ impl<'a, 'i> Pools<'a, 'i> {
 
     /// Reports a `max_header` that no header can meet.
     pub(super) fn check_headers(&self, listeners: &[Listener]) {
-        for (index, (section, pool)) in self.sections.iter().zip(&self.pools).enumerate() {
+        let by_pool = group_by_pool(listeners, self.pools.len());
+        for ((section, pool), listeners) in self.sections.iter().zip(&self.pools).zip(&by_pool) {
             let Some(proxy) = &pool.proxy_protocol else { continue };
-            let of_pool = listeners.iter().filter(|listener| listener.pool == index);
-            let Some(shortest) = of_pool.map(|listener| shortest_header(proxy, pool, listener)).min() else { continue };
+            // What a header has of its listener is the name, and whether that speaks TLS.
+            let shortest = |over_tls: bool| {
+                let those = listeners.iter().filter(|listener| listener.tls.is_some() == over_tls);
+                let listener = those.min_by_key(|listener| listener.name.len())?;
+                Some(shortest_header(proxy, pool, listener))
+            };
+            let Some(shortest) = shortest(false).into_iter().chain(shortest(true)).min() else { continue };
             if shortest > proxy.max_header {
                 let max = units::format_size(proxy.max_header);
                 section.table("proxy_protocol").fail("max_header", Problem::HeaderTooLong { shortest, max });
@@ -248,10 +268,10 @@ fn read_tls(section: &Section<'_, '_>) -> Option<BackendTls> {
     let file = match (&ca, named) {
         // Of another type, which has been reported.
         (Some(_), None) => None,
-        (_, Some(named)) => section.file(named),
+        (_, Some(named)) => section.files().map(|files| files.path(named)),
         (None, None) => system_store(section),
     };
-    let trust = file.map(|file| Trust::load(&file)).transpose();
+    let trust = section.files().zip(file).map(|(files, file)| Trust::new(&files.issuers(file)?)).transpose();
     let trust = trust.map_err(|error| section.fail("ca", Problem::Trust(error))).ok().flatten();
     Some(BackendTls {
         // Without a name nothing is used: that is an error.
@@ -264,9 +284,9 @@ fn read_tls(section: &Section<'_, '_>) -> Option<BackendTls> {
 
 /// The first of the usual places that has a trust store.
 fn system_store(section: &Section<'_, '_>) -> Option<PathBuf> {
-    let places: Vec<PathBuf> = TRUST_STORES.into_iter().filter_map(|place| section.file(place)).collect();
-    let found = places.iter().find(|place| place.is_file()).cloned();
-    if found.is_none() && !places.is_empty() {
+    let files = section.files()?;
+    let found = TRUST_STORES.into_iter().map(|place| files.path(place)).find(|place| place.is_file());
+    if found.is_none() {
         section.fail("ca", Problem::NoTrustStore(TRUST_STORES.join(", ")));
     }
     found

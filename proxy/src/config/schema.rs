@@ -3,6 +3,7 @@
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::effort;
 use super::error::Problem;
 use super::source::{Path, Source};
 use Shape::{Table, Tables, Value};
@@ -160,6 +161,24 @@ const WATCHDOG: &[Key] = &[
 
 const ADMIN: &[Key] = &[value("http"), value("token_file"), value("socket")];
 
+/// Whether a key of the format is called so.
+pub(super) fn has_word(name: &str) -> bool {
+    let mut found = Vec::new();
+    find(name, FORMAT, "", &mut found);
+    !found.is_empty()
+}
+
+/// Reports a text that has nothing of a configuration. It may be another file, and a secret.
+pub(super) fn check_root(source: &Source<'_>, root: &DeTable<'_>) {
+    let is_known = |name: &str| FORMAT.iter().any(|key| key.name == name);
+    if let Some((first, _)) = root.iter().next()
+        && !root.iter().any(|(name, _)| is_known(name.get_ref()))
+    {
+        let tables: Vec<String> = FORMAT.iter().map(|key| format!("`{}`", key.name)).collect();
+        source.push(Some(first.span().start), None, || Problem::Foreign(tables.join(", ")));
+    }
+}
+
 /// Reports unknown keys, and values where tables must be and the reverse.
 pub(super) fn check(source: &Source<'_>, root: &DeTable<'_>) {
     check_table(source, root, FORMAT, &Path::root());
@@ -167,11 +186,12 @@ pub(super) fn check(source: &Source<'_>, root: &DeTable<'_>) {
 
 fn check_table(source: &Source<'_>, table: &DeTable<'_>, keys: &[Key], path: &Path) {
     for (name, value) in table.iter() {
+        effort::spend(1);
         let path = path.key(name.get_ref());
         let at = name.span().start;
         match keys.iter().find(|key| key.name == name.get_ref()) {
             Some(key) => check_key(source, key, value, &path),
-            None => source.fail(at, &path, Problem::UnknownKey { suggestion: suggest(name.get_ref(), keys) }),
+            None => source.fail_with(at, &path, || Problem::UnknownKey { suggestion: suggest(name.get_ref(), keys) }),
         }
     }
 }
@@ -185,6 +205,7 @@ fn check_key(source: &Source<'_>, key: &Key, value: &Spanned<DeValue<'_>>, path:
         (Table(keys), DeValue::Table(table)) => check_table(source, table, keys, path),
         (Table(_), _) => wrong_type("a table in single brackets", value),
         (Tables(keys), DeValue::Array(elements)) => {
+            effort::spend(elements.len());
             for (index, element) in elements.iter().enumerate() {
                 match element.get_ref() {
                     DeValue::Table(table) => check_table(source, table, keys, &path.element(index, elements.len())),

@@ -3,14 +3,15 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::choices::{self, Choice};
+use super::effort;
 use super::error::Problem;
+use super::files::Files;
 use super::source::{Path, Source};
 use super::{Network, units};
 use crate::scope::{self, ScopeError};
@@ -47,10 +48,12 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     fn child(&self, value: &'a Spanned<DeValue<'i>>, path: Path) -> Self {
+        effort::spend(1);
         Self { source: self.source, table: value.get_ref().as_table(), path, at: value.span().start }
     }
 
     fn get(&self, key: &str) -> Option<&'a Spanned<DeValue<'i>>> {
+        effort::spend(1);
         self.table?.get(key)
     }
 
@@ -73,9 +76,9 @@ impl<'a, 'i> Section<'a, 'i> {
         self.value(key)
     }
 
-    /// Where a file is that a value names; none if no files are read.
-    pub(super) fn file(&self, named: &str) -> Option<PathBuf> {
-        self.source.file(named)
+    /// The files that values name; none if no files are read.
+    pub(super) fn files(&self) -> Option<&'a Files<'i>> {
+        self.source.files()
     }
 
     /// Reports a problem of a key: at its value, or at the head of the table if the key is not given.
@@ -132,9 +135,14 @@ impl<'a, 'i> Value<'a, 'i> {
         self.source.fail(self.at, &self.path, problem);
     }
 
+    /// The same, where it costs something to say what is wrong.
+    pub(super) fn fail_with(&self, problem: impl FnOnce() -> Problem) {
+        self.source.fail_with(self.at, &self.path, problem);
+    }
+
     /// The line, counted from 1.
     pub(super) fn line(&self) -> usize {
-        self.source.position(self.at).line
+        self.source.line(self.at)
     }
 
     fn wrong_type<T>(&self, expected: &'static str) -> Option<T> {
@@ -240,6 +248,7 @@ impl<'a, 'i> Value<'a, 'i> {
     /// The elements of a list.
     pub(super) fn list(&self) -> Option<Vec<Self>> {
         let DeValue::Array(elements) = self.value else { return self.wrong_type("a list") };
+        effort::spend(elements.len());
         let element = |(index, element): (usize, &'a Spanned<DeValue<'i>>)| Self {
             source: self.source,
             path: self.path.element(index, elements.len()),

@@ -1,60 +1,86 @@
 //! The text of a configuration, the places in it, and the errors found so far.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::path::{self, PathBuf};
+use std::path;
 
-use super::error::{ConfigError, ConfigErrors, Position, Problem};
+use super::effort;
+use super::error::{ConfigError, ConfigErrors, MOST, Position, Problem};
+use super::files::Files;
 
-/// A text that is being read. Errors are collected, so that one run reports all of them.
+/// A text that is being read. Errors are collected, so that one run reports all of them, up to a number.
 pub(super) struct Source<'t> {
     name: &'t str,
     text: &'t str,
-    /// Where the files are that it names by relative paths; none: such files are not read.
-    directory: Option<&'t path::Path>,
+    /// Where each line begins, in bytes; the first at 0.
+    lines: Vec<usize>,
+    /// None: the files that it names are not read.
+    files: Option<Files<'t>>,
     errors: RefCell<Vec<ConfigError>>,
+    /// How many errors there were beyond.
+    more: Cell<usize>,
 }
 
 impl<'t> Source<'t> {
     /// `name` is what errors call it.
     pub(super) fn new(name: &'t str, text: &'t str) -> Self {
-        Self { name, text, directory: None, errors: RefCell::new(Vec::new()) }
+        effort::spend(text.len());
+        let ends = text.bytes().enumerate().filter(|(_, octet)| *octet == b'\n');
+        let lines = std::iter::once(0).chain(ends.map(|(at, _)| at + 1)).collect();
+        Self { name, text, lines, files: None, errors: RefCell::default(), more: Cell::new(0) }
     }
 
     /// From now on the files that it names are read; relative paths begin at this directory.
     pub(super) fn reading_from(self, directory: Option<&'t path::Path>) -> Self {
-        Self { directory, ..self }
+        Self { files: directory.map(Files::new), ..self }
     }
 
-    /// Where a file is that it names; none if no files are read.
-    pub(super) fn file(&self, named: &str) -> Option<PathBuf> {
-        Some(self.directory?.join(named))
+    /// The files that it names; none if they are not read.
+    pub(super) fn files(&self) -> Option<&Files<'t>> {
+        self.files.as_ref()
     }
 
     /// Adds an error of a key at an offset in bytes.
     pub(super) fn fail(&self, at: usize, key: &Path, problem: Problem) {
-        self.push(Some(at), Some(key.to_string()), problem);
+        self.fail_with(at, key, || problem);
     }
 
-    /// Adds an error that belongs to no key, or to a key whose path is not known.
-    pub(super) fn push(&self, at: Option<usize>, key: Option<String>, problem: Problem) {
-        let position = at.map(|at| self.position(at));
-        self.errors.borrow_mut().push(ConfigError { file: self.name.to_owned(), position, key, problem });
+    /// The same, where it costs something to say what is wrong.
+    pub(super) fn fail_with(&self, at: usize, key: &Path, problem: impl FnOnce() -> Problem) {
+        self.push(Some(at), Some(key), problem);
     }
 
-    /// Line and column of an offset in bytes.
-    pub(super) fn position(&self, at: usize) -> Position {
-        let before = self.text.get(..at).unwrap_or(self.text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        let line = before.bytes().filter(|octet| *octet == b'\n').count() + 1;
-        let column = before.get(line_start..).unwrap_or_default().chars().count() + 1;
-        Position { line, column }
+    /// Adds an error that may belong to no key, or to one whose path is not known. Once there are enough, only their number
+    /// is kept, and nothing is looked up for them.
+    pub(super) fn push(&self, at: Option<usize>, key: Option<&Path>, problem: impl FnOnce() -> Problem) {
+        effort::spend(1);
+        let mut errors = self.errors.borrow_mut();
+        if errors.len() == MOST {
+            self.more.set(self.more.get() + 1);
+            return;
+        }
+        let (position, key) = (at.map(|at| self.position(at)), key.map(ToString::to_string));
+        errors.push(ConfigError { file: self.name.to_owned(), position, key, problem: problem() });
+    }
+
+    /// The line of an offset in bytes, counted from 1.
+    pub(super) fn line(&self, at: usize) -> usize {
+        self.lines.partition_point(|start| *start <= at.min(self.text.len()))
+    }
+
+    /// Line and column of an offset in bytes. That takes as long as the line is.
+    fn position(&self, at: usize) -> Position {
+        let line = self.line(at);
+        let start = self.lines.get(line - 1).copied().unwrap_or(0);
+        let before = self.text.get(start..at).or_else(|| self.text.get(start..)).unwrap_or_default();
+        effort::spend(before.len());
+        Position { line, column: before.chars().count() + 1 }
     }
 
     /// The errors found so far, if there are any.
     pub(super) fn result(&self) -> Result<(), ConfigErrors> {
         let errors = self.errors.take();
-        if errors.is_empty() { Ok(()) } else { Err(ConfigErrors::new(errors)) }
+        if errors.is_empty() { Ok(()) } else { Err(ConfigErrors::new(errors, self.more.take())) }
     }
 }
 

@@ -1,7 +1,5 @@
 //! The text of a configuration: read from its file, and asked where something in it is that cannot count.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use toml::de::DeTable;
@@ -11,6 +9,7 @@ use super::error::{ConfigErrors, Problem};
 use super::parse::parse;
 use super::section::Section;
 use super::source::Source;
+use crate::file;
 
 /// The longest file that is read, bytes: a hundred times what a large one has. It also bounds the number of listeners,
 /// pools and backends, each of which takes more than 20 bytes: below 65,534, so that their indexes fit 16 bits.
@@ -54,20 +53,24 @@ impl Text {
     pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
         let name = path.display().to_string();
         let directory = path.parent().unwrap_or(Path::new("")).to_owned();
-        let mut bytes = Vec::new();
-        if let Err(error) = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)) {
-            let source = Source::new(&name, "");
-            source.push(None, None, Problem::Unreadable(error.to_string()));
-            source.result()?;
-        }
+        let refused = |text: &str, at, problem| {
+            let source = Source::new(&name, text);
+            source.push(at, None, || problem);
+            source.result()
+        };
+        let bytes = match file::read(path, MAX_FILE) {
+            Ok(bytes) => bytes,
+            Err(fault) => {
+                refused("", None, Problem::File(fault))?;
+                Vec::new()
+            }
+        };
         match String::from_utf8(bytes) {
             Ok(text) => Ok(Self { name, text, directory }),
             Err(error) => {
                 let valid = error.utf8_error().valid_up_to();
                 let text = String::from_utf8_lossy(error.as_bytes().get(..valid).unwrap_or_default()).into_owned();
-                let source = Source::new(&name, &text);
-                source.push(Some(text.len()), None, Problem::NotUtf8);
-                source.result()?;
+                refused(&text, Some(text.len()), Problem::NotUtf8)?;
                 Ok(Self { name, text, directory })
             }
         }
@@ -90,10 +93,11 @@ impl Text {
         let source = Source::new(&self.name, text);
         let (root, _) = DeTable::parse_recoverable(text);
         let root = Section::root(&source, root.get_ref());
+        let listeners = root.tables("listener");
         for (place, problem) in problems {
             match place {
                 Place::Key { table, key } => root.table(table).fail(key, problem),
-                Place::Listener { index, key } => match root.tables("listener").get(index) {
+                Place::Listener { index, key } => match listeners.get(index) {
                     Some(listener) => listener.fail(key, problem),
                     None => root.fail("listener", problem),
                 },

@@ -13,6 +13,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 
+use crate::stdout::Stdout;
 pub(crate) use exchange::{describe, exchange};
 
 /// For one page of a list to come: a sweep may be in the way.
@@ -99,7 +100,7 @@ impl What {
 
 /// Runs one command and returns the exit code: 0 done, 1 not.
 pub fn run(args: &CtlArgs) -> ExitCode {
-    let mut output = io::stdout().lock();
+    let mut output = Stdout::lock();
     let done = match &args.command {
         Command::Show { what } => show(*what, args, &mut output).map(|()| true),
         Command::Reap { cookie } => follow(&json!({"cmd": "reap", "cookie": cookie}), REAPING, args, &mut output),
@@ -107,7 +108,7 @@ pub fn run(args: &CtlArgs) -> ExitCode {
         Command::Reload => follow(&json!({"cmd": "reload"}), PATIENCE, args, &mut output),
         Command::Drain => follow(&json!({"cmd": "drain"}), PATIENCE, args, &mut output),
     };
-    match done {
+    match done.and_then(|done| Ok(output.flush().map(|()| done)?)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

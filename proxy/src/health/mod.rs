@@ -17,7 +17,7 @@ mod places;
 mod task;
 mod wire;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 pub(crate) use task::{Health, start};
@@ -122,18 +122,20 @@ impl Board {
     pub fn new(config: &Config) -> Self {
         let numbers = Numbers::new(config);
         let board = Self { places: Table::new(numbers.backends()) };
-        board.take(config, &numbers, &[]);
+        board.take(config, &numbers, Vec::new());
         board
     }
 
     /// Another configuration is in force: a backend that is checked as before keeps its state.
     pub fn adopt(&self, old: &Config, new: &Config, numbers: &Numbers) {
         self.places.grow(numbers.backends());
-        self.take(new, numbers, &task::targets(old, numbers));
+        self.take(new, numbers, task::targets(old, numbers));
     }
 
-    fn take(&self, config: &Config, numbers: &Numbers, before: &[Target]) {
-        let now = task::targets(config, numbers);
+    fn take(&self, config: &Config, numbers: &Numbers, before: Vec<Target>) {
+        let by_number =
+            |targets: Vec<Target>| targets.into_iter().map(|it| (it.backend, it)).collect::<HashMap<_, _>>();
+        let (now, before) = (by_number(task::targets(config, numbers)), by_number(before));
         let has: HashSet<_> = config.pools.iter().flat_map(|pool| &pool.backends).map(|it| it.name.as_str()).collect();
         for (place, name) in self.places.iter().zip(numbers.names()) {
             if !has.contains(name) {
@@ -147,8 +149,7 @@ impl Board {
             let mode = MODES.iter().position(|mode| *mode == backend.health.mode).map_or(0, |at| at + 1);
             // Fewer than 256.
             place.mode.store(mode as u8, Ordering::Relaxed);
-            let target = now.iter().find(|target| target.backend == number);
-            if target.is_some_and(|target| before.contains(target)) {
+            if now.get(&number).is_some_and(|target| before.get(&number) == Some(target)) {
                 continue;
             }
             let state = match backend.health.mode {

@@ -1,6 +1,7 @@
 //! The thread that checks: one task per backend whose health is `auto` or `lazy`, and a shard of the ledger for their
 //! connections. No worker waits for it.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -166,18 +167,19 @@ impl AllChecks {
     /// Goes on with those that are as before, ends the others and begins the new ones.
     fn change(&mut self, mut targets: Vec<Target>) {
         self.ledger.use_new_slots();
-        self.running.retain(|(running, cancel)| match targets.iter().position(|target| target == running) {
-            Some(same) => {
-                targets.swap_remove(same);
-                true
-            }
-            None => {
+        // A backend is checked once.
+        let wanted: HashMap<_, _> = targets.iter().map(|target| (target.backend, target)).collect();
+        self.running.retain(|(running, cancel)| {
+            let same = wanted.get(&running.backend).is_some_and(|target| *target == running);
+            if !same {
                 cancel.ended.set(true);
                 cancel.break_off(CloseReason::Reconfigured);
                 self.ledger.caps().find(running.backend, None);
-                false
             }
+            same
         });
+        let kept: HashSet<_> = self.running.iter().map(|(running, _)| running.backend).collect();
+        targets.retain(|target| !kept.contains(&target.backend));
         self.begin(targets);
     }
 

@@ -16,7 +16,7 @@ pub enum ViewError {
     NotBuilt,
     /// The kernel describes its types nowhere.
     #[error(
-        "the kernel's type information {path} cannot be read: {source}; eBPF needs Linux 5.15 or later (this is {}) with \
+        "the kernel's type information {path} cannot be read: {cause}; eBPF needs Linux 5.15 or later (this is {}) with \
          CONFIG_DEBUG_INFO_BTF=y, and sysfs mounted on /sys",
         super::capability::release()
     )]
@@ -24,11 +24,11 @@ pub enum ViewError {
         /// The file.
         path: &'static str,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The type information is damaged, or lacks what the eBPF program reads.
     #[error("the kernel's type information: {0}")]
-    Btf(#[from] super::btf::BtfError),
+    Btf(super::btf::BtfError),
     /// A capability is missing, or something else forbids eBPF.
     #[error("{what}: not permitted: {obstacle}")]
     NotPermitted {
@@ -68,12 +68,12 @@ pub enum ViewError {
         detail: String,
     },
     /// `sock_diag` cannot be asked.
-    #[error("{what}: {source}; {remedy}")]
+    #[error("{what}: {cause}; {remedy}")]
     NoSockDiag {
         /// What was tried.
         what: &'static str,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
         /// What is missing, and what to do about it.
         remedy: &'static str,
     },
@@ -88,7 +88,7 @@ pub enum ViewError {
     },
     /// Another process may not be looked at.
     #[error(
-        "the {what} of process {pid} cannot be read: {source}; unless it runs as the same user with no more capabilities, \
+        "the {what} of process {pid} cannot be read: {cause}; unless it runs as the same user with no more capabilities, \
          this takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH: grant them by `AmbientCapabilities=CAP_SYS_PTRACE \
          CAP_DAC_READ_SEARCH` in a systemd unit, or `setcap cap_sys_ptrace,cap_dac_read_search+ep PROGRAM`"
     )]
@@ -98,11 +98,11 @@ pub enum ViewError {
         /// What of it.
         what: &'static str,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Another network namespace may not be entered.
     #[error(
-        "the network namespace of process {pid} cannot be entered: {source}; that takes CAP_SYS_ADMIN: grant it by \
+        "the network namespace of process {pid} cannot be entered: {cause}; that takes CAP_SYS_ADMIN: grant it by \
          `AmbientCapabilities=CAP_SYS_ADMIN` in a systemd unit, or start the watch inside that namespace (`nsenter --net \
          --target {pid}`)"
     )]
@@ -110,7 +110,7 @@ pub enum ViewError {
         /// A process that lives there.
         pid: u32,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No cgroup version 2.
     #[error(
@@ -119,30 +119,36 @@ pub enum ViewError {
     )]
     NoCgroups,
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Io {
         /// What was tried.
         what: &'static str,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Netlink's answer makes no sense.
     #[error("sock_diag: {0}")]
     Netlink(String),
 }
 
+impl From<super::btf::BtfError> for ViewError {
+    fn from(error: super::btf::BtfError) -> Self {
+        Self::Btf(error)
+    }
+}
+
 impl ViewError {
-    pub(super) const fn unreadable(pid: u32, what: &'static str, source: io::Error) -> Self {
-        Self::Unreadable { pid, what, source }
+    pub(super) const fn unreadable(pid: u32, what: &'static str, cause: io::Error) -> Self {
+        Self::Unreadable { pid, what, cause }
     }
 
-    pub(super) const fn not_entered(pid: u32, source: io::Error) -> Self {
-        Self::NotEntered { pid, source }
+    pub(super) const fn not_entered(pid: u32, cause: io::Error) -> Self {
+        Self::NotEntered { pid, cause }
     }
 
     /// For `map_err` on a system call.
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { what, source }
+        move |cause| Self::Io { what, cause }
     }
 }
 

@@ -94,7 +94,7 @@ fn cookies(max_sockets: u32) -> u32 {
 
 fn load_with(subject: Subject<'_>, max_sockets: u32, tags: Tags) -> Result<Loaded, ViewError> {
     let object = OBJECT.ok_or(ViewError::NotBuilt)?;
-    let raw = fs::read(VMLINUX).map_err(|source| ViewError::NoBtf { path: VMLINUX, source })?;
+    let raw = fs::read(VMLINUX).map_err(|cause| ViewError::NoBtf { path: VMLINUX, cause })?;
     let offsets = field_offsets(&KernelTypes::parse(&raw)?)?;
     let btf = Btf::parse(&raw, Default::default())
         .map_err(|error| failed("reading the kernel's type information", &error))?;

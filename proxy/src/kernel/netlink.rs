@@ -50,9 +50,9 @@ pub(super) struct SockDiag {
 impl SockDiag {
     /// Opens the socket. Its network namespace is the calling thread's.
     pub(super) fn open() -> Result<Self, ViewError> {
-        let refused = |source| ViewError::NoSockDiag {
+        let refused = |cause| ViewError::NoSockDiag {
             what: "opening a sock_diag socket",
-            source,
+            cause,
             remedy: "netlink sockets must be allowed (systemd: `RestrictAddressFamilies=` with AF_NETLINK; seccomp filters alike)",
         };
         let open = || {
@@ -122,7 +122,7 @@ impl SockDiag {
                     return Ok(rows.pop());
                 }
                 Some(Err(error)) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
-                Some(Err(source)) => return Err(ViewError::Io { what: "looking up a socket by sock_diag", source }),
+                Some(Err(cause)) => return Err(ViewError::Io { what: "looking up a socket by sock_diag", cause }),
                 None => {}
             }
         }
@@ -220,16 +220,16 @@ impl SockDiag {
 }
 
 /// ENOENT is the kernel's word for a protocol that nobody offers.
-fn cannot_dump(source: io::Error) -> ViewError {
+fn cannot_dump(cause: io::Error) -> ViewError {
     let what = "dumping sockets by sock_diag";
-    match source.raw_os_error() {
+    match cause.raw_os_error() {
         Some(libc::ENOENT) => ViewError::NoSockDiag {
             what,
-            source,
+            cause,
             remedy: "this kernel has no sock_diag for TCP: load its module (`modprobe tcp_diag`), or boot a kernel with \
                      CONFIG_INET_DIAG",
         },
-        _ => ViewError::Io { what, source },
+        _ => ViewError::Io { what, cause },
     }
 }
 

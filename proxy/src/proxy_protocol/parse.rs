@@ -53,7 +53,13 @@ pub enum ParseError {
     NeedMore,
     /// The connection must be closed (section 2: "must not try to guess").
     #[error("not a valid PROXY header: {0}")]
-    Invalid(#[from] Invalid),
+    Invalid(Invalid),
+}
+
+impl From<Invalid> for ParseError {
+    fn from(invalid: Invalid) -> Self {
+        Self::Invalid(invalid)
+    }
 }
 
 /// What is wrong with a header.

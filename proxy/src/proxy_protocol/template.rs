@@ -16,9 +16,10 @@ use crate::dns::message::Question;
 use crate::dns::rtype;
 
 /// What a value depends on, from what changes least to what changes most. A set is of its worst member's class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
     /// The configuration and the listener only: the same for every query.
+    #[default]
     Static,
     /// The client's address or port, or what its own header says.
     PerClient,
@@ -338,6 +339,8 @@ pub fn check_type(kind: u8) -> Result<(), TlvTypeError> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TlvSet {
     tlvs: Vec<(u8, Template)>,
+    class: Class,
+    per_connection: bool,
 }
 
 impl TlvSet {
@@ -348,6 +351,8 @@ impl TlvSet {
     /// If `kind` is not free to use: see [`check_type`].
     pub fn push(&mut self, kind: u8, template: Template) -> Result<(), TlvTypeError> {
         check_type(kind)?;
+        self.class = self.class.max(template.class());
+        self.per_connection |= template.is_per_connection();
         self.tlvs.push((kind, template));
         Ok(())
     }
@@ -364,7 +369,7 @@ impl TlvSet {
 
     /// The class of the member that changes most; [`Class::Static`] for an empty set.
     pub fn class(&self) -> Class {
-        self.tlvs.iter().map(|(_, template)| template.class()).max().unwrap_or(Class::Static)
+        self.class
     }
 
     /// Whether a member is `{unique_id}`.
@@ -396,7 +401,7 @@ impl TlvSet {
 
     /// Whether a member names one client connection.
     pub fn is_per_connection(&self) -> bool {
-        self.tlvs.iter().any(|(_, template)| template.is_per_connection())
+        self.per_connection
     }
 
     /// Appends type, length and value of each TLV. Allocates only if `out` has no room.

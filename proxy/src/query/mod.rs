@@ -18,6 +18,7 @@ use crate::dns::{frame, rtype};
 use crate::proxy_protocol::encode::HeaderWriter;
 use crate::proxy_protocol::{MAX_LEN, TLV_OVERHEAD};
 use crate::scope::{self, ScopeError};
+use crate::stdout::Stdout;
 
 /// Port of a server that was given without one.
 const DNS_PORT: u16 = 53;
@@ -58,7 +59,9 @@ struct Tlv {
 /// Asks, prints the answer to standard output or the error to standard error, and says whether there was an answer:
 /// whatever its RCODE, it counts as one.
 pub fn run(args: &QueryArgs) -> ExitCode {
-    match ask(args).and_then(|answer| Ok(print::answer(&answer, &mut io::stdout().lock())?)) {
+    let mut output = Stdout::lock();
+    let mut printed = |answer| print::answer(&answer, &mut output).and_then(|()| output.flush());
+    match ask(args).and_then(|answer| Ok(printed(answer)?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody is left to tell if standard error is closed.

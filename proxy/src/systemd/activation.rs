@@ -28,14 +28,14 @@ pub struct Inherited {
 #[derive(Debug, thiserror::Error)]
 pub enum InheritError {
     /// It is no open descriptor, or the kernel does not say what it is.
-    #[error("descriptor {number} (`{name}`), passed by the service manager: {source}")]
+    #[error("descriptor {number} (`{name}`), passed by the service manager: {cause}")]
     Descriptor {
         /// Its number.
         number: i32,
         /// Its name.
         name: String,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Another kind of socket.
     #[error(
@@ -59,7 +59,7 @@ pub fn sockets(environment: &Environment) -> Result<Vec<Inherited>, InheritError
 }
 
 fn socket(number: i32, name: &str) -> Result<Inherited, InheritError> {
-    let failed = |source| InheritError::Descriptor { number, name: name.to_owned(), source };
+    let failed = |cause| InheritError::Descriptor { number, name: name.to_owned(), cause };
     let socket = Socket::from(sys::duplicate(number).map_err(failed)?);
     let listens = socket.is_listener().unwrap_or(false) && socket.protocol().ok().flatten() == Some(Protocol::TCP);
     let address = socket.local_addr().ok().and_then(|address| address.as_socket()).filter(|_| listens);

@@ -15,7 +15,8 @@
 //! Errors of TLS are [`io::Error`]s of the kind `InvalidData`, in which [`fault`] finds the [`TlsFault`]; the alert that
 //! tells the peer is queued by then and wants a last [`Channel::flush`].
 //!
-//! [`stream`] is the state machine below it, [`pem`] reads certificates and keys, [`validity`] until when they are valid.
+//! [`stream`] is the state machine below it, [`pem`] reads certificates and keys, [`x509`] what certificates say, [`verify`] looks at
+//! those of backends.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, OnceLock};
@@ -27,7 +28,8 @@ pub(crate) mod fixture;
 pub mod pem;
 pub mod server;
 pub mod stream;
-pub mod validity;
+pub mod verify;
+pub mod x509;
 
 pub use stream::{Negotiated, TlsFault, TlsStream, Version, fault};
 

@@ -13,7 +13,7 @@ use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use super::pem::{self, PemError};
-use super::{ALPN_DOT, TlsFault, provider, validity};
+use super::{ALPN_DOT, TlsFault, provider, x509};
 use crate::config::{Config, ListenerTls};
 
 /// A certificate and its key.
@@ -30,9 +30,14 @@ impl Identity {
         Ok(Self(Arc::new(pem::certified_key(certificate, key)?)))
     }
 
+    /// The certificates in DER, the server's own first.
+    pub fn certificates(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.cert.iter().map(|certificate| &**certificate)
+    }
+
     /// When the server's own certificate ends, unix time; not those of the authorities behind it.
     pub fn not_after(&self) -> Option<i64> {
-        validity::not_after(self.0.cert.first()?)
+        x509::not_after(self.0.cert.first()?)
     }
 }
 

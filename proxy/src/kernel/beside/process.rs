@@ -30,7 +30,7 @@ impl Stat {
         match fs::read(format!("/proc/{pid}/stat")) {
             Ok(line) => Ok(Self::parse(pid, &line)),
             Err(error) if is_gone(&error) => Ok(None),
-            Err(source) => Err(ViewError::Io { what: "reading /proc/PID/stat", source }),
+            Err(cause) => Err(ViewError::Io { what: "reading /proc/PID/stat", cause }),
         }
     }
 

@@ -1,19 +1,98 @@
-//! Until when a certificate is valid (RFC 5280 section 4.1.2.5), and nothing else of it. Whether it is a good one, TLS says.
+//! What certificates say (RFC 5280 section 4.1) that people must be told: from when to when they are valid, whose they are,
+//! whether they are those of an authority. Whether one is good, TLS says.
 
 use std::ops::RangeInclusive;
 
 /// Tags of DER (X.690 section 8).
 mod tag {
+    pub(super) const BOOLEAN: u8 = 0x01;
     pub(super) const INTEGER: u8 = 0x02;
+    pub(super) const OCTET_STRING: u8 = 0x04;
+    pub(super) const OID: u8 = 0x06;
     pub(super) const UTC_TIME: u8 = 0x17;
     pub(super) const GENERALIZED_TIME: u8 = 0x18;
     pub(super) const SEQUENCE: u8 = 0x30;
+    pub(super) const SET: u8 = 0x31;
     /// `[0]`, explicit.
     pub(super) const VERSION: u8 = 0xa0;
+    /// `[3]`, explicit.
+    pub(super) const EXTENSIONS: u8 = 0xa3;
 }
+
+/// id-at-commonName and id-at-organizationName (appendix A.1), id-ce-basicConstraints (section 4.2.1.9).
+const COMMON_NAME: &[u8] = &[0x55, 4, 3];
+const ORGANIZATION: &[u8] = &[0x55, 4, 10];
+const BASIC_CONSTRAINTS: &[u8] = &[0x55, 29, 19];
 
 /// `notAfter` of a certificate in DER: the last second in which it is valid, unix time. None if it is not to be read.
 pub fn not_after(certificate: &[u8]) -> Option<i64> {
+    validity(certificate).map(|valid| *valid.end())
+}
+
+/// The seconds in which a certificate is valid, unix time.
+pub fn validity(certificate: &[u8]) -> Option<RangeInclusive<i64>> {
+    let fields = after_issuer(certificate)?;
+    let (validity, _) = element(tag::SEQUENCE, fields)?;
+    let (not_before, validity) = time(validity)?;
+    time(validity).map(|(not_after, _)| not_before..=not_after)
+}
+
+/// The certificate of a chain with this number, counted from 1, for people: with its common name, or its organization's.
+pub fn called(number: usize, certificate: &[u8]) -> String {
+    match subject(certificate) {
+        Some(name) => format!("certificate {number} ({name:?})"),
+        None => format!("certificate {number}"),
+    }
+}
+
+/// Whether it is the certificate of an authority (cA in its basic constraints).
+pub fn is_authority(certificate: &[u8]) -> bool {
+    extension(certificate, BASIC_CONSTRAINTS)
+        .and_then(|value| element(tag::SEQUENCE, value))
+        .and_then(|(constraints, _)| element(tag::BOOLEAN, constraints))
+        .is_some_and(|(ca, _)| ca != [0])
+}
+
+fn subject(certificate: &[u8]) -> Option<String> {
+    let (_validity, fields) = element(tag::SEQUENCE, after_issuer(certificate)?)?;
+    let (names, _) = element(tag::SEQUENCE, fields)?;
+    attribute(names, COMMON_NAME).or_else(|| attribute(names, ORGANIZATION))
+}
+
+/// An attribute of a name. Strings of other than one octet a character come out odd.
+fn attribute(mut names: &[u8], kind: &[u8]) -> Option<String> {
+    while let Some((set, rest)) = element(tag::SET, names) {
+        let (found, value) = element(tag::SEQUENCE, set).and_then(|(pair, _)| element(tag::OID, pair))?;
+        if found == kind {
+            let (text, _) = element(*value.first()?, value)?;
+            return Some(String::from_utf8_lossy(text).into_owned());
+        }
+        names = rest;
+    }
+    None
+}
+
+fn extension<'a>(certificate: &'a [u8], kind: &[u8]) -> Option<&'a [u8]> {
+    let mut fields = after_issuer(certificate)?;
+    // Validity, subject, key; two identifiers that nobody uses any more.
+    while let Some((&tag, _)) = fields.split_first().filter(|(tag, _)| **tag != tag::EXTENSIONS) {
+        (_, fields) = element(tag, fields)?;
+    }
+    let (extensions, _) = element(tag::EXTENSIONS, fields)?;
+    let (mut extensions, _) = element(tag::SEQUENCE, extensions)?;
+    while let Some((extension, rest)) = element(tag::SEQUENCE, extensions) {
+        let (found, value) = element(tag::OID, extension)?;
+        let value = element(tag::BOOLEAN, value).map_or(value, |(_critical, value)| value);
+        if found == kind {
+            return element(tag::OCTET_STRING, value).map(|(value, _)| value);
+        }
+        extensions = rest;
+    }
+    None
+}
+
+/// What comes behind the issuer: validity, subject, key, extensions.
+fn after_issuer(certificate: &[u8]) -> Option<&[u8]> {
     let (certificate, _) = element(tag::SEQUENCE, certificate)?;
     let (fields, _) = element(tag::SEQUENCE, certificate)?;
     // Those of version 1 do not say so.
@@ -21,9 +100,7 @@ pub fn not_after(certificate: &[u8]) -> Option<i64> {
     let (_serial_number, fields) = element(tag::INTEGER, fields)?;
     let (_signature, fields) = element(tag::SEQUENCE, fields)?;
     let (_issuer, fields) = element(tag::SEQUENCE, fields)?;
-    let (validity, _) = element(tag::SEQUENCE, fields)?;
-    let (_not_before, validity) = time(validity)?;
-    time(validity).map(|(not_after, _)| not_after)
+    Some(fields)
 }
 
 /// What is in the element at the beginning, if it has this tag, and what comes behind it.
@@ -85,7 +162,7 @@ mod tests {
     use std::sync::LazyLock;
 
     use proptest::prelude::*;
-    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+    use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, date_time_ymd};
 
     use super::*;
 
@@ -138,6 +215,27 @@ mod tests {
         assert_eq!(last, Some(253_402_300_799), "no end that is known (RFC 5280 section 4.1.2.5)");
     }
 
+    #[test]
+    fn names_and_authorities() {
+        let certificate = |names: &[(DnType, &str)], is_ca| {
+            let mut params = CertificateParams::new(["dns.example".to_owned()]).unwrap();
+            params.distinguished_name = DistinguishedName::new();
+            for (kind, name) in names {
+                params.distinguished_name.push(kind.clone(), *name);
+            }
+            params.is_ca = is_ca;
+            params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().to_vec()
+        };
+        let ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let (organization, name) = ((DnType::OrganizationName, "Some \"Inc\""), (DnType::CommonName, "Root \u{e9}"));
+        let both = certificate(&[organization.clone(), name], ca);
+        assert_eq!((called(2, &both).as_str(), is_authority(&both)), ("certificate 2 (\"Root \u{e9}\")", true));
+        let one = certificate(&[organization], IsCa::ExplicitNoCa);
+        assert_eq!((called(1, &one).as_str(), is_authority(&one)), ("certificate 1 (\"Some \\\"Inc\\\"\")", false));
+        let none = certificate(&[], IsCa::NoCa);
+        assert_eq!((called(1, &none).as_str(), is_authority(&none)), ("certificate 1", false));
+    }
+
     proptest! {
         #[test]
         fn no_octets_make_it_panic(cut in 0..500usize, at in 0..500usize, octet: u8) {
@@ -147,7 +245,7 @@ mod tests {
             if let Some(place) = der.get_mut(at) {
                 *place = octet;
             }
-            let _ = not_after(&der);
+            let _ = (not_after(&der), called(1, &der), is_authority(&der));
         }
     }
 }
