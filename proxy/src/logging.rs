@@ -1,16 +1,20 @@
 //! The log: its filter, its two formats, and a limit on lines that repeat.
 //!
 //! A line that the same place in the code writes too often is held back, so that a storm fills no disk; how many there
-//! were is told in a line of its own. What an operator asks for with `debug` or `trace` is never held back, nor are
+//! were is told in a line of its own. One client or backend has a tenth of that, so that none hides what is said of the
+//! others. What an operator asks for with `debug` or `trace` is never held back, nor are
 //! reapings: their number has a limit of its own, and each must be accounted for.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use clap::ValueEnum;
 use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
@@ -18,12 +22,17 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 use crate::clock::{self, Mono};
+use crate::config::network::masked;
 use crate::stderr::{self, Stderr};
 
 /// Lines that one place in the code may write at once.
 const BURST: u32 = 100;
 /// And then one each time this has passed.
 const PACE: Duration = Duration::from_millis(100);
+/// Of which one client (IPv6: its network), or one backend, may cause so many.
+const SHARE: u32 = BURST / 10;
+/// And then one each time this has passed.
+const SHARE_PACE: Duration = Duration::from_secs(1);
 /// How often to ask for [`tell_held_back`].
 pub const LOOK: Duration = Duration::from_secs(1);
 /// Never held back.
@@ -97,7 +106,45 @@ struct Site {
     held_back: u64,
     /// When that was told last, or began.
     told: Mono,
+    /// When each of those who caused lines has its whole share again. Only written lines count, so there are not many.
+    shares: HashMap<u64, Mono>,
 }
+
+/// Who caused a line: the client in its field `peer`, or the backend in `backend`.
+#[derive(Debug, Default)]
+struct Cause(Option<u64>);
+
+impl Cause {
+    fn of(event: &Event<'_>) -> Option<u64> {
+        let mut cause = Self::default();
+        event.record(&mut cause);
+        cause.0
+    }
+}
+
+impl Visit for Cause {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if !matches!(field.name(), "peer" | "backend") {
+            return;
+        }
+        let mut hasher = DefaultHasher::new();
+        match value.parse().map(|address: SocketAddr| masked(address.ip().to_canonical(), MASK_V4, MASK_V6)) {
+            Ok(network) => network.hash(&mut hasher),
+            Err(_) => value.hash(&mut hasher),
+        }
+        self.0 = Some(hasher.finish());
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if matches!(field.name(), "peer" | "backend") {
+            self.record_str(field, &format!("{value:?}"));
+        }
+    }
+}
+
+/// What counts as one client here, whatever the listeners say: bits of its address.
+const MASK_V4: u8 = 32;
+const MASK_V6: u8 = 56;
 
 /// Between two lines about what is held back at one place.
 const TELL: Duration = Duration::from_secs(5);
@@ -111,15 +158,14 @@ impl Limiter {
         self.0.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the line may be written.
-    fn passes(&self, metadata: &'static Metadata<'static>, now: Mono) -> bool {
-        if *metadata.level() > Level::INFO || metadata.target() == EXEMPT {
-            return true;
-        }
+    /// Whether the line that this one caused may be written.
+    fn passes(&self, metadata: &'static Metadata<'static>, cause: Option<u64>, now: Mono) -> bool {
         let mut sites = self.sites();
-        let site = sites.entry(metadata.callsite()).or_insert(Site { metadata, full: now, held_back: 0, told: now });
+        let vacant = || Site { metadata, full: now, held_back: 0, told: now, shares: HashMap::new() };
+        let site = sites.entry(metadata.callsite()).or_insert_with(vacant);
         let full = site.full.max(now);
-        if full.since(now) > PACE * (BURST - 1) {
+        let share = cause.and_then(|cause| site.shares.get(&cause)).copied().unwrap_or(now).max(now);
+        if full.since(now) > PACE * (BURST - 1) || share.since(now) > SHARE_PACE * (SHARE - 1) {
             if site.held_back == 0 {
                 site.told = now;
             }
@@ -127,6 +173,12 @@ impl Limiter {
             return false;
         }
         site.full = full.after(PACE);
+        if let Some(cause) = cause {
+            if site.shares.len() >= BURST as usize {
+                site.shares.retain(|_, full| *full > now);
+            }
+            site.shares.insert(cause, share.after(SHARE_PACE));
+        }
         true
     }
 
@@ -144,7 +196,9 @@ impl Limiter {
 
 impl<S: Subscriber> Layer<S> for &'static Limiter {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
-        self.passes(event.metadata(), clock::now())
+        let metadata = event.metadata();
+        let is_limited = *metadata.level() <= Level::INFO && metadata.target() != EXEMPT;
+        !is_limited || self.passes(metadata, Cause::of(event), clock::now())
     }
 }
 
@@ -194,6 +248,43 @@ mod tests {
         assert!(LIMITER.held_back(clock::now()).is_empty(), "told once");
         storm(1000);
         assert_eq!(written() as u128, TELL.as_nanos() / PACE.as_nanos(), "one for each time that has passed");
+    }
+
+    /// One client's lines leave room for those of others, which leave it for the backends'.
+    #[tokio::test(start_paused = true)]
+    async fn nobody_has_more_than_a_share_of_a_place() {
+        static LIMITER: Limiter = Limiter::new();
+        static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+        let written = || WRITTEN.swap(0, Ordering::Relaxed);
+        let _guard = tracing_subscriber::registry().with(&LIMITER).with(Count(&WRITTEN)).set_default();
+        let refused = |peer: &str| tracing::warn!(peer, "refused");
+        let trouble = |backend: &str| tracing::warn!(backend, "trouble");
+        for port in 0..1000 {
+            refused(&format!("192.0.2.1:{port}"));
+            refused(&format!("[2001:db8:0:12::{port:x}]:53"));
+            trouble("one");
+        }
+        assert_eq!(written(), 3 * SHARE as usize, "by address or network, and by name");
+        refused("192.0.2.2:1");
+        refused("[2001:db8:0:112::1]:53");
+        trouble("two");
+        assert_eq!(written(), 3);
+        tokio::time::advance(SHARE_PACE).await;
+        (0..9).for_each(|_| refused("192.0.2.1:1"));
+        assert_eq!(written(), 1);
+        // Those of many together are bounded as before, and so is what is known of them.
+        for (high, low) in (0..100).flat_map(|high| (0..100).map(move |low| (high, low))) {
+            refused(&format!("198.18.{high}.{low}:53"));
+        }
+        assert!(written() <= BURST as usize);
+        let most = LIMITER.sites().values().map(|site| site.shares.len()).max();
+        assert!(most <= Some(2 * BURST as usize), "{most:?}");
+        for second in 0..60 {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            (0..100).for_each(|low| refused(&format!("198.19.{second}.{low}:53")));
+        }
+        let most = LIMITER.sites().values().map(|site| site.shares.len()).max();
+        assert!(most <= Some(2 * BURST as usize), "{most:?}");
     }
 
     #[test]

@@ -198,7 +198,8 @@ fn lines_for_people_say_the_same() {
 /// No line has a name that was asked for.
 #[test]
 fn a_storm_of_trouble_is_held_back_and_counted_and_no_name_is_told() {
-    const LIMIT: usize = 100;
+    // One backend's share of what a place in the code may write: ten, and then one each second.
+    const LIMIT: usize = 10;
     // Closes each connection with an answer that is none.
     let backend = FakeBackend::start(|connection| {
         if connection.query().is_some() {
@@ -217,7 +218,7 @@ fn a_storm_of_trouble_is_held_back_and_counted_and_no_name_is_told() {
             .filter(|fields| fields["place"].as_str().unwrap().contains("worker::shell"))
     });
     let written = lines(&counterfoil).iter().filter(|line| line["fields"]["message"] == "backend connection").count();
-    let allowed = LIMIT + (began.elapsed().as_secs_f64() * 10.0) as usize + 1;
+    let allowed = LIMIT + began.elapsed().as_secs() as usize + 1;
     assert!((LIMIT..=allowed).contains(&written), "{written} lines, {allowed} allowed");
     assert!(told["lines"].as_u64().unwrap() >= 1000 - allowed as u64, "{told}");
     assert!(!counterfoil.process.lines().iter().any(|line| line.contains("secret")), "{}", counterfoil.process.tail());
