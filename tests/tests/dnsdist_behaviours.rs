@@ -369,3 +369,59 @@ fn answers_come_to_a_client_that_stays_silent() {
     drop(client);
     counterfoil.assert_quiescent();
 }
+
+/// A backend that makes its answers by this, and the clients' view of them. All come over one connection of either side.
+#[track_caller]
+fn expect_passed(made: fn(&[u8]) -> Vec<u8>, codes: &[u8], expected: fn(&[u8], u8) -> Vec<u8>) {
+    let backend = FakeBackend::start(move |connection| {
+        while let Some(query) = connection.query() {
+            connection.send(&made(&query));
+        }
+    });
+    let counterfoil = Counterfoil::start(&config(backend.address));
+    let mut client = counterfoil.client();
+    for (id, code) in (1..).zip(codes) {
+        // The code that is to come back is the query's first label.
+        let query = message::query(id, &format!("{code}.example.test"), qtype::A);
+        client.send_raw(&message::framed(&query)).unwrap();
+        assert_eq!(client.receive(SOON).message(), expected(&query, *code));
+    }
+    assert_eq!((backend.accepted(), backend.queries()), (1, codes.len()));
+    assert_eq!(counterfoil.metrics().sum("answers_total", &[]), codes.len() as f64);
+    drop(client);
+    counterfoil.assert_quiescent();
+}
+
+/// The code in the query's first label, and TC if it is above 15.
+fn flagged(query: &[u8], mut answer: Vec<u8>) -> Vec<u8> {
+    let code: u8 = message::question_name(query).unwrap().split('.').next().unwrap().parse().unwrap();
+    answer[2] |= 0x80 | (code >> 4) << 1;
+    answer[3] = 0x80 | code & 0x0f;
+    answer
+}
+
+/// TC=1 means nothing over TCP (RFC 7766 section 5 has no more to offer), and is the client's to judge. (There it leads to
+/// another try over TCP, where the query came by UDP.)
+#[test]
+fn an_answer_that_says_it_is_truncated() {
+    let made = |query: &[u8]| flagged(query, message::answer_to(query, [192, 0, 2, 53]));
+    expect_passed(made, &[16, 18, 19, 16], |query, code| {
+        let mut answer = message::answer_to(query, [192, 0, 2, 53]);
+        (answer[2], answer[3]) = (answer[2] | 0x82, 0x80 | code & 0x0f);
+        answer
+    });
+}
+
+/// Nothing but a header: errors pass, as there; what has no error passes, too, for it is matched by its ID. (There it is
+/// dropped, unless `setAllowEmptyResponse` is set.)
+#[test]
+fn header_only_answers() {
+    let made = |query: &[u8]| {
+        let mut header = query[..12].to_vec();
+        header[4..].fill(0);
+        flagged(query, header)
+    };
+    expect_passed(made, &[rcode::SERVFAIL, 5, rcode::NOERROR, 3, 1, 16, 18], |query, code| {
+        vec![query[0], query[1], query[2] | 0x80 | (code >> 4) << 1, 0x80 | code & 0x0f, 0, 0, 0, 0, 0, 0, 0, 0]
+    });
+}

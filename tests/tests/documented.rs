@@ -23,7 +23,7 @@ fn every_rule_has_tests_that_exist_or_a_reason() {
 
 #[test]
 fn every_test_of_a_rule_is_named() {
-    for file in ["standards_transport", "standards_transparency", "standards_proxy"] {
+    for file in ["standards_transport", "standards_transparency", "standards_proxy", "standards_edns"] {
         documents::assert_all_named(file, &named::<4>(STANDARDS));
     }
 }
