@@ -32,6 +32,7 @@ use crate::worker::answer::Partial;
 use crate::worker::core::Core;
 use crate::worker::queries::Queries;
 use crate::worker::shell::{SCRATCH, Shell};
+use crate::worker::turn::after_others;
 
 /// Reads per wake-up before others get their turn.
 const TURNS: usize = 8;
@@ -426,7 +427,11 @@ impl Future for ConnTask {
         task.shell.flush();
         match ended {
             Ok(Turn::Waits) => Poll::Pending,
-            Ok(Turn::Goes | Turn::Closes) => {
+            Ok(Turn::Goes) => {
+                after_others(cx);
+                Poll::Pending
+            }
+            Ok(Turn::Closes) => {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }

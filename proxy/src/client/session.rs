@@ -1,6 +1,7 @@
 //! One client connection: what it may still send, what it is owed, when it ends. A pure state machine (I13); the task
 //! around it only carries bytes.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -69,7 +70,7 @@ pub(crate) struct Header {
 /// Queries of a session, in order. It hardly ever has any: an empty one takes no more than a pointer.
 #[expect(clippy::box_collection, reason = "a third of the size, per client, of something that is nearly never there")]
 #[derive(Debug, Default)]
-pub(crate) struct Stalled(Option<Box<Vec<QueryKey>>>);
+pub(crate) struct Stalled(Option<Box<VecDeque<QueryKey>>>);
 
 impl Stalled {
     pub(crate) fn is_empty(&self) -> bool {
@@ -77,12 +78,15 @@ impl Stalled {
     }
 
     pub(crate) fn push(&mut self, query: QueryKey) {
-        self.0.get_or_insert_default().push(query);
+        self.0.get_or_insert_default().push_back(query);
     }
 
     pub(crate) fn remove(&mut self, query: QueryKey) {
-        if let Some(queries) = &mut self.0 {
-            queries.retain(|stalled| *stalled != query);
+        if let Some(queries) = &mut self.0
+            // Most are given up in the order in which they came: the first one is found, and taken out, at once.
+            && let Some(at) = queries.iter().position(|stalled| *stalled == query)
+        {
+            queries.remove(at);
         }
     }
 

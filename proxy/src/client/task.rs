@@ -18,13 +18,13 @@ use crate::clock::{self, Mono};
 use crate::close::ClientCloseReason;
 use crate::dns::frame::first_frame;
 use crate::tls::{self, Channel};
+use crate::worker::buffer::InBuf;
 use crate::worker::core::Core;
 use crate::worker::shell::{SCRATCH, Shell};
+use crate::worker::turn::{Turn, after_others};
 
 /// Reads per wake-up before others get their turn.
 const TURNS: usize = 8;
-/// A buffer for a part of a message above this size is not kept, bytes.
-const KEEP: usize = 512;
 
 /// A client connection's task.
 pub(crate) struct SessionTask {
@@ -33,7 +33,7 @@ pub(crate) struct SessionTask {
     stream: Option<TcpStream>,
     channel: Channel,
     /// What was read and not taken: part of a message, or messages that can't be taken yet.
-    rest: Vec<u8>,
+    rest: InBuf,
     admitted: Option<Admitted>,
 }
 
@@ -41,15 +41,19 @@ impl SessionTask {
     /// Of a session that begins.
     pub(super) fn new(shell: Rc<Shell>, key: SessionKey, link: Link, admitted: Admitted) -> Self {
         let Link { stream, channel, rest, .. } = link;
-        Self { shell, key, stream: Some(stream), channel, rest, admitted: Some(admitted) }
+        Self { shell, key, stream: Some(stream), channel, rest: rest.into(), admitted: Some(admitted) }
     }
 
     /// Does what can be done now. `Err` is the reason to close.
     fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
         self.shell.core.borrow_mut().resume(self.key, now);
+        let mut turn = Turn::default();
         for _ in 0..TURNS {
-            self.take_rest(now);
+            self.take_rest(&mut turn, now);
             self.write(cx, now)?;
+            if turn.is_over() {
+                break;
+            }
             if self.has_takeable_message() {
                 // Writing made room for it. What is read comes after it, and so does the client's end.
                 continue;
@@ -60,11 +64,11 @@ impl SessionTask {
                 }
                 return Err(reason);
             }
-            if !self.session(Session::reads).unwrap_or(false) || self.read(cx, now)?.is_pending() {
+            if !self.session(Session::reads).unwrap_or(false) || self.read(cx, &mut turn, now)?.is_pending() {
                 return Ok(());
             }
         }
-        cx.waker().wake_by_ref();
+        after_others(cx);
         Ok(())
     }
 
@@ -87,24 +91,17 @@ impl SessionTask {
     }
 
     /// Messages that could not be taken before may be taken now.
-    fn take_rest(&mut self, now: Mono) {
+    fn take_rest(&mut self, turn: &mut Turn, now: Mono) {
         if self.rest.is_empty() {
             return;
         }
-        let taken = self.shell.core.borrow_mut().client_bytes(self.key, &self.rest, now);
-        self.rest.drain(..taken);
-        self.shrink();
+        let taken = self.shell.core.borrow_mut().client_bytes(self.key, self.rest.pending(), turn, now);
+        self.rest.take(taken);
     }
 
     /// Whether the rest begins with a whole message (or a malformed one) and the session takes messages.
     fn has_takeable_message(&self) -> bool {
-        !matches!(first_frame(&self.rest), Ok(None)) && self.session(Session::takes_messages).unwrap_or(false)
-    }
-
-    fn shrink(&mut self) {
-        if self.rest.is_empty() && self.rest.capacity() > KEEP {
-            self.rest = Vec::new();
-        }
+        !matches!(first_frame(self.rest.pending()), Ok(None)) && self.session(Session::takes_messages).unwrap_or(false)
     }
 
     fn write(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
@@ -173,30 +170,30 @@ impl SessionTask {
         }
     }
 
-    fn read(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<Poll<()>, ClientCloseReason> {
+    fn read(&mut self, cx: &mut Context<'_>, turn: &mut Turn, now: Mono) -> Result<Poll<()>, ClientCloseReason> {
         let Some(stream) = &mut self.stream else { return Ok(Poll::Pending) };
         let mut scratch = self.shell.scratch.borrow_mut();
-        let kept = self.rest.len();
-        let room = &mut scratch[kept..kept + SCRATCH];
+        let room = &mut scratch[..SCRATCH];
         let read = match self.channel.read(room, &mut self.shell.cipher.borrow_mut(), &mut Polled { stream, cx }) {
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Poll::Pending),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Poll::Ready(())),
             Err(error) => return Err(broken(&error, self.session(|session| session.serial))),
         };
-        let mut core = self.shell.core.borrow_mut();
         if read == 0 {
-            core.client_finished(self.key);
+            self.shell.core.borrow_mut().client_finished(self.key);
             return Ok(Poll::Ready(()));
         }
-        scratch[..kept].copy_from_slice(&self.rest);
-        let bytes = &scratch[..kept + read];
-        let taken = core.client_bytes(self.key, bytes, now);
-        drop(core);
-        self.rest.clear();
-        self.rest.extend_from_slice(&bytes[taken..]);
-        drop(scratch);
-        self.shrink();
+        let came = &scratch[..read];
+        if self.rest.is_empty() {
+            let taken = self.shell.core.borrow_mut().client_bytes(self.key, came, turn, now);
+            self.rest.append(&came[taken..]);
+        } else {
+            // Behind the part of a message that came before.
+            self.rest.append(came);
+            drop(scratch);
+            self.take_rest(turn, now);
+        }
         Ok(Poll::Ready(()))
     }
 }

@@ -83,6 +83,54 @@ impl OutBuf {
     }
 }
 
+/// Bytes that came and are not taken yet: part of a message, or messages that have to wait. What is taken is not moved for
+/// each message, so that many small ones do not cost more than their octets.
+#[derive(Debug, Default)]
+pub(crate) struct InBuf {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+/// A buffer of this size is kept when it is empty, bytes.
+const KEEP_EMPTY: usize = 512;
+
+impl InBuf {
+    /// What is not taken yet.
+    pub(crate) fn pending(&self) -> &[u8] {
+        self.bytes.get(self.taken..).unwrap_or_default()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.taken == self.bytes.len()
+    }
+
+    /// More came.
+    pub(crate) fn append(&mut self, more: &[u8]) {
+        // Each octet is moved at most once for one that was taken.
+        if self.taken >= self.bytes.len() / 2 {
+            self.bytes.drain(..self.taken);
+            self.taken = 0;
+        }
+        self.bytes.extend_from_slice(more);
+    }
+
+    /// So many octets at the front were taken.
+    pub(crate) fn take(&mut self, taken: usize) {
+        self.taken = (self.taken + taken).min(self.bytes.len());
+        if self.is_empty() {
+            self.taken = 0;
+            self.bytes.clear();
+            self.bytes.shrink_to(KEEP_EMPTY);
+        }
+    }
+}
+
+impl From<Vec<u8>> for InBuf {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, taken: 0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
@@ -115,5 +163,24 @@ mod tests {
         assert!(out.pending().iter().eq(&model));
         out.advance(model.len(), &mut spares);
         assert!(out.is_empty() && out.bytes.capacity() == 0);
+    }
+
+    /// Whatever comes and is taken in whatever portions, what is pending is what a queue would hold.
+    #[test]
+    fn what_is_pending_is_what_came_and_was_not_taken() {
+        let (mut rest, mut model) = (InBuf::default(), VecDeque::new());
+        let (mut random, mut most) = (fastrand::Rng::with_seed(7), KEEP_EMPTY);
+        for _ in 0..20_000 {
+            let more: Vec<u8> = (0..random.usize(0..200)).map(|_| random.u8(..)).collect();
+            rest.append(&more);
+            model.extend(more);
+            let taken = random.usize(0..=model.len().min(250));
+            rest.take(taken);
+            model.drain(..taken);
+            assert!(rest.pending().iter().eq(&model));
+            assert_eq!(rest.is_empty(), model.is_empty());
+            most = most.max(model.len() + taken);
+            assert!(rest.bytes.capacity() <= 4 * most, "{} octets for {most}", rest.bytes.capacity());
+        }
     }
 }

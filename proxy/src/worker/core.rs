@@ -17,6 +17,7 @@ use super::plan::Plan;
 use super::queries::{NewQuery, Place, Queries, QueryKey};
 use super::suspects::Suspects;
 use super::timers::{TimerKey, Timers};
+use super::turn::Turn;
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::{ConnKey, Pool};
@@ -191,9 +192,9 @@ impl Core {
         key
     }
 
-    /// Whole messages at the front of `bytes` came from a client. Takes as many as may be taken now, and returns how
-    /// many octets those were.
-    pub(crate) fn client_bytes(&mut self, key: SessionKey, bytes: &[u8], now: Mono) -> usize {
+    /// Whole messages at the front of `bytes` came from a client. Takes as many as may be taken now, in this turn, and
+    /// returns how many octets those were.
+    pub(crate) fn client_bytes(&mut self, key: SessionKey, bytes: &[u8], turn: &mut Turn, now: Mono) -> usize {
         let mut taken = 0;
         if let Some(session) = self.sessions.get_mut(key.0)
             && session.messages == 0
@@ -204,7 +205,7 @@ impl Core {
             session.close = Some(ClientCloseReason::ProxyUntrusted);
             return bytes.len();
         }
-        while self.sessions.get(key.0).is_some_and(Session::takes_messages) {
+        while !turn.is_over() && self.sessions.get(key.0).is_some_and(Session::takes_messages) {
             let rest = bytes.get(taken..).unwrap_or_default();
             match crate::dns::frame::first_frame(rest) {
                 Ok(Some(end)) => {
@@ -213,6 +214,7 @@ impl Core {
                         break;
                     }
                     taken += end;
+                    turn.took(end);
                 }
                 Ok(None) => break,
                 Err(error) => {

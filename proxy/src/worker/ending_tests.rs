@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::plan::Plan;
 use super::sim::Sim;
+use super::turn::Turn;
 use crate::client::session::{Pace, Session};
 use crate::close::ClientCloseReason;
 use crate::config::from_str;
@@ -133,10 +134,10 @@ fn a_part_of_a_message_before_the_clients_end_costs_it_no_answer() {
     sim.ask(client, 1, "a.test");
     sim.accept_all();
     let part = [0, 20, 1];
-    assert_eq!(sim.core.client_bytes(client, &part, sim.now), 0);
+    assert_eq!(sim.core.client_bytes(client, &part, &mut Turn::default(), sim.now), 0);
     sim.core.client_finished(client);
     // Its task looks at the part again each time that it runs.
-    assert_eq!(sim.core.client_bytes(client, &part, sim.now), 0);
+    assert_eq!(sim.core.client_bytes(client, &part, &mut Turn::default(), sim.now), 0);
     sim.core.settle_session(client);
     sim.pass(Duration::from_secs(2));
     assert!(sim.clients.contains_key(&client));

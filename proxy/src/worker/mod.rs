@@ -34,6 +34,7 @@ mod spares_tests;
 mod suspects;
 mod timers;
 pub(crate) mod transfer;
+pub(crate) mod turn;
 mod turns;
 #[cfg(test)]
 mod turns_tests;

@@ -13,6 +13,7 @@ use super::answer::Partial;
 use super::core::{Core, Shared};
 use super::plan::Plan;
 use super::suspects::AT_A_TIME;
+use super::turn::Turn;
 use crate::backend::pool::{ConnKey, Phase};
 use crate::client::session::{Addresses, Origin, Pace, Session, SessionKey};
 use crate::clock::Mono;
@@ -188,13 +189,13 @@ impl Sim {
         self.core.resume(key, self.now);
         let Some(mut client) = self.clients.get_mut(&key) else { return };
         loop {
-            let taken = self.core.client_bytes(key, &client.backlog, self.now);
+            let taken = self.core.client_bytes(key, &client.backlog, &mut Turn::default(), self.now);
             client.backlog.drain(..taken);
             let (rest, most) = (client.backlog.len(), if client.deaf { 0 } else { usize::MAX });
             let written = self.write(key, most);
             // Writing may have made room for more.
             let takes = self.core.sessions.get(key.0).is_some_and(Session::takes_messages);
-            match self.clients.get_mut(&key).filter(|_| written > 0 && rest > 0 && takes) {
+            match self.clients.get_mut(&key).filter(|_| (written > 0 || taken > 0) && rest > 0 && takes) {
                 Some(again) => client = again,
                 None => break,
             }
