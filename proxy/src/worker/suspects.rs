@@ -215,7 +215,7 @@ impl Suspects {
     pub(crate) fn split(&self, queries: &[(QueryKey, IpAddr)], took: Duration, now: Mono) -> [Option<Group>; 2] {
         let is_marked = |client: IpAddr| self.is_marked(|| client, now);
         let (marked, clear): (Vec<_>, Vec<_>) = queries.iter().copied().partition(|(_, client)| is_marked(*client));
-        let (one, other) = if marked.is_empty() || clear.is_empty() { halves(queries) } else { (clear, marked) };
+        let [one, other] = if marked.is_empty() || clear.is_empty() { halves(queries) } else { [clear, marked] };
         let group = |half: Vec<(QueryKey, IpAddr)>| {
             let class = match half.first() {
                 Some((_, client)) if is_marked(*client) => Class::Marked,
@@ -231,15 +231,15 @@ impl Suspects {
 
 /// Two halves: each has half of the clients, or, if there is but one, half of its queries. The second one is empty if there
 /// is but one query.
-fn halves(queries: &[(QueryKey, IpAddr)]) -> (Vec<(QueryKey, IpAddr)>, Vec<(QueryKey, IpAddr)>) {
+fn halves(queries: &[(QueryKey, IpAddr)]) -> [Vec<(QueryKey, IpAddr)>; 2] {
     let mut clients: Vec<IpAddr> = queries.iter().map(|(_, client)| *client).collect();
     clients.sort_unstable();
     clients.dedup();
     match clients.get(clients.len() / 2).filter(|_| clients.len() > 1) {
-        Some(middle) => queries.iter().partition(|(_, client)| client < middle),
+        Some(middle) => queries.iter().partition(|(_, client)| client < middle).into(),
         None => {
             let (one, other) = queries.split_at(queries.len().div_ceil(2));
-            (one.to_vec(), other.to_vec())
+            [one.to_vec(), other.to_vec()]
         }
     }
 }
