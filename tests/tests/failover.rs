@@ -73,9 +73,13 @@ fn a_backend_that_is_not_there_costs_a_connect_timeout() {
 #[test]
 fn on_failure_close_ends_the_clients_connection() {
     let backend = FakeBackend::start(|connection| {
-        let Some(first) = connection.query() else { return };
-        connection.send(&message::answer_to(&first, [192, 0, 2, 53]));
-        connection.query();
+        // The second one is asked again, once, as the end of the connection may have crossed it.
+        while let Some(query) = connection.query() {
+            if message::question_name(&query).is_some_and(|name| name.starts_with("second")) {
+                return;
+            }
+            connection.send(&message::answer_to(&query, [192, 0, 2, 53]));
+        }
     });
     let config = config(backend.address).set("pool", "on_failure", "\"close\"").set("pool", "retries", 0);
     let counterfoil = Counterfoil::start(&config);

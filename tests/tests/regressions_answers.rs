@@ -223,7 +223,8 @@ fn dnsdist_97e8507d46_a_retry_has_the_header_of_its_query() {
         }
         drop(client);
         counterfoil.assert_quiescent();
-        assert!(counterfoil.metrics().sum("pool_retries_total", &[]) >= 20.0);
+        let metrics = counterfoil.metrics();
+        assert!(metrics.sum("pool_retries_total", &[]) + metrics.sum("pool_repeats_total", &[]) >= 20.0);
     }
 }
 
@@ -318,7 +319,11 @@ fn cve_2018_14663_octets_behind_a_query_are_nothing() {
         if name == "fails" {
             assert_eq!((message::response_code(&answer), answer.len()), (rcode::SERVFAIL, query.len() - behind.len()));
         }
-        assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), [[(0xe0, tlv.to_vec())]], "{counts:?}, one query");
+        let mut seen = std::mem::take(&mut *seen.lock().unwrap());
+        // What fails on a connection that has carried others is asked once more, alone.
+        assert!(seen.len() == 1 || name == "fails", "{counts:?}, one query: {seen:?}");
+        seen.dedup();
+        assert_eq!(seen, [[(0xe0, tlv.to_vec())]], "{counts:?}");
         assert_eq!(client.receive(Duration::from_millis(10)), Received::Nothing);
     }
     drop(client);
