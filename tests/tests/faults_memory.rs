@@ -62,7 +62,8 @@ fn assert_calm(calls: &BTreeMap<String, usize>, call: &str, spell: Duration, per
 fn f49_no_memory_for_sockets() {
     const NEW: usize = 20;
     let backend = FakeBackend::answering(true);
-    let counterfoil = Counterfoil::start(&config(backend.address));
+    // Those who wait must not make those who are served wait for so long that their connections are closed as idle.
+    let counterfoil = Counterfoil::start(&config(backend.address).set("connections", "max_wait", "\"50ms\""));
     for error in ["ENOMEM", "ENOBUFS"] {
         let (mut settled, mut unsettled) = (counterfoil.client(), counterfoil.client());
         settled.assert_served();

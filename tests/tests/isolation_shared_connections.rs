@@ -138,7 +138,11 @@ fn an_answer_with_another_question_section_to_an_unusual_message_closes_nothing(
         message[5] = 2;
         message
     };
-    let metrics = attack(&scene, &counterfoil, two_questions, |answer| assert!(message::is_response(answer)));
+    let metrics = attack(&scene, &counterfoil, two_questions, |answer| {
+        println!("{:?}", &answer[..12]);
+        assert!(message::is_response(answer));
+    });
+    println!("{} bad", metrics.sum("queries_failed_total", &[]));
     let closed = |reason| metrics.sum("backend_connections_closed_total", &[("reason", reason)]);
     assert_eq!((closed("protocol_violation"), metrics.sum("pool_repeats_total", &[])), (0.0, 0.0));
     counterfoil.assert_quiescent();

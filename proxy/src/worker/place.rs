@@ -183,7 +183,7 @@ impl Core {
         has_place
             && self.pool.line(backend).is_empty()
             && self.sessions[key.0].owned.len() + 1 < self.plan.connections.max_owned_per_client
-            && !self.shortages[at].holds(now)
+            && !self.shortages[at].is_felt()
             && !self.backoff[at].holds_back(|| self.client_of(key), now)
             && self.may_open(key, now)
     }
