@@ -17,9 +17,9 @@ use counterfoil_tests::metrics::Metrics;
 use counterfoil_tests::sockets::State;
 use counterfoil_tests::wait;
 
-/// So many sweeps in a row, a second apart, see a leak until it is told of: four, as three and three seconds are asked for,
-/// and two on which somebody was late.
-const DETECTED_WITHIN: u64 = 6;
+/// So many sweeps in a row see a leak until it is a finding: they are a second apart or more, and it takes three of them and
+/// three seconds. This is what bounds how long it takes, on a machine that has time.
+const FOUND_IN_SWEEPS: u64 = 4;
 
 /// For one step, on a busy machine or where `cargo xtask kernels` runs this, on a processor that is emulated.
 const SOON: Duration = Duration::from_secs(60);
@@ -60,13 +60,14 @@ fn drill(expected: &[(&'static str, bool, &str, &str)]) {
         for (drilled, (class, _, rung, outcome)) in drilled.iter().zip(expected) {
             assert!(drilled.succeeded(), "{drilled:#?}");
             let (detection, reaping) = (drilled.detection(), drilled.reaping());
-            let sweeps = drilled.step("finding")["sweeps"].as_u64().expect("a number");
+            // The drill's own step may come later.
+            let sweeps = logged(&counterfoil, "finding", drilled)["sweeps"].as_u64().expect("a number");
             println!(
                 "{class}: found after {detection:?}, in {sweeps} sweeps, {outcome} by {rung} after another {reaping:?}"
             );
             let alarm = drilled.step("alarm")["value"].as_f64();
             assert!(alarm >= Some(1.0) || is_emulated(), "{drilled:#?}");
-            assert!(sweeps <= DETECTED_WITHIN, "{class} was found in {sweeps} sweeps");
+            assert!(sweeps <= FOUND_IN_SWEEPS, "{class} was found in {sweeps} sweeps");
             assert_eq!((drilled.text("reaping", "rung"), drilled.text("outcome", "outcome")), (*rung, *outcome));
             // What is severed is still held: an orphan as before, the others as a connection that is closed.
             let remains = drilled.events.iter().find(|event| event["event"] == "remains");
@@ -91,11 +92,16 @@ fn drill(expected: &[(&'static str, bool, &str, &str)]) {
     counterfoil.assert_quiescent();
 }
 
+/// The fields of the log's line with this message about what a drill has leaked.
+fn logged(counterfoil: &Counterfoil, wanted: &str, drilled: &Drilled) -> serde_json::Value {
+    let lines = counterfoil.process.lines();
+    let line = lines.iter().filter_map(|line| message(line, wanted)).find(|line| line["cookie"] == drilled.cookie());
+    line.unwrap_or_else(|| panic!("{drilled:#?}: {}", counterfoil.process.tail()))
+}
+
 /// The log's line of a drill's reaping, and what `ctl show leaks` has of it.
 fn assert_recorded(counterfoil: &Counterfoil, drilled: &Drilled) {
-    let lines = counterfoil.process.lines();
-    let line = lines.iter().filter_map(|line| message(line, "reaped")).find(|line| line["cookie"] == drilled.cookie());
-    let line = line.unwrap_or_else(|| panic!("{drilled:#?}: {}", counterfoil.process.tail()));
+    let line = logged(counterfoil, "reaped", drilled);
     let (ok, shown) = counterfoil.ctl(&["show", "leaks", "-o", "json"], SOON);
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap_or_else(|e| panic!("{ok} {e}: {shown}"));
     let reaps = shown["reaps"].as_array().expect("a list");
