@@ -42,7 +42,7 @@ fn many_backends() {
     let listener = "listener=[{name='l',address='127.0.0.1:0',pool='p'}]";
     let text = format!("{listener}\npool=[{{name='p',backend=[{backends}]}}]");
     let config = read(&text).unwrap();
-    assert_eq!(forecast::lines(&config, Limits::default()).len(), 24_000 + 3);
+    assert_eq!(forecast::lines(&config, Limits::default()).len(), 2 * 24_000 + 3);
     check::warnings(&config, Limits::default());
     let numbers = Numbers::new(&config);
     assert_eq!(numbers.backend("23999"), Some(23_999));
@@ -61,7 +61,7 @@ fn many_pools_and_many_listeners_of_one_with_long_headers() {
     let long = format!("[[pool.proxy_protocol.tlv]]\ntype=0xE0\nvalue='{}'\n", "x".repeat(60_000));
     text = text.replacen("[[pool.backend]]", &format!("{long}[[pool.backend]]"), 1);
     let config = read(&text).unwrap();
-    assert_eq!(forecast::lines(&config, Limits::default()).len(), 3 * 4_500 + 1);
+    assert_eq!(forecast::lines(&config, Limits::default()).len(), 4 * 4_500 + 1);
     check::warnings(&config, Limits::default());
 }
 
