@@ -125,7 +125,7 @@ fn soak_isolation_of_unknown_opcodes() {
     Setting::all().filter(|setting| setting.identity.is_some()).for_each(unknown_opcodes);
 }
 
-/// dnsdist answers a message of another opcode with two questions, and its answer has one.
+/// dnsdist gets messages of another opcode with two questions: whatever becomes of them, the neighbours do not notice.
 #[test]
 fn an_answer_with_another_question_section_to_an_unusual_message_closes_nothing() {
     let scene = Scene::new(Setting::identity("forwarder"));
@@ -138,11 +138,7 @@ fn an_answer_with_another_question_section_to_an_unusual_message_closes_nothing(
         message[5] = 2;
         message
     };
-    let metrics = attack(&scene, &counterfoil, two_questions, |answer| {
-        println!("{:?}", &answer[..12]);
-        assert!(message::is_response(answer));
-    });
-    println!("{} bad", metrics.sum("queries_failed_total", &[]));
+    let metrics = attack(&scene, &counterfoil, two_questions, |answer| assert!(message::is_response(answer)));
     let closed = |reason| metrics.sum("backend_connections_closed_total", &[("reason", reason)]);
     assert_eq!((closed("protocol_violation"), metrics.sum("pool_repeats_total", &[])), (0.0, 0.0));
     counterfoil.assert_quiescent();
