@@ -142,8 +142,8 @@ fn half_an_answer_is_neither_delivered_nor_retried() {
     counterfoil.assert_quiescent();
 }
 
-/// It answers and resets the connection while more is on its way to it: the answer counts, though it was for an UPDATE,
-/// which is not asked again; what followed is.
+/// It answers and resets the connection while more is on its way to it: the answer counts, and its query is not asked again;
+/// what followed is.
 #[test]
 fn an_answer_that_came_before_a_reset_is_delivered() {
     let (go, gone) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));

@@ -122,29 +122,36 @@ fn client_closes_while_an_answer_is_being_sent() {
     counterfoil.assert_quiescent();
 }
 
-/// "10,000 self-generated answers, pipelined", and 101 forwarded ones on the same connection.
+/// "10,000 self-generated answers, pipelined", and 101 forwarded ones on the same connection. Who sends only what is not
+/// forwarded is let go after 32 such messages, so each 32nd is a good one.
 #[test]
 fn ten_thousand_own_answers_pipelined() {
     let backend = FakeBackend::answering(false);
     let counterfoil = Counterfoil::start(&config(backend.address));
     let mut client = counterfoil.client();
-    let mut broken = message::query(0, "broken.example.test", qtype::A);
-    broken.truncate(20);
+    let is_good = |id: u16| id % 32 == 31;
     let burst: Vec<u8> = (0..10_000_u16)
         .flat_map(|id| {
-            broken[..2].copy_from_slice(&id.to_be_bytes());
-            message::framed(&broken)
+            let mut query = message::query(id, "broken.example.test", qtype::A);
+            if !is_good(id) {
+                query.truncate(20);
+            }
+            message::framed(&query)
         })
         .collect();
     let mut writer = client.clone_for_writing();
     let sending = std::thread::spawn(move || writer.send_raw(&burst));
-    for id in 0..10_000 {
+    let mut answered = std::collections::BTreeSet::new();
+    for _ in 0..10_000 {
         let answer = client.receive(SOON).message();
-        assert_eq!((message::id(&answer), message::response_code(&answer)), (id, FORMERR));
+        let id = message::id(&answer);
+        let expected = if is_good(id) { rcode::NOERROR } else { FORMERR };
+        assert_eq!(message::response_code(&answer), expected, "{id}");
+        assert!(answered.insert(id), "{id} twice");
     }
     sending.join().unwrap().unwrap();
     Load { count: 101, ..Load::default() }.run(&mut client).assert_all_answered(101);
-    assert_eq!((backend.accepted(), backend.queries()), (1, 101));
+    assert_eq!(backend.queries(), 101 + (0..10_000).filter(|id| is_good(*id)).count());
     drop(client);
     counterfoil.assert_quiescent();
 }
