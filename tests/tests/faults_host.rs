@@ -58,6 +58,7 @@ fn f47_no_descriptor_for_a_backend_connection() {
     let config = config(backend.address)
         .identity("connection")
         .tlv(0xe0, "{uuid}")
+        .set("connections", "max_wait", "\"300ms\"")
         .set("pool", "query_timeout", "\"1s\"")
         .set("listener", "max_connections_per_client", 1000);
     let mut counterfoil =
