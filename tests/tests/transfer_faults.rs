@@ -203,7 +203,6 @@ fn ixfr_ends() {
 fn an_ixfr_whose_soa_cannot_be_read_holds_no_connection() {
     let backend = primary(&[&[Soa(SERIAL)]], false);
     let counterfoil = Counterfoil::start(&config(backend.address));
-    let mut client = counterfoil.client();
     let good = zone::query(1, Some(3));
     let mut broken: Vec<Vec<u8>> = (zone::query(1, None).len()..good.len()).map(|cut| good[..cut].to_vec()).collect();
     let mut without = good.clone();
@@ -212,13 +211,16 @@ fn an_ixfr_whose_soa_cannot_be_read_holds_no_connection() {
     let at = long_data.len() - 23;
     long_data[at] = 0xff;
     broken.extend([without, long_data]);
+    // Who sends nothing else is let go: each is another client.
     for query in &broken {
+        let mut client = counterfoil.client();
         ask(&mut client, query);
         assert_eq!(message::response_code(&client.receive(SOON).message()), FORMERR, "{query:02x?}");
     }
     assert_eq!(backend.accepted(), 0);
     let failed = counterfoil.metrics().sum("queries_failed_total", &[("reason", "malformed")]);
     assert_eq!(failed, broken.len() as f64);
+    let mut client = counterfoil.client();
     client.assert_served();
     drop(client);
     counterfoil.assert_quiescent();
