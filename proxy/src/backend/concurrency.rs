@@ -21,8 +21,9 @@ const OCTAVE: i32 = 256;
 /// How much of what a new sample says goes into an average: one in so many parts.
 const WEIGHT: i32 = 12;
 
-/// Answers in order that it takes to call a backend serial.
+/// Answers in order, in a row, that it takes to call a backend serial: twice as many after each that was not, up to many.
 const ENOUGH: u32 = 2;
+const MOST_NEEDED: u32 = 128;
 
 /// A connection that brings answers faster than one in this time is not worth another one.
 const WORTHWHILE: Duration = Duration::from_micros(500);
@@ -89,6 +90,8 @@ pub struct Concurrency {
     gap: Option<i32>,
     /// Answers behind others that came in order, in a row.
     in_order: u32,
+    /// So many it takes, beside [`ENOUGH`].
+    needed: u32,
     is_serial: bool,
     /// Connections that may be added.
     credit: u32,
@@ -113,7 +116,8 @@ impl Concurrency {
                 if self.is_serial && gap >= latency - OCTAVE {
                     self.credit = (self.credit + 1).min(MOST_AT_ONCE);
                 } else if !self.is_serial && is_as_long(gap, latency) {
-                    // The average is older.
+                    // The average is of another time, of a cold cache for instance.
+                    self.alone = self.alone.map(|alone| alone.midpoint(latency));
                     self.trial_after = 0;
                 }
             }
@@ -134,18 +138,26 @@ impl Concurrency {
                 self.in_order = self.in_order.saturating_add(1);
                 if self.is_serial && !is_as_long(gap, alone) {
                     self.trial_after = 0;
-                } else if !self.is_serial && alone >= log(WORTH_A_TRIAL) {
+                } else if !self.is_serial
+                    && self.in_order >= self.needed.max(FIRST_TRIAL)
+                    && alone >= log(WORTH_A_TRIAL)
+                {
                     self.trial |= self.is_trial_due();
                 }
             }
             Came::OutOfOrder => {
                 (self.in_order, self.gap, self.trial) = (0, None, false);
+                self.needed = (2 * self.needed.max(ENOUGH)).min(MOST_NEEDED);
                 self.decide(false);
                 return;
             }
         }
         let (Some(alone), Some(gap)) = (self.alone, self.gap) else { return };
-        if !self.is_serial && self.in_order >= ENOUGH && gap >= log(WORTHWHILE) && is_as_long(gap, alone) {
+        if !self.is_serial
+            && self.in_order >= self.needed.max(ENOUGH)
+            && gap >= log(WORTHWHILE)
+            && is_as_long(gap, alone)
+        {
             self.decide(true);
         } else if self.is_serial && gap < alone - 2 * OCTAVE {
             self.in_order = 0;

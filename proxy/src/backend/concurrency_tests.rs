@@ -208,9 +208,9 @@ fn what_was_found_out_is_found_out_again() {
 /// A cold cache: the first answer took long.
 #[test]
 fn a_slow_beginning_is_forgotten() {
-    let work: Work = |n| if n == 0 { 500 } else { 15 };
-    let best = Trace::new(Kind::Serial, work, Some(1)).run(10, 20).answered;
-    let trace = Trace::new(Kind::Serial, work, None).run(10, 20);
+    let work: Work = |n| if n == 0 { 1000 } else { 15 };
+    let best = Trace::new(Kind::Serial, work, Some(1)).run(10, 6).answered;
+    let trace = Trace::new(Kind::Serial, work, None).run(10, 6);
     assert!(10 * trace.answered >= 8 * best, "{} of {best}", trace.answered);
 }
 
