@@ -156,7 +156,7 @@ fn headers_in_the_wrong_place_are_refused() {
     let mut other = counterfoil.client_from("127.0.0.2");
     other.send_raw(&header).unwrap();
     assert!(other.over_tls(&tls(&authority)).is_err());
-    refused(&counterfoil, "tls_handshake", 1.0);
+    refused(&counterfoil, "proxy_untrusted", 2.0);
     let mut plain = Client::connect_tls(counterfoil.address, Some([127, 0, 0, 2].into()), &tls(&authority));
     plain.exchange(1, "own.example.test", qtype::A);
     drop(plain);
@@ -167,7 +167,7 @@ fn headers_in_the_wrong_place_are_refused() {
     let mut client = counterfoil.client();
     client.send_raw(&header).unwrap();
     assert!(client.over_tls(&tls(&authority)).is_err());
-    refused(&counterfoil, "tls_handshake", 1.0);
+    refused(&counterfoil, "proxy_untrusted", 1.0);
     let mut client = Client::connect_tls(counterfoil.address, None, &tls(&authority));
     client.ask(1, "early.example.test", qtype::A);
     client.assert_ended(SOON);
