@@ -181,11 +181,24 @@ impl Process {
         }
     }
 
-    /// Sends a signal to the child, if it is still there.
+    /// Sends a signal to the child, if it is still there. After SIGSTOP none of its threads runs when this returns.
+    ///
+    /// # Panics
+    /// If it does not stop.
+    #[track_caller]
     pub fn signal(&mut self, signal: Signal) {
-        if self.exited().is_none() {
-            // The child is not reaped yet, so the id is still its own. It may end at any moment: an error is no news.
-            let _ = kill_process(Pid::from_child(&self.child), signal);
+        if self.exited().is_some() {
+            return;
+        }
+        // The child is not reaped yet, so the id is still its own. It may end at any moment: an error is no news.
+        let _ = kill_process(Pid::from_child(&self.child), signal);
+        if signal == Signal::STOP {
+            let tasks = format!("/proc/{}/task", self.child.id());
+            let stopped = |task: std::fs::DirEntry| {
+                std::fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
+            };
+            let all = || std::fs::read_dir(&tasks).is_ok_and(|mut tasks| tasks.all(|task| task.is_ok_and(stopped)));
+            crate::wait::until("all its threads are stopped", std::time::Duration::from_secs(10), all);
         }
     }
 

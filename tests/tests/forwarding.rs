@@ -123,7 +123,9 @@ fn the_largest_answer_passes() {
             connection.send(&answer);
         }
     });
-    let counterfoil = Counterfoil::start(&Config::new(backend.address).settles_soon());
+    // Twenty of them at once may wait for the client to read.
+    let config = Config::new(backend.address).set("listener", "max_pending_answers", "\"2MiB\"");
+    let counterfoil = Counterfoil::start(&config.settles_soon());
     let mut client = counterfoil.client();
     for id in 0..20 {
         client.ask(id, "large.example.test", qtype::A);
