@@ -50,13 +50,20 @@ fn closed<S: Read>(attackers: &mut [S]) -> Vec<bool> {
     attackers.iter_mut().map(is_closed).collect()
 }
 
-/// The good neighbour is answered each time; the oldest of the attackers made room, one for each connection that came when
-/// all places were taken, and the youngest is still there.
+/// The good neighbour is answered each time; attackers made room, one for each connection that came when all places were
+/// taken.
+#[track_caller]
+fn assert_gave_way(gone: &[bool], attack: &str) -> usize {
+    let count = gone.iter().filter(|gone| **gone).count();
+    assert!(count > ASKED && count < CROWD, "{attack}: {count} of {CROWD} gave way");
+    count
+}
+
+/// It was the oldest of them.
 #[track_caller]
 fn assert_the_oldest_gave_way(gone: &[bool], attack: &str) {
-    let count = gone.iter().filter(|gone| **gone).count();
+    let count = assert_gave_way(gone, attack);
     assert!(gone[..count].iter().all(|gone| *gone), "{attack}: not the oldest ones: {gone:?}");
-    assert!(count > ASKED && count < CROWD, "{attack}: {count} of {CROWD} gave way");
 }
 
 #[track_caller]
@@ -89,7 +96,13 @@ fn who_holds_connections_to_admin_http_gives_way() {
             }
         }
         assert_answered(&counterfoil, attack);
-        assert_the_oldest_gave_way(&closed(&mut attackers), attack);
+        let gone = closed(&mut attackers);
+        if attack == "reads no answer" {
+            // Whoever is being answered stays until it is seen that it takes nothing, while a younger one may go.
+            assert_gave_way(&gone, attack);
+        } else {
+            assert_the_oldest_gave_way(&gone, attack);
+        }
     }
     counterfoil.client().exchange(1, "still.example.test", qtype::A);
     counterfoil.assert_quiescent();
