@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use counterfoil_tests::counterfoil::Counterfoil;
-use counterfoil_tests::driver::Received;
+use counterfoil_tests::driver::{Client, Received};
 use counterfoil_tests::fake_backend::FakeBackend;
 use counterfoil_tests::isolation::{Scene, Setting};
 use counterfoil_tests::message::{self, qtype, rcode};
@@ -117,8 +117,9 @@ fn recording() -> (FakeBackend, Arc<Mutex<Vec<String>>>) {
     (backend, names)
 }
 
-/// So many queries of one client are there when a worker looks, then one of another's: a turn goes before it, not all.
-fn pipelined(setting: Setting) {
+/// So many queries of one client are there when a worker looks, on one connection or on many, then one of another's: a turn
+/// goes before it, not all.
+fn pipelined(setting: Setting, connections: usize) {
     const QUERIES: usize = 5_000;
     let (backend, names) = recording();
     let scene = Scene::new(setting);
@@ -128,42 +129,51 @@ fn pipelined(setting: Setting) {
         .set("listener", "max_pending_answers", "\"4MiB\"")
         .backend_key("max_in_flight", 2 * QUERIES);
     let mut counterfoil = Counterfoil::start(&config);
-    let mut attacker = scene.connect(counterfoil.address, ATTACKER);
+    let mut attackers: Vec<_> = (0..connections).map(|_| scene.connect(counterfoil.address, ATTACKER)).collect();
     let mut neighbour = scene.connect(counterfoil.address, IpAddr::from([127, 1, 0, 1]));
-    attacker.assert_served();
+    attackers.iter_mut().for_each(|attacker| attacker.assert_served());
     neighbour.assert_served();
     // Each sends while nobody looks, so that all of it is there at once.
     counterfoil.process.signal(Signal::STOP);
     let sent = Arc::new(AtomicUsize::new(0));
-    let sending = Arc::clone(&sent);
-    let thread = std::thread::spawn(move || {
-        for number in 0..QUERIES {
-            let query = message::query(number as u16, &format!("a.{ZONE}"), qtype::A);
-            attacker.send_raw(&message::framed(&query)).unwrap();
-            sending.fetch_add(1, Ordering::SeqCst);
-        }
-        for _ in 0..QUERIES {
-            assert_eq!(message::response_code(&attacker.receive(SOON).message()), rcode::NOERROR);
-        }
-    });
+    let attack = |mut attacker: Client| {
+        let sending = Arc::clone(&sent);
+        std::thread::spawn(move || {
+            for number in 0..QUERIES / connections {
+                let query = message::query(number as u16, &format!("a.{ZONE}"), qtype::A);
+                attacker.send_raw(&message::framed(&query)).unwrap();
+                sending.fetch_add(1, Ordering::SeqCst);
+            }
+            for _ in 0..QUERIES / connections {
+                assert_eq!(message::response_code(&attacker.receive(SOON).message()), rcode::NOERROR);
+            }
+        })
+    };
+    let threads: Vec<_> = attackers.into_iter().map(attack).collect();
     wait::until("ten turns are there", SOON, || sent.load(Ordering::SeqCst) >= 10 * TURN);
     names.lock().unwrap().clear();
     neighbour.ask(1, &format!("n.{ZONE}"), qtype::A);
     counterfoil.process.signal(Signal::CONT);
     assert_eq!(message::response_code(&neighbour.receive(SOON).message()), rcode::NOERROR);
-    thread.join().unwrap();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
     let names = names.lock().unwrap();
     assert_eq!(names.len(), QUERIES + 1);
     let before = names.iter().position(|name| name.starts_with("n.")).unwrap();
-    println!("{setting:?}: {before} queries of the other client went before");
-    assert!(before <= 2 * TURN, "{setting:?}: {before}");
+    println!("{setting:?}, {connections} connections: {before} queries of the other client went before");
+    assert!(before <= 2 * TURN, "{setting:?}, {connections} connections: {before}");
     drop(neighbour);
     counterfoil.assert_quiescent();
 }
 
 #[test]
 fn who_sends_without_end_has_a_turn_and_then_the_others() {
-    pipelined(Setting::SHARED);
+    pipelined(Setting::SHARED, 1);
+}
+
+/// Turns are a client's, not a connection's.
+#[test]
+fn who_sends_on_many_connections_has_no_more_turns() {
+    pipelined(Setting::SHARED, 20);
 }
 
 /// Where all clients share one connection, in which the order is seen.
@@ -171,6 +181,7 @@ fn who_sends_without_end_has_a_turn_and_then_the_others() {
 #[ignore = "soak"]
 fn soak_isolation_who_sends_without_end_has_a_turn_and_then_the_others() {
     for setting in [Setting::SHARED, Setting::SHARED.over_tls()] {
-        pipelined(setting);
+        pipelined(setting, 1);
+        pipelined(setting, 20);
     }
 }

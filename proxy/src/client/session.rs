@@ -57,6 +57,10 @@ pub struct Limits {
     pub refuse: Vec<Refusable>,
 }
 
+/// A new connection's first answer is taken for the longest that there can be, so that few queries are taken before it is known
+/// how long answers are. Where it is late, nobody waits for longer than this.
+const GUESS: Duration = Duration::from_millis(50);
+
 /// Messages in a row that are not forwarded, after which a connection ends: more than any mistake takes.
 pub const MAX_NOT_FORWARDED: u8 = 32;
 
@@ -154,8 +158,12 @@ pub struct Session {
     /// How many of them, since the last one that was forwarded, were not.
     not_forwarded: u8,
     /// The longest of its last answers, octets; one that is long past counts less and less. Those to come are taken for as
-    /// long.
+    /// long. Before the first one, the most that there can be.
     pub(crate) long_answer: u32,
+    /// Until then the first answer is waited for, to know how long answers are here.
+    guess_until: Mono,
+    /// Its client has had its turn ([`Round`](crate::worker::turn::Round)).
+    pub(crate) waits_for_round: bool,
 }
 
 impl Session {
@@ -199,7 +207,9 @@ impl Session {
             woken: false,
             messages: 0,
             not_forwarded: 0,
-            long_answer: 0,
+            waits_for_round: false,
+            long_answer: u32::from(u16::MAX),
+            guess_until: Mono::ZERO,
         }
     }
 
@@ -226,12 +236,22 @@ impl Session {
             && self.stalled.is_empty()
             && self.in_flight() < self.limits.max_in_flight
             && self.out.len() < self.limits.max_pending_answers
-            && (self.owes_nothing() || self.fits((self.in_flight() + 1) * self.long_answer as usize))
+            && (self.owes_nothing() || self.fits_one_more())
     }
 
     /// Whether every query has its answer, and the client has them all.
     fn owes_nothing(&self) -> bool {
         self.in_flight() == 0 && self.out.is_empty()
+    }
+
+    /// Whether it has asked something, and it is not known how long its answers are.
+    pub(crate) fn is_guessing(&self) -> bool {
+        self.guess_until != Mono::ZERO
+    }
+
+    /// Whether the answers to all queries, and to one more, may be kept if they are as long as the last ones.
+    fn fits_one_more(&self) -> bool {
+        self.fits((self.in_flight() + 1) * self.long_answer as usize)
     }
 
     /// Whether so many octets more may be kept for the client.
@@ -241,7 +261,8 @@ impl Session {
 
     /// An answer of so many octets came: whether it is kept until the client reads.
     pub(crate) fn keeps(&mut self, length: usize) -> bool {
-        let faded = self.long_answer - self.long_answer / 8;
+        let faded = if self.is_guessing() { 0 } else { self.long_answer - self.long_answer / 8 };
+        self.guess_until = Mono::ZERO;
         self.long_answer = faded.max(u32::try_from(length).unwrap_or(u32::MAX));
         self.unwritable_since == Mono::ZERO || self.fits(length)
     }
@@ -263,6 +284,9 @@ impl Session {
         self.not_forwarded = if forwarded { 0 } else { self.not_forwarded + 1 };
         if self.not_forwarded >= MAX_NOT_FORWARDED {
             self.ending.get_or_insert(ClientCloseReason::NotForwarded);
+        }
+        if self.messages == 0 {
+            self.guess_until = now.after(GUESS);
         }
         self.messages = self.messages.saturating_add(1);
         if self.limits.max_queries > 0 && self.messages >= self.limits.max_queries {
@@ -295,6 +319,9 @@ impl Session {
     /// When to look at it again.
     pub fn deadline(&self) -> Mono {
         let mut deadline = self.expiry();
+        if self.is_guessing() && !self.fits_one_more() {
+            deadline = deadline.min(self.guess_until);
+        }
         if self.unwritable_since != Mono::ZERO {
             deadline = deadline.min(self.unwritable_since.after(self.limits.write_timeout));
         }
@@ -367,6 +394,9 @@ impl Session {
     pub(crate) fn check(&mut self, now: Mono) {
         if self.close.is_some() {
             return;
+        }
+        if self.is_guessing() && self.guess_until <= now {
+            (self.long_answer, self.guess_until) = (0, Mono::ZERO);
         }
         if self.expiry() <= now {
             self.ending = Some(ClientCloseReason::MaxDuration);

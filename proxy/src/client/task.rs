@@ -47,12 +47,24 @@ impl SessionTask {
     /// Does what can be done now. `Err` is the reason to close.
     fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
         self.shell.core.borrow_mut().resume(self.key, now);
-        let mut turn = Turn::default();
+        let Some(before) = self.shell.core.borrow_mut().begin_turn(self.key) else {
+            return self.write(cx, now);
+        };
+        let mut turn = before;
+        let done = self.have_turn(&mut turn, cx, now);
+        if turn != before {
+            self.shell.core.borrow_mut().end_turn(self.key, turn);
+        }
+        done
+    }
+
+    /// Reads, takes and writes until there is nothing to do, or the turn of this connection's client is over.
+    fn have_turn(&mut self, turn: &mut Turn, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
         for _ in 0..TURNS {
-            self.take_rest(&mut turn, now);
+            self.take_rest(turn, now);
             self.write(cx, now)?;
             if turn.is_over() {
-                break;
+                return Ok(());
             }
             if self.has_takeable_message() {
                 // Writing made room for it. What is read comes after it, and so does the client's end.
@@ -64,7 +76,7 @@ impl SessionTask {
                 }
                 return Err(reason);
             }
-            if !self.session(Session::reads).unwrap_or(false) || self.read(cx, &mut turn, now)?.is_pending() {
+            if !self.session(Session::reads).unwrap_or(false) || self.read(cx, turn, now)?.is_pending() {
                 return Ok(());
             }
         }

@@ -22,7 +22,7 @@ pub(super) const LABELLED: &str = "[pool.proxy_protocol]\nidentity = \"connectio
 /// A pool of backends, each with these lines.
 fn configuration(pool: &str, proxy: &str, backends: &[&str]) -> String {
     let mut text = format!(
-        "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\n[[pool]]\nname = \"p\"\n{pool}\n{proxy}\n"
+        "[[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\nmax_pending_answers = \"1024MiB\"\n[[pool]]\nname = \"p\"\n{pool}\n{proxy}\n"
     );
     for (number, keys) in backends.iter().enumerate() {
         text += &format!("[[pool.backend]]\nname = \"b{number}\"\naddress = \"127.0.0.1:{}\"\n{keys}\n", 1053 + number);

@@ -17,7 +17,7 @@ use super::plan::Plan;
 use super::queries::{NewQuery, Place, Queries, QueryKey};
 use super::suspects::Suspects;
 use super::timers::{TimerKey, Timers};
-use super::turn::Turn;
+use super::turn::{Round, Turn};
 use crate::backend::choose::Chooser;
 use crate::backend::concurrency::Concurrency;
 use crate::backend::pool::{ConnKey, Pool};
@@ -115,6 +115,8 @@ pub struct Core {
     pub(crate) moves: Vec<u32>,
     /// The backend whose line was served first.
     pub(crate) first_line: usize,
+    /// Whose turn it is.
+    pub(crate) round: Round,
 }
 
 impl Core {
@@ -148,6 +150,7 @@ impl Core {
             worker: 0,
             moves: (0..backends).map(|backend| shared.caps.moves(backend as BackendIndex)).collect(),
             first_line: 0,
+            round: Round::default(),
             shared,
         }
     }
@@ -232,6 +235,50 @@ impl Core {
             session.bytes_left(bytes.len() - taken, now);
         }
         taken
+    }
+
+    /// What a connection's client has had of its turn; none: all of it, and the connection goes on in another round.
+    pub(crate) fn begin_turn(&mut self, key: SessionKey) -> Option<Turn> {
+        self.sessions.get(key.0)?;
+        let client = self.client_of(key);
+        let turn = self.round.turn(client);
+        if turn.is_over() {
+            self.wait_for_round(key, client, false);
+            return None;
+        }
+        Some(turn)
+    }
+
+    /// A connection has taken messages in its client's turn.
+    pub(crate) fn end_turn(&mut self, key: SessionKey, turn: Turn) {
+        if self.sessions.get(key.0).is_some() {
+            let client = self.client_of(key);
+            self.round.had(client, turn);
+            if turn.is_over() {
+                self.wait_for_round(key, client, true);
+            }
+        }
+    }
+
+    fn wait_for_round(&mut self, key: SessionKey, client: IpAddr, had_some: bool) {
+        let session = &mut self.sessions[key.0];
+        if !std::mem::replace(&mut session.waits_for_round, true) {
+            self.round.waits(client, key, had_some);
+        }
+    }
+
+    /// All who had something to do have had their turns.
+    pub(crate) fn next_round(&mut self) {
+        let Self { round, sessions, wakes, .. } = self;
+        round.next(|key| {
+            // Another one may have its place in the table: that one looks, and finds nothing to do.
+            if let Some(session) = sessions.get_mut(key.0) {
+                session.waits_for_round = false;
+                if !std::mem::replace(&mut session.woken, true) {
+                    wakes.sessions.push(key);
+                }
+            }
+        });
     }
 
     fn client_message(&mut self, key: SessionKey, message: &[u8], now: Mono) -> Taken {

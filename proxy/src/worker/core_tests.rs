@@ -21,6 +21,7 @@ name = "dns"
 address = "127.0.0.1:53"
 pool = "p"
 max_in_flight = 100
+max_pending_answers = "1024MiB"
 [[pool]]
 name = "p"
 query_timeout = "5s"

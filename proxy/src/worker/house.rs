@@ -96,8 +96,9 @@ impl Core {
             return;
         }
         session.armed = Mono::ZERO;
+        let guessed = session.is_guessing();
         session.check(now);
-        if session.close.is_some() || session.ending.is_some() {
+        if session.close.is_some() || session.ending.is_some() || (guessed && !session.is_guessing()) {
             self.wake_session(key);
         } else {
             self.settle_session(key);

@@ -131,11 +131,22 @@ impl Worker {
             let acceptor = Acceptor { listener, leaves_queue: inherited, door };
             tokio::task::spawn_local(acceptor.run(stopped.clone()));
         }
+        tokio::task::spawn_local(begin_rounds(Rc::clone(&shell)));
         // The last receivers are those who accept, and wait for PROXY headers: when they are gone, nobody comes any more.
         drop(stopped);
         let keeper = Keeper { shell, requests: self.requests, stop, draining: None, all_closed: false };
         // As a task of its own: to wake the future that the runtime blocks on costs a system call.
         tokio::task::spawn_local(keeper.run()).await.map_err(std::io::Error::other)
+    }
+}
+
+/// Begins a round whenever one is over, once all tasks that have something to do have run.
+async fn begin_rounds(shell: Rc<Shell>) {
+    loop {
+        shell.round_over.notified().await;
+        tokio::task::yield_now().await;
+        shell.core.borrow_mut().next_round();
+        shell.flush();
     }
 }
 

@@ -89,6 +89,10 @@ fn a_client_that_does_not_read_has_no_more_than_is_kept_for_it() {
     let mut sim = Sim::new(&configuration("", "", ""));
     let client = sim.connect_client("192.0.2.1:1000");
     ask(&mut sim, client, 0..50);
+    assert_eq!(unanswered(&sim).iter().sum::<usize>(), 4, "as long as it is not known how long answers are");
+    sim.pass(Duration::from_millis(50));
+    sim.accept_all();
+    assert_eq!(unanswered(&sim).iter().sum::<usize>(), 50, "it is late");
     sim.clients.get_mut(&client).unwrap().deaf = true;
     let mut most = 0;
     while let Some((key, _)) = sim.wires.iter().find(|(_, wire)| !wire.unanswered.is_empty()) {

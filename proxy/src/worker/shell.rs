@@ -43,6 +43,8 @@ pub(crate) struct Shell {
     /// Woken when a deadline is armed that is earlier than the housekeeper's.
     pub(crate) nudge: Notify,
     pub(crate) sleeps_until: Cell<Mono>,
+    /// Woken when somebody waits for the next round.
+    pub(crate) round_over: Notify,
     index: usize,
     controls: Controls,
     workers: usize,
@@ -84,6 +86,7 @@ impl Shell {
             cipher: RefCell::new(vec![0; CIPHER].into_boxed_slice()),
             nudge: Notify::new(),
             sleeps_until: Cell::new(Mono::ZERO),
+            round_over: Notify::new(),
             index,
             controls,
             workers,
@@ -175,6 +178,9 @@ impl Shell {
         }
         if std::mem::take(&mut core.wakes.tell_capacity) {
             self.tell_others(|| Control::CapacityFreed);
+        }
+        if core.round.is_over() {
+            self.round_over.notify_one();
         }
         if core.next_deadline().after(GRAIN) < self.sleeps_until.get() {
             self.nudge.notify_one();

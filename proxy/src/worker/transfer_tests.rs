@@ -15,6 +15,8 @@ use crate::stats::{Counter, TransferKind};
 use crate::worker::sim::{Arrived, Sim, query};
 
 const SECOND: Duration = Duration::from_secs(1);
+/// So long a client waits that asks for more before the first answer has told how long answers are.
+const FIRST_ANSWER: Duration = Duration::from_millis(50);
 const ZONE: &str = "zone.test";
 
 fn configuration(more: &str) -> String {
@@ -239,6 +241,7 @@ fn what_breaks_off_ends_the_clients_connection() {
         let mut sim = Sim::new(&configuration(OWNED));
         let client = sim.connect_client("192.0.2.1:1000");
         let (other, second) = begin(&mut sim, client, 8, AXFR);
+        sim.pass(FIRST_ANSWER);
         let (conn, asked) = begin(&mut sim, client, 7, AXFR);
         sim.send(conn, &[message(&asked, &[soa()])]);
         sim.send(other, &[message(&second, &[soa()])]);
@@ -324,7 +327,11 @@ fn beyond_its_limit_a_transfer_is_servfail() {
     for more in ["", OWNED] {
         let mut sim = Sim::new(&(configuration(more) + "[connections]\nmax_owned_per_client = 4\n"));
         let client = sim.connect_client("192.0.2.1:1000");
-        let begun: Vec<_> = (0..3).map(|id| begin(&mut sim, client, id, AXFR)).collect();
+        let begun = [0, 1, 2].map(|id| {
+            let begun = begin(&mut sim, client, id, AXFR);
+            sim.pass(FIRST_ANSWER);
+            begun
+        });
         sim.say(client, &transfer(3, AXFR));
         assert_eq!(sim.clients[&client].answers.iter().map(|answer| rcode(answer)).collect::<Vec<_>>(), [2]);
         assert_eq!(failed(&sim, FailReason::NoCapacity), 1);

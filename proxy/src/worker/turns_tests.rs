@@ -18,7 +18,7 @@ const ADDRESS: &str = "identity = \"address\"\n";
 fn configuration(workers: usize, places: usize, proxy: &str, connections: &str) -> String {
     format!(
         "[server]\nworkers = {workers}\n\
-         [[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\n[connections]\n{connections}\n\
+         [[listener]]\nname = \"dns\"\naddress = \"127.0.0.1:53\"\npool = \"p\"\nmax_pending_answers = \"1024MiB\"\n[connections]\n{connections}\n\
          [[pool]]\nname = \"p\"\nretries = 0\n[pool.proxy_protocol]\n{proxy}\n\
          [[pool.backend]]\nname = \"b\"\naddress = \"127.0.0.1:1053\"\nmax_connections = {places}\nmax_in_flight = 32\n"
     )

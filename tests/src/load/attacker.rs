@@ -98,6 +98,8 @@ const REST: Duration = Duration::from_millis(20);
 /// # Errors
 /// If standard input cannot be read.
 pub fn run(options: &Options) -> anyhow::Result<()> {
+    // An attacker has a machine of its own: what it computes takes no time from who is attacked, or from the neighbours.
+    rustix::process::nice(19).context("nice(2)")?;
     let script = options.attack.script();
     let begun = Arc::new(AtomicUsize::new(0));
     for number in 0..script.connections {
