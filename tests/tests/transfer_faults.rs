@@ -440,11 +440,12 @@ fn a_transfer_that_waits_for_its_client_is_no_leak() {
         let Some(query) = connection.query() else { return };
         connection.send(&zone::message(&query, &[Soa(SERIAL)]));
         let mut messages = 2;
-        // Until nobody reads any more; then the rest, which the kernel has room for.
+        // Until nobody reads any more; then the rest, which the kernel has room for: eight messages. So slowly that it is
+        // noticed before they are sent.
         while !enough.load(Ordering::SeqCst) {
             connection.send(&zone::message(&query, &[Text(16_000)]));
             messages += 1;
-            let _ = connection.query_within(Duration::from_millis(2));
+            let _ = connection.query_within(Duration::from_millis(20));
         }
         connection.send(&zone::message(&query, &[Soa(SERIAL)]));
         *count.lock().unwrap() = messages;
