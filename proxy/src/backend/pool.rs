@@ -320,7 +320,7 @@ impl Pool {
         per_backend.conns += 1;
         per_backend.staying += 1;
         if let Some(holder) = new.holder {
-            per_backend.line.took(holder);
+            per_backend.line.took(holder, now);
         }
         if new.kind == ConnKind::Spare {
             self.backends[usize::from(new.backend)].spares.push(key);
@@ -341,7 +341,7 @@ impl Pool {
         conn.owner_serial = to.owner_serial;
         conn.holder = to.holder;
         if let Some(holder) = to.holder {
-            per_backend.line.took(holder);
+            per_backend.line.took(holder, now);
         }
         conn.header_digest = to.header_digest;
         conn.header = to.header;
@@ -524,6 +524,9 @@ impl Pool {
         let Some(conn) = self.conns.get_mut(key.0) else { return };
         if idle != conn.idle.is_linked() {
             let per_backend = &mut self.backends[backend];
+            if let Some(holder) = conn.holder.filter(|_| !conn.is_closing()) {
+                per_backend.line.used(holder, now);
+            }
             if idle {
                 conn.idle_since = now;
                 per_backend.idle_common += usize::from(common);

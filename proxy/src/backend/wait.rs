@@ -12,6 +12,7 @@ use foldhash::fast::{FixedState, RandomState};
 
 use crate::client::session::SessionKey;
 use crate::clock::Mono;
+use crate::ledger::caps::RECENTLY;
 use crate::worker::queries::QueryKey;
 
 /// Whose turn it is tries again after this time, whatever happens here: a place may have become free of which this worker
@@ -84,6 +85,29 @@ impl Tally {
     }
 }
 
+/// Which two clients have used a place last, and when.
+#[derive(Debug, Default)]
+struct Users {
+    last: Option<(IpAddr, Mono)>,
+    /// Of all others the one that was last.
+    other: Option<(IpAddr, Mono)>,
+}
+
+impl Users {
+    fn used(&mut self, client: IpAddr, now: Mono) {
+        match &mut self.last {
+            Some((last, at)) if *last == client => *at = now,
+            last => self.other = last.replace((client, now)),
+        }
+    }
+
+    /// When a client other than this one was here last.
+    fn another_than(&self, client: IpAddr) -> Option<Mono> {
+        let last = self.last.filter(|(last, _)| *last != client);
+        last.or(self.other).map(|(_, at)| at)
+    }
+}
+
 /// What another worker wants of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Asked {
@@ -101,6 +125,7 @@ pub struct Asked {
 pub struct WaitQueue {
     /// How many places each client holds.
     holders: Tally,
+    users: Users,
     /// How many queries of each client wait.
     waiting: Tally,
     /// The clients that wait: how many places they hold, and their turn.
@@ -266,8 +291,30 @@ impl WaitQueue {
     }
 
     /// A client has a place more.
-    pub(super) fn took(&mut self, client: IpAddr) {
+    pub(super) fn took(&mut self, client: IpAddr, now: Mono) {
         self.holds(client, |held| held + 1);
+        self.used(client, now);
+    }
+
+    /// One of a client's places has become idle, or busy.
+    pub(super) fn used(&mut self, client: IpAddr, now: Mono) {
+        self.users.used(client, now);
+    }
+
+    /// When a client other than this one has used a place last.
+    pub fn used_by_another(&self, client: IpAddr) -> Option<Mono> {
+        self.users.another_than(client)
+    }
+
+    /// Whether anybody but this client waits, or has used a place not long ago.
+    pub fn others_want(&self, client: IpAddr, now: Mono) -> bool {
+        let others_wait = self.clients() > usize::from(self.clients.contains_key(&client));
+        others_wait || self.used_by_another(client).is_some_and(|at| at.after(RECENTLY) > now)
+    }
+
+    /// Whether a query of this client's that comes now is before all that wait.
+    pub fn is_next(&self, client: IpAddr) -> bool {
+        self.order.first().is_none_or(|(held, _, _)| self.holders.of(client) < *held)
     }
 
     /// A client has a place less.

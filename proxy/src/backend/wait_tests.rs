@@ -51,14 +51,14 @@ fn turns_go_by_client_and_then_by_connection() {
 fn who_holds_least_is_next() {
     let mut queue = queue([waiter(1, 1, 10), waiter(1, 11, 10), waiter(2, 2, 10), waiter(3, 3, 10)]);
     for client in [1, 1, 2, 9] {
-        queue.took(address(client));
+        queue.took(address(client), Mono(1));
     }
     assert_eq!((queue.holders().of(address(1)), queue.holders().most(), queue.clients()), (2, 2, 3));
     let first = queue.pop().unwrap();
     assert_eq!(first.0.query, key(3));
     queue.put_back(first, Mono(1));
-    queue.took(address(3));
-    queue.took(address(3));
+    queue.took(address(3), Mono(1));
+    queue.took(address(3), Mono(1));
     queue.gave(address(1));
     queue.gave(address(1));
     assert_eq!(queue.holders().most(), 2);
@@ -188,7 +188,7 @@ proptest! {
                     }
                 }
                 2 => {
-                    queue.took(address(client));
+                    queue.took(address(client), Mono(1));
                     known[at].held += 1;
                 }
                 3 => {
@@ -210,8 +210,47 @@ proptest! {
                     prop_assert_eq!(queue.pop().map(|(waiter, _)| waiter.query.index), expected);
                 }
             }
+            for (client, of_client) in (0..).zip(&known) {
+                let mut waits = known.iter().filter(|of_client| !of_client.sessions.is_empty());
+                let is_next = waits.all(|other| of_client.held < other.held);
+                prop_assert_eq!(queue.is_next(address(client)), is_next);
+            }
             prop_assert_eq!(queue.is_empty(), known.iter().all(|of_client| of_client.sessions.is_empty()));
             prop_assert_eq!(queue.holders().most(), known.iter().map(|of_client| of_client.held).max().unwrap_or(0));
+        }
+    }
+}
+
+proptest! {
+    /// Against the last time of each client.
+    #[test]
+    fn others_are_there_while_they_wait_or_have_used_a_place(
+        events in prop::collection::vec((0..4_u8, any::<bool>(), 0..600_u64), 1..100),
+    ) {
+        let (mut queue, mut used, mut waiting) = (WaitQueue::default(), [None; 4], [0_u32; 4]);
+        let mut now = Mono(1_000_000_000);
+        for (number, (client, waits, passes)) in (0..).zip(events) {
+            now = now.after(Duration::from_millis(passes));
+            let at = usize::from(client);
+            if !waits {
+                queue.used(address(client), now);
+                used[at] = Some(now);
+            } else if waiting[at] == 0 {
+                queue.push(waiter(client, number, u64::MAX), now);
+                waiting[at] = number + 1;
+            } else {
+                queue.remove(SessionKey(at), key(waiting[at] - 1));
+                waiting[at] = 0;
+            }
+            for client in 0..4_u8 {
+                let others = || (0..4).filter(|other| *other != usize::from(client));
+                let last = others().filter_map(|other| used[other]).max();
+                prop_assert_eq!(queue.used_by_another(address(client)), last);
+                let are_there = others().any(|other| {
+                    waiting[other] > 0 || used[other].is_some_and(|at| now.since(at) < RECENTLY)
+                });
+                prop_assert_eq!(queue.others_want(address(client), now), are_there);
+            }
         }
     }
 }

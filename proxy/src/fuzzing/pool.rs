@@ -1,5 +1,6 @@
 //! The pool against a naive model: a list of connections, searched from one end to the other for every answer.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -83,6 +84,8 @@ struct Model {
     events: u64,
     queries: u32,
     closing: Vec<ConnKey>,
+    /// When each client has used a place of a backend last, counted in events.
+    used: BTreeMap<(BackendIndex, IpAddr), u64>,
 }
 
 impl Model {
@@ -101,6 +104,12 @@ impl Model {
             self.closing.push(conn.key);
         }
         let idle = conn.phase == Phase::Open && conn.in_flight.is_empty();
+        if idle != conn.idle_since.is_some()
+            && !conn.is_closing()
+            && let Some(holder) = conn.holder
+        {
+            self.used.insert((conn.backend, holder), self.events);
+        }
         conn.idle_since = idle.then(|| conn.idle_since.unwrap_or(self.events));
         let takes_turns = conn.stays()
             && !conn.apart
@@ -176,8 +185,14 @@ impl Model {
         let most = clients.iter().map(|client| held(*client)).max().unwrap_or(0);
         assert_eq!(holders.most() as usize, most);
         assert_eq!(holders.clients(), clients.iter().filter(|client| held(**client) > 0).count());
+        let occupied = |conn: &&Known| conn.idle_since.is_none() && !conn.is_closing();
+        assert_eq!(pool.occupied(Some(backend)), self.at(backend).filter(occupied).count());
+        assert_eq!(pool.occupied(None), self.known.iter().filter(occupied).count());
         let turns = || self.at(backend).filter(|conn| conn.turn_since.is_some());
         for client in clients {
+            let others = self.used.iter().filter(|((at, of), _)| *at == backend && *of != client);
+            let used = others.map(|(_, at)| Mono(1_000_000_000_000 + at)).max();
+            assert_eq!(pool.line(backend).used_by_another(client), used);
             let first = turns().filter(|conn| conn.holder == Some(client)).min_by_key(|conn| conn.turn_since);
             let found = pool.in_turn(backend, |conn| conn.holder == Some(client));
             assert_eq!(found, first.map(|conn| conn.key).ok_or(turns().count()));
@@ -187,6 +202,7 @@ impl Model {
             let all = self.at(backend).count();
             let (others, share) = (all - held, holders.clients());
             let own = way.iter().find(|conn| conn.holder == Some(client));
+            assert_eq!(pool.own_idle(backend, client), own.map(|conn| conn.key));
             let expected = match own.filter(|_| held * share > all) {
                 Some(own) => Some(own.key),
                 None if others > 0 && held >= 3 * others => None,
@@ -199,7 +215,7 @@ impl Model {
                     // What is idle here has been so for some nanoseconds.
                     let rests =
                         |conn: &&&Known| conn.holder.is_none() || conn.holder == Some(client) || counts(conn) > held;
-                    spare.or(fullest.filter(rests).copied()).map(|conn| conn.key)
+                    spare.or(fullest.filter(rests).or(own).copied()).map(|conn| conn.key)
                 }
             };
             assert_eq!(pool.makes_way(backend, client, Mono(1_000_000_000_000 + self.events)), expected);
@@ -322,6 +338,7 @@ fn open(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, caps: &Arc<
     );
     let conn = pool.get(key).expect("just opened");
     assert!((now.after(MAX_AGE * 9 / 10)..=now.after(MAX_AGE)).contains(&conn.expires), "spread by 10 %");
+    model.used.extend(holder.map(|holder| ((backend, holder), model.events)));
     model.known.push(Known {
         key,
         backend,
@@ -363,6 +380,7 @@ fn give_spare(script: &mut Script<'_>, pool: &mut Pool, model: &mut Model, now: 
     let at = model.known.iter().position(|conn| conn.key == key).expect("the model has it");
     let conn = &mut model.known[at];
     (conn.kind, conn.header, conn.max_in_flight, conn.holder) = (kind, header, max_in_flight, holder);
+    model.used.extend(holder.map(|holder| ((conn.backend, holder), model.events)));
     if script.octet().unwrap_or(0) & 1 == 1 {
         // A handshake comes first.
         pool.reconnects(key, now);

@@ -17,6 +17,9 @@ use crate::table::Table;
 /// claim more often than this.
 const CLAIM: Duration = Duration::from_millis(50);
 
+/// Who has used a place of a backend within this time is there still: something is left for it.
+pub(crate) const RECENTLY: Duration = Duration::from_secs(1);
+
 /// Which limit is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AtCap {
@@ -60,6 +63,8 @@ struct Share {
     claim: AtomicU64,
     /// When it got one last, counted in turns.
     turn: AtomicU64,
+    /// The same by the clock.
+    took: AtomicU64,
 }
 
 /// Connections to where a backend is now: below, how many; above, how often it has moved. Those from before a move are of
@@ -281,6 +286,9 @@ impl Caps {
         self.is_free_for(worker, backend, now)?;
         let permit = self.take(backend, moves, Some(worker), Places::limit)?;
         self.withdraw(worker, backend);
+        if self.workers > 1 {
+            self.backends[usize::from(backend)].shares(self.workers)[worker].took.store(now.0, Ordering::Relaxed);
+        }
         Ok(permit)
     }
 
@@ -343,6 +351,19 @@ impl Caps {
                 places.shares(self.workers)[worker].claim.store(0, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Whether a worker other than this one wants a place of this backend, or has got one not long ago.
+    pub fn others_want(&self, worker: usize, backend: BackendIndex, now: Mono) -> bool {
+        if self.workers == 1 {
+            return false;
+        }
+        let shares = self.backends[usize::from(backend)].shares(self.workers).iter().enumerate();
+        let wants = |share: &Share| {
+            let took = share.took.load(Ordering::Relaxed);
+            share.claim.load(Ordering::Relaxed) > now.0 || (took > 0 && Mono(took).after(RECENTLY) > now)
+        };
+        shares.filter(|(at, _)| *at != worker).any(|(_, share)| wants(share))
     }
 
     /// What this worker has to give up for the other one, of a backend's places or, if none, of all.
@@ -544,6 +565,20 @@ mod tests {
         caps.withdraw(1, 0);
         assert!(caps.acquire_for(0, 0, 0, NOW).is_ok());
         assert!(caps.acquire(0).is_ok(), "a health check claims nothing, and takes what is free");
+    }
+
+    /// Who has got a place lately is there still, and who claims one.
+    #[test]
+    fn other_workers_are_there_while_they_take_or_claim() {
+        let caps = shared(3, 9);
+        assert!(![0, 1].iter().any(|worker| caps.others_want(*worker, 0, NOW)));
+        let held = caps.acquire_for(1, 0, 0, NOW);
+        assert!(held.is_ok());
+        assert_eq!([0, 1].map(|worker| caps.others_want(worker, 0, NOW)), [true, false], "not of itself");
+        let quiet = NOW.after(RECENTLY);
+        assert!(caps.others_want(0, 0, Mono(quiet.0 - 1)) && !caps.others_want(0, 0, quiet));
+        caps.claim(1, 0, AtCap::Backend, quiet);
+        assert!(caps.others_want(0, 0, quiet) && !caps.others_want(0, 0, quiet.after(CLAIM)));
     }
 
     #[test]

@@ -31,8 +31,10 @@ impl Core {
         if self.backoff[usize::from(backend)].holds_back(|| self.client_of(key), now) {
             return Route::Fail(FailReason::ConnectFailed);
         }
-        // Who came later does not overtake who waits.
-        if !matches!(how, How::FromQueue { .. } | How::Apart { .. }) && !self.pool.line(backend).is_empty() {
+        // Who came later does not overtake who waits, unless it holds less: then it would be served next anyway.
+        let has_turn = matches!(how, How::FromQueue { .. } | How::Apart { .. });
+        if !has_turn && !self.pool.line(backend).is_next(self.party_of(key)) {
+            self.gives_own_idle(key, backend, now);
             return Route::Wait(backend);
         }
         if self.shortages[usize::from(backend)].holds(now) {
@@ -40,6 +42,10 @@ impl Core {
         }
         if !how.is_apart() && !self.may_open(key, now) {
             return Route::Fail(FailReason::NoCapacity);
+        }
+        if !how.is_apart() && !self.leaves_room(key, backend, now) {
+            self.find_own_place(key, wanted.digest, backend, now);
+            return Route::Wait(backend);
         }
         let session = &self.sessions[key.0];
         let owner = matches!(wanted.kind, ConnKind::Owned | ConnKind::OneShot);
@@ -182,6 +188,7 @@ impl Core {
         let has_place = is_free || self.pool.ready_spare(backend).is_some();
         has_place
             && self.pool.line(backend).is_empty()
+            && self.leaves_room(key, backend, now)
             && self.sessions[key.0].owned.len() + 1 < self.plan.connections.max_owned_per_client
             && !self.shortages[at].is_felt()
             && !self.backoff[at].holds_back(|| self.client_of(key), now)

@@ -3,6 +3,10 @@
 //! A place counts for the client that it was taken for. Where others want one, who holds more gives way: with what is idle
 //! first, then with busy connections, which get no more queries and close when all is answered. So it goes between the
 //! clients of a worker, and between workers, which count as one each.
+//!
+//! What is busy for long cannot be had back soon. So a client that holds places leaves some to others as long as there are
+//! others: the more it holds, the more must be left for it to get one more (a dynamic threshold, as Choudhury and Hahne give
+//! for the buffers of a switch, IEEE/ACM Transactions on Networking 6.2, 1998).
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -18,6 +22,10 @@ use crate::ledger::caps::{AtCap, Permit};
 use crate::ledger::{BackendIndex, ConnKind};
 use crate::proxy_protocol::identity::Identity;
 
+/// While there are others, a client that holds places gets one more only as long as it holds fewer than so many times what
+/// is left beside that: one client has four fifths at most, and whatever clients there are do not take the last place.
+pub(super) const TIMES_LEFT: usize = 4;
+
 impl Core {
     /// Who counts as one where places are shared: the client, or its network where headers name that.
     pub(super) fn party_of(&self, key: SessionKey) -> IpAddr {
@@ -30,9 +38,8 @@ impl Core {
 
     /// Whom a connection's place counts for; none: it is of use to everybody.
     pub(super) fn holder_of(&self, key: SessionKey, kind: ConnKind) -> Option<IpAddr> {
-        let for_all = |proxy: &ProxyPlan| proxy.identity == Identity::Forwarder && !proxy.per_query;
         let is_common = match kind {
-            ConnKind::Keyed => self.proxy_of(key).is_some_and(for_all),
+            ConnKind::Keyed => self.proxy_of(key).is_some_and(is_for_all),
             kind => kind == ConnKind::Shared,
         };
         (!is_common).then(|| self.party_of(key))
@@ -48,6 +55,55 @@ impl Core {
         self.shared.caps.acquire_for(self.worker, backend, moves, now)
     }
 
+    /// Whether a client connection leaves enough to others if it gets one more place. What is idle makes way, so it is left
+    /// to others; and of places that other workers have nothing is known but that the limit counts them.
+    pub(super) fn leaves_room(&self, key: SessionKey, backend: BackendIndex, now: Mono) -> bool {
+        if self.proxy_of(key).is_none_or(is_for_all) {
+            return true;
+        }
+        let client = self.party_of(key);
+        let (line, caps) = (self.pool.line(backend), &self.shared.caps);
+        let held = line.holders().of(client) as usize;
+        if held == 0 {
+            return true;
+        }
+        let occupied = self.pool.occupied(Some(backend));
+        let of_backend = caps.backend(backend).map_or(0, |(limit, _)| limit.saturating_sub(occupied));
+        let left = of_backend.min(caps.total().0.saturating_sub(self.pool.occupied(None)));
+        let is_alone = || {
+            let is_busy_alone = occupied <= held;
+            is_busy_alone && !line.others_want(client, now) && !caps.others_want(self.worker, backend, now)
+        };
+        held < TIMES_LEFT * left.saturating_sub(1) || is_alone()
+    }
+
+    /// A client connection that must leave what there is to others needs a connection with a header of this digest: an idle
+    /// one of its client makes way, or a busy one, of who holds two places more or of another connection of the client's.
+    pub(super) fn find_own_place(&mut self, key: SessionKey, digest: u64, backend: BackendIndex, now: Mono) {
+        if !self.gives_own_idle(key, backend, now)
+            && let Some(victim) = self.busy_for(key, digest, (backend, AtCap::Backend), now)
+        {
+            self.pool.retire(victim, CloseReason::Evicted, now);
+        }
+    }
+
+    /// An idle connection of a client makes way for another one of the same client, which then holds less than those in
+    /// the line that hold as much now. False: it has none, and no place is about to come free.
+    pub(super) fn gives_own_idle(&mut self, key: SessionKey, backend: BackendIndex, now: Mono) -> bool {
+        let client = self.party_of(key);
+        if self.pool.leaving(Some(backend)) >= self.in_line_with(client, backend) {
+            return true;
+        }
+        let own = self.pool.own_idle(backend, client);
+        own.inspect(|own| self.pool.retire(*own, CloseReason::Evicted, now)).is_some()
+    }
+
+    /// How many clients are in the line with the one that asks, which will be if it has nothing in there yet.
+    fn in_line_with(&self, client: IpAddr, backend: BackendIndex) -> usize {
+        let line = self.pool.line(backend);
+        line.clients() + usize::from(line.waiting().of(client) == 0)
+    }
+
     /// A cap is reached, and a client connection needs a connection with a header of this digest: somebody makes way, here
     /// or in another worker.
     pub(super) fn find_place(
@@ -59,9 +115,7 @@ impl Core {
     ) {
         self.shared.caps.claim(self.worker, backend, cap, now);
         let client = self.party_of(key);
-        let line = self.pool.line(backend);
-        // The client that asks will be in the line, if it has nothing in there yet.
-        let clients = line.clients() + usize::from(line.waiting().of(client) == 0);
+        let clients = self.in_line_with(client, backend);
         let closing = match cap {
             AtCap::Backend => self.pool.closing(backend),
             AtCap::Total => self.pool.all_closing(),
@@ -237,4 +291,9 @@ impl Core {
             && self.shed(0, 0)
         {}
     }
+}
+
+/// Whether connections with this header are of use to all clients.
+fn is_for_all(proxy: &ProxyPlan) -> bool {
+    proxy.identity == Identity::Forwarder && !proxy.per_query
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::sim::Sim;
+use super::turns::TIMES_LEFT;
 use crate::backend::pool::ConnKey;
 use crate::client::session::SessionKey;
 use crate::close::{ClientCloseReason, CloseReason, FailReason};
@@ -14,6 +15,7 @@ use crate::stats::Counter;
 
 const CONNECTION: &str = "identity = \"connection\"\n";
 const ADDRESS: &str = "identity = \"address\"\n";
+const LABEL: &str = "identity = \"address\"\n[[pool.proxy_protocol.tlv]]\ntype = 0xe0\nvalue = \"{qname_label:1}\"";
 
 fn configuration(workers: usize, places: usize, proxy: &str, connections: &str) -> String {
     format!(
@@ -140,12 +142,7 @@ fn one_place_goes_round() {
 /// Who is alone may have all places, busy or idle.
 #[test]
 fn a_lone_client_uses_everything() {
-    let mut sim = Sim::new(&configuration(
-        1,
-        8,
-        "identity = \"address\"\n[[pool.proxy_protocol.tlv]]\ntype = 0xe0\nvalue = \"{qname_label:1}\"",
-        "",
-    ));
+    let mut sim = Sim::new(&configuration(1, 8, LABEL, ""));
     let client = connect(&mut sim, 1, 1000);
     for n in 0..20 {
         sim.ask(client, n, &format!("n{n}.test"));
@@ -161,8 +158,7 @@ fn a_lone_client_uses_everything() {
 /// get a place, and what is idle of its own is not taken from it.
 #[test]
 fn slow_names_of_one_address_leave_others_the_next_place() {
-    let proxy = "identity = \"address\"\n[[pool.proxy_protocol.tlv]]\ntype = 0xe0\nvalue = \"{qname_label:1}\"";
-    let mut sim = Sim::new(&configuration(1, 16, proxy, ""));
+    let mut sim = Sim::new(&configuration(1, 16, LABEL, ""));
     let attacker = Busy { session: connect(&mut sim, 66, 1000), in_flight: 100 };
     attacker.ask(&mut sim);
     sim.accept_all();
@@ -184,6 +180,137 @@ fn slow_names_of_one_address_leave_others_the_next_place() {
     assert!(sim.wires.contains_key(&own[0]), "who has all the rest does not take this one");
     sim.answer_all();
     sim.assert_quiescent();
+}
+
+/// The backend's places that are for this name.
+fn places_for(sim: &Sim, name: &str) -> Vec<ConnKey> {
+    sim.wires.iter().filter(|(_, wire)| is_for(wire, name)).map(|(at, _)| *at).collect()
+}
+
+/// A client asks for a name of its own and is answered, while nothing else is and nobody new has to wait.
+fn is_served_at_once(sim: &mut Sim, client: SessionKey, name: &str) {
+    let (before, waiting) = (answers(sim, client), sim.core.stats.waiting.get());
+    sim.ask(client, 1, name);
+    assert_eq!(sim.core.stats.waiting.get(), waiting, "{name}: it waits, or somebody is served in its place");
+    sim.accept_all();
+    let own = places_for(sim, name);
+    assert_eq!(own.len(), 1, "{name}");
+    sim.answer(own[0], 0);
+    assert_eq!((answers(sim, client), failed(sim, client)), (before + 1, 0));
+}
+
+/// One address asks for more slow names than there are places, none of which is answered: as long as there are others,
+/// there is a place for each of their queries at once, for those too who come anew; then it has everything.
+#[test]
+fn slow_names_of_one_address_leave_places_for_others() {
+    let mut sim = Sim::new(&configuration(1, 16, LABEL, "max_wait = \"4s\""));
+    let neighbour = connect(&mut sim, 1, 1);
+    is_served_at_once(&mut sim, neighbour, "first");
+    let attacker = Busy { session: connect(&mut sim, 66, 1000), in_flight: 100 };
+    attacker.ask(&mut sim);
+    sim.accept_all();
+    assert_eq!(
+        (sim.wires.len(), sim.core.stats.waiting.get()),
+        (12 + 1, 88),
+        "with 13, there were fewer than 13 / 4 + 1"
+    );
+    for turn in 0..20 {
+        // Less than what makes it quiet, and more than what keeps a connection that is idle.
+        sim.pass(Duration::from_millis(150));
+        is_served_at_once(&mut sim, neighbour, &format!("n{turn}x"));
+        let other = connect(&mut sim, 2 + turn, 1);
+        is_served_at_once(&mut sim, other, &format!("other{turn}x"));
+    }
+    assert_eq!((answers(&sim, attacker.session), sim.core.stats.waiting.get()), (0, 88));
+    // Those are idle that were used last: four, which are left to who may come back.
+    assert_eq!(sim.wires.len(), 16);
+    sim.answer(places_for(&sim, "\u{2}n0")[0], 0);
+    sim.accept_all();
+    assert_eq!((sim.wires.len(), sim.core.stats.waiting.get()), (16, 87), "its own place it may use again");
+    sim.answer_all();
+    assert_eq!(failed(&sim, attacker.session), 0);
+    sim.assert_quiescent();
+}
+
+/// Who waits because others were there has their places when they have been quiet for a second.
+#[test]
+fn who_is_left_alone_gets_everything() {
+    let unique = "identity = \"address\"\n[[pool.proxy_protocol.tlv]]\ntype = 0xe0\nvalue = \"{uuid}\"";
+    for places in [2, 10, 64] {
+        let mut sim = Sim::new(&configuration(1, places, unique, "max_wait = \"2s\"\nmax_owned_per_client = 100"));
+        let neighbour = connect(&mut sim, 1, 1);
+        is_served_at_once(&mut sim, neighbour, "first");
+        let attacker = Busy { session: connect(&mut sim, 66, 1000), in_flight: 100 };
+        attacker.ask(&mut sim);
+        sim.accept_all();
+        // Of a one-shot connection nothing is left, and yet a place is.
+        let share = sim.wires.len();
+        let left = places - share;
+        assert!(left >= 1 && share >= TIMES_LEFT * (left - 1) && share < TIMES_LEFT * left + 1, "{places}: {share}");
+        sim.pass(Duration::from_millis(990));
+        assert_eq!(sim.wires.len(), share);
+        sim.pass(Duration::from_millis(30));
+        assert_eq!((sim.wires.len(), answers(&sim, attacker.session)), (places, 0), "nothing happened but the time");
+        sim.answer_all();
+        assert_eq!(failed(&sim, attacker.session), 0);
+        sim.assert_quiescent();
+    }
+}
+
+/// Whatever the number of places and of those who want them all: as long as somebody has none yet, there is one left, and
+/// who wants all have the same.
+#[test]
+fn a_place_is_left_whoever_wants_them_all() {
+    for (places, clients) in (2..=40).flat_map(|places| (1..=6).map(move |clients| (places, clients))) {
+        let mut sim = Sim::new(&configuration(1, places, LABEL, ""));
+        let neighbour = connect(&mut sim, 1, 1);
+        is_served_at_once(&mut sim, neighbour, "first");
+        let greedy: Vec<SessionKey> = (0..clients).map(|host| connect(&mut sim, 60 + host, 1000)).collect();
+        for query in 0..40 {
+            for (number, client) in greedy.iter().enumerate() {
+                sim.ask(*client, query, &format!("g{number}x{query}.test"));
+            }
+        }
+        sim.accept_all();
+        let held: Vec<usize> = (0..greedy.len()).map(|number| places_for(&sim, &format!("g{number}x")).len()).collect();
+        let (most, fewest) = (held.iter().max().copied(), held.iter().min().copied());
+        let (sum, most, fewest) = (held.iter().sum::<usize>(), most.unwrap_or(0), fewest.unwrap_or(0));
+        assert!(most <= fewest + 1, "{places} places: {held:?}");
+        let left = places - sum;
+        // One more of each had been too much, and the last one was not.
+        assert!(most == 40 || fewest >= TIMES_LEFT * left.saturating_sub(1), "{places} places: {held:?}");
+        assert!(most <= 1 || most <= TIMES_LEFT * left, "{places} places: {held:?}");
+        if left > 0 {
+            is_served_at_once(&mut sim, neighbour, "second");
+            let late = connect(&mut sim, 2, 1);
+            is_served_at_once(&mut sim, late, "late");
+        } else {
+            assert!(most == 1, "{places} places: {held:?}");
+        }
+        sim.answer_all();
+        assert!(greedy.iter().all(|client| failed(&sim, *client) == 0));
+        sim.assert_quiescent();
+    }
+}
+
+/// Clients of another worker count as others, and find a place at once.
+#[test]
+fn slow_names_in_one_worker_leave_places_for_the_other() {
+    let mut two = Two::new(16, LABEL, "");
+    let neighbour = connect(&mut two.sims[1], 1, 1);
+    is_served_at_once(&mut two.sims[1], neighbour, "first");
+    let attacker = Busy { session: connect(&mut two.sims[0], 66, 1000), in_flight: 100 };
+    attacker.ask(&mut two.sims[0]);
+    two.sims[0].accept_all();
+    two.talk();
+    assert_eq!((two.sims[0].wires.len(), two.sims[0].core.stats.waiting.get()), (12, 88));
+    for number in 2..5 {
+        let neighbour = connect(&mut two.sims[1], number, 1);
+        is_served_at_once(&mut two.sims[1], neighbour, "anew");
+    }
+    two.sims.iter_mut().for_each(|sim| sim.answer_all());
+    two.talk();
+    two.assert_quiescent();
 }
 
 fn is_for(wire: &super::sim::Wire, name: &str) -> bool {

@@ -86,6 +86,12 @@ impl Pool {
         backend.map_or_else(|| self.backends.iter().map(leaving).sum(), |at| leaving(&self.backends[usize::from(at)]))
     }
 
+    /// Connections to a backend, or to all, whose places are neither idle nor about to come free.
+    pub(crate) fn occupied(&self, backend: Option<BackendIndex>) -> usize {
+        let occupied = |backend: &PerBackend| backend.conns - backend.idle.len() - backend.closing;
+        backend.map_or_else(|| self.backends.iter().map(occupied).sum(), |at| occupied(&self.backends[usize::from(at)]))
+    }
+
     /// The backend with most connections.
     pub(crate) fn fullest(&self) -> Option<BackendIndex> {
         let fullest = (0..self.backends.len()).max_by_key(|at| self.backends[*at].staying);
@@ -112,16 +118,15 @@ impl Pool {
 
     /// The idle connection to this backend that makes way for a client: a spare one; one of its own if it holds more than its
     /// share; of those that have been idle longest, one of who holds most. From who holds no more than it does itself it
-    /// takes what has been idle for a while; who holds three quarters of all takes nothing from others.
+    /// takes what has been idle for a while, or else one of its own; who holds three quarters of all takes nothing from others.
     pub(crate) fn makes_way(&self, backend: BackendIndex, client: IpAddr, now: Mono) -> Option<ConnKey> {
         let per_backend = &self.backends[usize::from(backend)];
         let holders = per_backend.line.holders();
         let held = holders.of(client) as usize;
-        let mut idle = per_backend.idle.iter(|at| self.conns[at].idle);
         if held * holders.clients() > per_backend.conns
-            && let Some(own) = idle.find(|at| self.conns[*at].holder == Some(client))
+            && let Some(own) = self.own_idle(backend, client)
         {
-            return Some(ConnKey(own));
+            return Some(own);
         }
         let others = per_backend.conns - held;
         if others > 0 && held >= 3 * others {
@@ -132,7 +137,17 @@ impl Pool {
             let holds_less = |holder| holder != client && holders.of(holder) as usize <= held;
             conn.holder.is_some_and(holds_less) && conn.idle_since.after(IN_USE) > now
         });
-        Some(longest).filter(|_| !in_use)
+        if in_use { self.own_idle(backend, client) } else { Some(longest) }
+    }
+
+    /// Of a client's idle connections to this backend the one that has been so for longest.
+    pub(crate) fn own_idle(&self, backend: BackendIndex, client: IpAddr) -> Option<ConnKey> {
+        let per_backend = &self.backends[usize::from(backend)];
+        if per_backend.line.holders().of(client) == 0 {
+            return None;
+        }
+        let mut idle = per_backend.idle.iter(|at| self.conns[at].idle);
+        idle.find(|at| self.conns[*at].holder == Some(client)).map(ConnKey)
     }
 
     /// A spare connection; else, of those that have been idle longest, the first of who holds most.
