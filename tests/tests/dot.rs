@@ -318,7 +318,9 @@ fn close_notify_ends_the_queries_and_not_the_answers() {
         connection.query();
     });
     let authority = Authority::new();
-    let counterfoil = Counterfoil::start(&config(backend.address, &authority.issue("dns", &[NAME])));
+    // This backend waits for all five on one connection.
+    let config = config(backend.address, &authority.issue("dns", &[NAME])).backend_key("max_connections", 1);
+    let counterfoil = Counterfoil::start(&config);
     for versions in [&TLS12, &TLS13] {
         let tls = Tls::with_versions(&authority.ca, NAME, &[versions]);
         let mut client = Client::connect_tls(counterfoil.address, None, &tls);
