@@ -116,7 +116,7 @@ fn large_answers_for_a_client_that_does_not_read() {
     let backend = FakeBackend::start(|connection| {
         while let Some(query) = connection.query() {
             let mut answer = message::answer_to(&query, [192, 0, 2, 53]);
-            if !message::question_name(&query).unwrap().starts_with("short.") {
+            if message::question_name(&query).is_none_or(|name| !name.starts_with("short.")) {
                 answer.resize(65_535, 0);
             }
             connection.send(&answer);
