@@ -198,7 +198,7 @@ impl Process {
                 std::fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
             };
             let all = || std::fs::read_dir(&tasks).is_ok_and(|mut tasks| tasks.all(|task| task.is_ok_and(stopped)));
-            crate::wait::until("all its threads are stopped", std::time::Duration::from_secs(10), all);
+            wait::until("all its threads are stopped", Duration::from_secs(10), all);
         }
     }
 

@@ -47,13 +47,13 @@ impl SessionTask {
     /// Does what can be done now. `Err` is the reason to close.
     fn work(&mut self, cx: &mut Context<'_>, now: Mono) -> Result<(), ClientCloseReason> {
         self.shell.core.borrow_mut().resume(self.key, now);
-        let Some(before) = self.shell.core.borrow_mut().begin_turn(self.key) else {
+        let Some((client, before)) = self.shell.core.borrow_mut().begin_turn(self.key) else {
             return self.write(cx, now);
         };
         let mut turn = before;
         let done = self.have_turn(&mut turn, cx, now);
         if turn != before {
-            self.shell.core.borrow_mut().end_turn(self.key, turn);
+            self.shell.core.borrow_mut().end_turn(self.key, client, turn);
         }
         done
     }

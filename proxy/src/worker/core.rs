@@ -237,8 +237,8 @@ impl Core {
         taken
     }
 
-    /// What a connection's client has had of its turn; none: all of it, and the connection goes on in another round.
-    pub(crate) fn begin_turn(&mut self, key: SessionKey) -> Option<Turn> {
+    /// A connection's client, and what it has had of its turn; none: all of it, and the connection goes on in another round.
+    pub(crate) fn begin_turn(&mut self, key: SessionKey) -> Option<(IpAddr, Turn)> {
         self.sessions.get(key.0)?;
         let client = self.client_of(key);
         let turn = self.round.turn(client);
@@ -246,22 +246,19 @@ impl Core {
             self.wait_for_round(key, client, false);
             return None;
         }
-        Some(turn)
+        Some((client, turn))
     }
 
     /// A connection has taken messages in its client's turn.
-    pub(crate) fn end_turn(&mut self, key: SessionKey, turn: Turn) {
-        if self.sessions.get(key.0).is_some() {
-            let client = self.client_of(key);
-            self.round.had(client, turn);
-            if turn.is_over() {
-                self.wait_for_round(key, client, true);
-            }
+    pub(crate) fn end_turn(&mut self, key: SessionKey, client: IpAddr, turn: Turn) {
+        self.round.had(client, turn);
+        if turn.is_over() {
+            self.wait_for_round(key, client, true);
         }
     }
 
     fn wait_for_round(&mut self, key: SessionKey, client: IpAddr, had_some: bool) {
-        let session = &mut self.sessions[key.0];
+        let Some(session) = self.sessions.get_mut(key.0) else { return };
         if !std::mem::replace(&mut session.waits_for_round, true) {
             self.round.waits(client, key, had_some);
         }
@@ -269,16 +266,15 @@ impl Core {
 
     /// All who had something to do have had their turns.
     pub(crate) fn next_round(&mut self) {
-        let Self { round, sessions, wakes, .. } = self;
+        let mut round = std::mem::take(&mut self.round);
         round.next(|key| {
             // Another one may have its place in the table: that one looks, and finds nothing to do.
-            if let Some(session) = sessions.get_mut(key.0) {
+            if let Some(session) = self.sessions.get_mut(key.0) {
                 session.waits_for_round = false;
-                if !std::mem::replace(&mut session.woken, true) {
-                    wakes.sessions.push(key);
-                }
             }
+            self.wake_session(key);
         });
+        self.round = round;
     }
 
     fn client_message(&mut self, key: SessionKey, message: &[u8], now: Mono) -> Taken {

@@ -89,16 +89,14 @@ impl Round {
     /// The next round begins: `go_on` is told of the connections that go on. However many a client has, no more go on than
     /// can take a message each.
     pub(crate) fn next(&mut self, mut go_on: impl FnMut(SessionKey)) {
-        let mut is_over = false;
         self.clients.retain(|_, share| {
             (share.turn, share.first) = (Turn::default(), 0);
             let count = share.waiting.len().min(MESSAGES);
             share.waiting.drain(..count).for_each(&mut go_on);
-            is_over |= !share.waiting.is_empty();
+            self.is_over |= !share.waiting.is_empty();
             // Those that go on now may wait again at once.
             count > 0
         });
-        self.is_over |= is_over;
     }
 }
 
